@@ -1,0 +1,60 @@
+"""The command line: `fastdiss preprocess | train | generate | score | models`."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import typer
+
+from fastdiss_cli import __version__, logs
+from fastdiss_cli.commands.generate import generate
+from fastdiss_cli.commands.models import models
+from fastdiss_cli.commands.preprocess import preprocess
+from fastdiss_cli.commands.score import score
+from fastdiss_cli.commands.train import train
+from fastdiss_cli.errors import FastdissError
+
+app = typer.Typer(
+    help="Few-step diffusion text generation: FastDiSS and the systems it is compared with.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for command in (preprocess, train, generate, score, models):
+    app.command()(command)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"fastdiss {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: bool = typer.Option(False, "--version", callback=_print_version, is_eager=True),
+) -> None:
+    """Few-step diffusion text generation: FastDiSS and the systems it is compared with."""
+
+
+def main() -> None:
+    """Run the command line; every expected failure ends here, as one line and exit code 1."""
+    try:
+        app()
+    except FastdissError as error:
+        logs.error(str(error))
+        sys.exit(1)
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    except OSError as error:
+        logs.error(f"{error.filename or 'input/output'}: {error.strerror or error}")
+        sys.exit(1)
+    except KeyboardInterrupt:
+        logs.error("interrupted")
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,155 @@
+"""Configuration: defaults < recipe YAML < flags < --set section.key=value.
+
+A configuration is a frozen dataclass. This file turns untyped values (from YAML, the command
+line or a checkpoint) into one, and refuses what it does not know.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from fastdiss_cli.errors import FastdissError, suggest
+
+C = TypeVar("C")
+SECTIONS = ("model", "train")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything about a training run that is not the model."""
+
+    arch: str = "fastdiss_small"
+    seed: int = 1
+    # batches
+    max_tokens: int = 8000  # padded tokens a batch and side, per process
+    max_positions: int = 1024  # longer training sentences are left out, with a report
+    update_freq: int = 1  # batches whose gradients are added up for one update
+    # length
+    max_update: int = 100_000
+    max_epoch: int = 0  # 0: no limit
+    patience: int = 0  # validations without a better score before training stops; 0: never
+    # optimizer: AdamW
+    lr: float = 5e-4
+    lr_scheduler: str = "inverse_sqrt"  # or cosine (down to 0 at max_update)
+    warmup_updates: int = 4000
+    adam_betas: tuple[float, float] = (0.9, 0.98)
+    weight_decay: float = 0.01
+    clip_norm: float = 1.0  # 0: no clipping
+    ema_decay: float = 0.9999  # 0: no average; validation and generate use the average
+    max_skipped: int = 20  # updates in a row with a non-finite gradient before training stops
+    # validation and checkpoints
+    validate_interval_updates: int = 0  # 0: at the end of every epoch
+    save_interval_updates: int = 1000
+    valid_sentences: int = 500  # decoded for BLEU; 0: validation loss only
+    valid_steps: int = 5
+    keep_last: int = 1  # numbered checkpoints kept; 0: none but last and best
+    log_interval: int = 50
+    # machine
+    dtype: str = "auto"  # auto, float32 or bfloat16 (autocast)
+    compile: bool = False
+
+    def __post_init__(self) -> None:
+        require(self, "max_tokens", self.max_tokens >= 1, "at least 1")
+        require(self, "max_positions", self.max_positions >= 1, "at least 1")
+        require(self, "update_freq", self.update_freq >= 1, "at least 1")
+        require(self, "max_update", self.max_update >= 1, "at least 1")
+        require(self, "lr", self.lr > 0, "above 0")
+        require(self, "warmup_updates", self.warmup_updates >= 0, "at least 0")
+        require(self, "ema_decay", 0 <= self.ema_decay < 1, "in [0, 1)")
+        require(self, "valid_steps", self.valid_steps >= 1, "at least 1")
+        require(self, "log_interval", self.log_interval >= 1, "at least 1")
+        one_of(self, "lr_scheduler", ("inverse_sqrt", "cosine"))
+        one_of(self, "dtype", ("auto", "float32", "bfloat16"))
+
+
+def require(config: object, key: str, holds: bool, what: str) -> None:
+    """Raise a FastdissError unless a configuration value is in its range."""
+    if not holds:
+        raise FastdissError(f"{key} must be {what}, not {getattr(config, key)!r}")
+
+
+def one_of(config: object, key: str, choices: Sequence[str]) -> None:
+    """Raise a FastdissError unless a configuration value is one of the choices."""
+    value = getattr(config, key)
+    if value not in choices:
+        hint = suggest(value, choices)
+        raise FastdissError(f"{key} must be one of {', '.join(choices)}, not {value!r}{hint}")
+
+
+def build(cls: type[C], values: Mapping[str, Any], section: str) -> C:
+    """Make a configuration from untyped values; what is not given keeps its default.
+
+    Raises:
+        FastdissError: an unknown key (with the closest known one), a wrong type or range.
+    """
+    hints = typing.get_type_hints(cls)
+    known = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
+    typed = {}
+    for key, value in values.items():
+        if key not in known:
+            raise FastdissError(f"unknown option {section}.{key}{suggest(key, known)}")
+        typed[key] = _convert(value, hints[key], f"{section}.{key}")
+    return cls(**typed)
+
+
+def read_recipe(path: Path | None) -> dict[str, dict[str, Any]]:
+    """Read a recipe: a YAML mapping with the sections ``model`` and ``train``."""
+    if path is None:
+        return {section: {} for section in SECTIONS}
+    try:
+        recipe = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except OSError as error:
+        raise FastdissError(f"{path}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise FastdissError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(recipe, dict):
+        raise FastdissError(f"{path}: a recipe is a mapping with the sections model and train")
+    for section, values in recipe.items():
+        if section not in SECTIONS:
+            hint = suggest(str(section), SECTIONS)
+            raise FastdissError(f"{path}: unknown section {section!r}{hint}")
+        if not isinstance(values, dict):
+            raise FastdissError(f"{path}: section {section!r} must be a mapping of keys to values")
+    return {section: recipe.get(section, {}) for section in SECTIONS}
+
+
+def parse_settings(settings: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Parse ``--set section.key=value`` items; values are YAML."""
+    parsed: dict[str, dict[str, Any]] = {section: {} for section in SECTIONS}
+    for item in settings:
+        name, equals, value = item.partition("=")
+        section, dot, key = name.partition(".")
+        if not equals or not dot or section not in SECTIONS:
+            raise FastdissError(f"--set {item}: write model.KEY=VALUE or train.KEY=VALUE")
+        try:
+            parsed[section][key] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise FastdissError(f"--set {item}: cannot read the value") from None
+    return parsed
+
+
+def _convert(value: Any, hint: Any, name: str) -> Any:
+    """Return ``value`` as the type of a configuration field."""
+    if typing.get_origin(hint) is tuple:
+        parts = typing.get_args(hint)
+        variadic = len(parts) == 2 and parts[1] is Ellipsis
+        if isinstance(value, (list, tuple)) and (variadic or len(value) == len(parts)):
+            return tuple(_convert(v, parts[0], name) for v in value)
+        what = "a list" if variadic else f"a list of {len(parts)} values"
+        raise FastdissError(f"{name} must be {what}, not {value!r}")
+    if hint is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
+        try:  # YAML 1.1 takes 5e-4 for a string
+            return float(value)
+        except ValueError:
+            pass
+    elif isinstance(value, hint) and (hint is bool or not isinstance(value, bool)):
+        return value
+    what = {float: "a number", int: "a whole number", bool: "true or false", str: "a word"}[hint]
+    raise FastdissError(f"{name} must be {what}, not {value!r}")

@@ -1,0 +1,143 @@
+"""Group sentences into batches of equal cost, the same ones on every run."""
+# B batch, S source length, T target length
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastdiss_cli.data.binarized import TokenFile
+from fastdiss_cli.errors import FastdissError
+from fastdiss_cli.randomness import counter_seed
+
+
+@dataclass
+class Batch:
+    """Right-padded sentence pairs.
+
+    Attributes:
+        ids: int64 [B], the sentences' numbers in their split.
+        src_tokens, tgt_tokens: int64 [B, S] and [B, T], both sides ending in eos.
+        src_pad_mask, tgt_pad_mask: bool [B, S] and [B, T], true on padding.
+    """
+
+    ids: Tensor
+    src_tokens: Tensor
+    src_pad_mask: Tensor
+    tgt_tokens: Tensor
+    tgt_pad_mask: Tensor
+    num_tgt_tokens: int
+
+    def to(self, device: torch.device) -> Batch:
+        tensors = {
+            name: value.to(device, non_blocking=True)
+            for name, value in vars(self).items()
+            if isinstance(value, Tensor)
+        }
+        return Batch(**tensors, num_tgt_tokens=self.num_tgt_tokens)
+
+
+def pad(rows: Sequence[Sequence[int] | np.ndarray], value: int) -> tuple[Tensor, Tensor]:
+    """Stack ragged rows: int64 [B, longest] filled with ``value``, and bool, true on padding."""
+    lengths = np.array([len(row) for row in rows])
+    mask = np.arange(lengths.max(initial=0)) >= lengths[:, None]
+    tokens = np.full(mask.shape, value, np.int64)
+    tokens[~mask] = np.concatenate(rows)
+    return torch.from_numpy(tokens), torch.from_numpy(mask)
+
+
+def batches_by_tokens(order: np.ndarray, lengths: np.ndarray, max_tokens: int) -> list[np.ndarray]:
+    """Cut sentences into runs whose padded size stays within a budget.
+
+    Args:
+        order: int64 [N], sentence numbers, neighbours of similar length.
+        lengths: int [*], the length of each sentence by its number.
+        max_tokens: the largest (sentences x longest) of a batch; a sentence that is longer by
+            itself is a batch of its own.
+    """
+    batches, start, longest = [], 0, 0
+    for end, length in enumerate(lengths[order].tolist()):
+        grown = max(longest, length)
+        if end > start and (end - start + 1) * grown > max_tokens:
+            batches.append(order[start:end])
+            start, grown = end, length
+        longest = grown
+    if start < len(order):
+        batches.append(order[start:])
+    return batches
+
+
+class TokenBatcher:
+    """The batches of a split: sentences of similar length together, in a random order.
+
+    The batches of an epoch are a function of (seed, epoch). Every sentence is in exactly one
+    batch of one rank, and every rank gets the same number of batches.
+
+    Args:
+        src, tgt: the two sides of the split.
+        src_pad, tgt_pad: their padding ids.
+        max_tokens: the largest padded size of a batch, on either side.
+        max_positions: longer sentences are left out; `left_out` counts them.
+        seed, rank, world_size: as in training.
+    """
+
+    def __init__(
+        self,
+        src: TokenFile,
+        tgt: TokenFile,
+        src_pad: int,
+        tgt_pad: int,
+        max_tokens: int,
+        max_positions: int,
+        seed: int = 1,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self.src, self.tgt = src, tgt
+        self.src_pad, self.tgt_pad = src_pad, tgt_pad
+        self.max_tokens, self.seed = max_tokens, seed
+        self.rank, self.world_size = rank, world_size
+        self.lengths = np.maximum(src.sizes, tgt.sizes)
+        fits = self.lengths <= max_positions
+        self.sentences = np.flatnonzero(fits)
+        self.left_out = len(fits) - len(self.sentences)
+        if len(self.sentences) < world_size:
+            raise FastdissError(
+                f"{src.stem}: {len(self.sentences)} sentences of at most {max_positions} tokens "
+                f"are too few for {world_size} process(es)"
+            )
+
+    def epoch(self, epoch: int) -> list[np.ndarray]:
+        """Return this rank's batches of an epoch, each an array of sentence numbers."""
+        draw = np.random.Generator(np.random.Philox(counter_seed(self.seed, "batches", epoch)))
+        shuffled = draw.permutation(self.sentences)
+        by_length = np.lexsort((self.src.sizes[shuffled], self.tgt.sizes[shuffled]))
+        batches = batches_by_tokens(shuffled[by_length], self.lengths, self.max_tokens)
+        while len(batches) % self.world_size:  # halve the fullest batch until all ranks get one
+            fullest = max(range(len(batches)), key=lambda i: len(batches[i]))
+            batch = batches.pop(fullest)
+            batches += [batch[: len(batch) // 2], batch[len(batch) // 2 :]]
+        order = draw.permutation(len(batches))
+        return [batches[i] for i in order[self.rank :: self.world_size]]
+
+    def collate(self, sentences: np.ndarray) -> Batch:
+        """Read and pad the given sentences."""
+        src_tokens, src_pad_mask = pad([self.src[i] for i in sentences], self.src_pad)
+        tgt_tokens, tgt_pad_mask = pad([self.tgt[i] for i in sentences], self.tgt_pad)
+        return Batch(
+            ids=torch.from_numpy(np.asarray(sentences, np.int64)),
+            src_tokens=src_tokens,
+            src_pad_mask=src_pad_mask,
+            tgt_tokens=tgt_tokens,
+            tgt_pad_mask=tgt_pad_mask,
+            num_tgt_tokens=int((~tgt_pad_mask).sum()),
+        )
+
+    def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """Yield this rank's batches of an epoch from number ``start`` on."""
+        for sentences in self.epoch(epoch)[start:]:
+            yield self.collate(sentences)

@@ -1,0 +1,277 @@
+"""The binarized dataset: memory-mapped tokens with an index per split and side, and a manifest.
+
+A dataset is a folder:
+
+    manifest.json                   what is in it: counts, hashes, flags (see `Manifest`)
+    tokenizer.src, tokenizer.tgt    SentencePiece models (the same bytes twice when joined)
+    train.src.bin, train.src.idx    tokens and index of one split and side
+    ...
+
+The bytes of ``.bin`` and ``.idx`` are fairseq's "mmap" format. ``.bin`` is one array of tokens.
+``.idx`` is: magic ``MMIDIDX\\0\\0``, version (uint64, 1), dtype code (uint8), number of sentences
+(uint64), their lengths (int32 each) and their byte offsets in ``.bin`` (int64 each).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import struct
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fastdiss_cli.data.tokenizer import Tokenizer, load_tokenizer
+from fastdiss_cli.errors import FastdissError
+
+FORMAT_VERSION = 1
+SIDES = ("src", "tgt")
+_MAGIC = b"MMIDIDX\x00\x00"
+_HEADER = struct.Struct("<9sQBQ")
+_DTYPES = {8: np.dtype("<u2"), 4: np.dtype("<i4")}  # fairseq's codes
+_CODES = {dtype: code for code, dtype in _DTYPES.items()}
+
+
+@dataclass
+class SideInfo:
+    """One side of one split: sizes for a quick check, hashes for a thorough one."""
+
+    tokens: int
+    longest: int
+    unknown: int
+    sha256: dict[str, str]
+
+
+@dataclass
+class Manifest:
+    """What ``manifest.json`` holds."""
+
+    source: str
+    target: str
+    joined: bool
+    dtype: str
+    tokenizers: dict[str, str]  # side -> sha256
+    vocab_sizes: dict[str, int]
+    sentences: dict[str, int]  # split -> count
+    splits: dict[str, dict[str, SideInfo]]  # split -> side -> facts
+    made_with: dict[str, Any] = field(default_factory=dict)
+    version: int = FORMAT_VERSION
+
+    def write(self, folder: Path) -> None:
+        text = json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n"
+        (folder / "manifest.json").write_text(text, encoding="utf-8")
+
+    @classmethod
+    def read(cls, folder: Path) -> Manifest:
+        path = folder / "manifest.json"
+        try:
+            facts = json.loads(path.read_text(encoding="utf-8"))
+            version = facts["version"]
+            if version == FORMAT_VERSION:
+                manifest = cls(**facts)
+                manifest.splits = {
+                    split: {side: SideInfo(**info) for side, info in sides.items()}
+                    for split, sides in manifest.splits.items()
+                }
+                return manifest
+        except FileNotFoundError:
+            hint = "make it with `fastdiss preprocess`" if folder.is_dir() else "no such folder"
+            raise FastdissError(f"{folder} is not a fastdiss dataset: {hint}") from None
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            raise FastdissError(
+                f"{path} is damaged ({error}): run `fastdiss preprocess` again"
+            ) from None
+        raise FastdissError(
+            f"{folder} has dataset format {version}; this fastdiss reads format {FORMAT_VERSION}"
+        )
+
+    @property
+    def hash(self) -> str:
+        """The sha256 of all that training depends on: tokens and tokenizers."""
+        facts = {
+            "tokenizers": self.tokenizers,
+            "files": {
+                f"{split}.{side}": info.sha256
+                for split, sides in self.splits.items()
+                for side, info in sides.items()
+            },
+        }
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+class TokenWriter:
+    """Write one split and side sentence by sentence, in flat memory (12 bytes a sentence).
+
+    Args:
+        stem: the path without its ending, as in ``folder/train.src``.
+        dtype: uint16 or int32, little-endian.
+    """
+
+    def __init__(self, stem: Path, dtype: np.dtype) -> None:
+        self.stem, self.dtype = stem, dtype
+        self.unknown = 0
+        self._file = open(f"{stem}.bin", "wb")  # noqa: SIM115 - closed in `finish`
+        self._bin_hash = hashlib.sha256()
+        self._sizes: list[np.ndarray] = []
+
+    def add(self, sizes: np.ndarray, tokens: np.ndarray, unknown: int) -> None:
+        """Append sentences given as one flat array and their lengths."""
+        data = tokens.astype(self.dtype, copy=False).tobytes()
+        self._file.write(data)
+        self._bin_hash.update(data)
+        self._sizes.append(sizes.astype("<i4", copy=False))
+        self.unknown += unknown
+
+    def finish(self) -> SideInfo:
+        """Write the index, sync both files, and return what the manifest says of them."""
+        sizes = np.concatenate([*self._sizes, np.zeros(0, "<i4")])
+        offsets = np.zeros(len(sizes), "<i8")
+        np.cumsum(sizes[:-1], out=offsets[1:])
+        offsets *= self.dtype.itemsize
+        head = _HEADER.pack(_MAGIC, 1, _CODES[self.dtype], len(sizes))
+        index = head + sizes.tobytes() + offsets.tobytes()
+        with open(f"{self.stem}.idx", "wb") as file:
+            file.write(index)
+            _sync(file)
+        _sync(self._file)
+        self._file.close()
+        return SideInfo(
+            tokens=int(sizes.sum(dtype=np.int64)),
+            longest=int(sizes.max(initial=0)),
+            unknown=self.unknown,
+            sha256={"bin": self._bin_hash.hexdigest(), "idx": hashlib.sha256(index).hexdigest()},
+        )
+
+
+class TokenFile:
+    """One split and side, memory-mapped: ``file[i]`` is the ids of sentence ``i``.
+
+    Raises:
+        FastdissError: the header, the sizes or the offsets do not fit together.
+    """
+
+    def __init__(self, stem: Path) -> None:
+        self.stem = stem
+        index = self._map(".idx", np.dtype("u1"))
+        head = bytes(index[: _HEADER.size])
+        if len(head) < _HEADER.size or not head.startswith(_MAGIC):
+            raise self._damaged(".idx", "no index header")
+        _, version, code, count = _HEADER.unpack(head)
+        if version != 1 or code not in _DTYPES:
+            raise self._damaged(".idx", f"unknown index version {version} or dtype code {code}")
+        if len(index) != _HEADER.size + 12 * count:
+            raise self._damaged(".idx", f"{len(index)} bytes do not hold {count} sentences")
+        middle = _HEADER.size + 4 * count
+        self.sizes: np.ndarray = index[_HEADER.size : middle].view("<i4")
+        self.offsets: np.ndarray = index[middle:].view("<i8")
+        self.tokens: np.ndarray = self._map(".bin", _DTYPES[code])
+        end = int(self.offsets[-1]) // self.tokens.itemsize + int(self.sizes[-1]) if count else 0
+        if end != len(self.tokens):
+            raise self._damaged(".bin", f"{len(self.tokens)} tokens where the index has {end}")
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def __getitem__(self, sentence: int) -> np.ndarray:
+        start = int(self.offsets[sentence]) // self.tokens.itemsize
+        return self.tokens[start : start + int(self.sizes[sentence])]
+
+    def verify(self, info: SideInfo, vocab_size: int) -> None:
+        """Compare both files with the manifest's hashes and every id with the vocabulary."""
+        for ending, expected in info.sha256.items():
+            if _file_hash(Path(f"{self.stem}.{ending}")) != expected:
+                raise self._damaged(f".{ending}", "its bytes differ from the manifest's sha256")
+        block = 1 << 24
+        for start in range(0, len(self.tokens), block):
+            top = int(self.tokens[start : start + block].max())
+            if top >= vocab_size:
+                raise self._damaged(".bin", f"id {top} is outside the vocabulary of {vocab_size}")
+
+    def _map(self, ending: str, dtype: np.dtype) -> np.ndarray:
+        path = Path(f"{self.stem}{ending}")
+        try:
+            size = path.stat().st_size
+            if size % dtype.itemsize:
+                raise self._damaged(ending, f"{size} bytes are no whole number of tokens")
+            return np.memmap(path, dtype, mode="r") if size else np.zeros(0, dtype)
+        except OSError as error:
+            raise self._damaged(ending, error.strerror or str(error)) from None
+
+    def _damaged(self, ending: str, what: str) -> FastdissError:
+        return FastdissError(f"{self.stem}{ending}: {what}; run `fastdiss preprocess` again")
+
+
+class BinarizedDataset:
+    """A dataset folder, opened.
+
+    Args:
+        folder: where ``manifest.json`` is.
+        verify: also check the hashes of all files and the range of all ids (a full read).
+
+    Raises:
+        FastdissError: no dataset, another format version, or damaged files.
+    """
+
+    def __init__(self, folder: Path, verify: bool = False) -> None:
+        self.folder = folder
+        self.manifest = Manifest.read(folder)
+        self.src_tokenizer, self.tgt_tokenizer = (self._tokenizer(side) for side in SIDES)
+        self.splits: dict[str, dict[str, TokenFile]] = {}
+        for split, sides in self.manifest.splits.items():
+            files = {side: TokenFile(folder / f"{split}.{side}") for side in SIDES}
+            for side, file in files.items():
+                if len(file) != self.manifest.sentences[split]:
+                    raise FastdissError(
+                        f"{file.stem}.idx holds {len(file)} sentences where the manifest says "
+                        f"{self.manifest.sentences[split]}; run `fastdiss preprocess` again"
+                    )
+                if verify:
+                    file.verify(sides[side], self.manifest.vocab_sizes[side])
+            self.splits[split] = files
+
+    def __getitem__(self, split: str) -> dict[str, TokenFile]:
+        if split not in self.splits:
+            raise FastdissError(
+                f"{self.folder} has no split {split!r}; it has {', '.join(self.splits)}"
+            )
+        return self.splits[split]
+
+    def _tokenizer(self, side: str) -> Tokenizer:
+        tokenizer = load_tokenizer(self.folder / f"tokenizer.{side}")
+        expected = self.manifest.tokenizers[side]
+        if tokenizer.hash != expected:
+            raise FastdissError(
+                f"{self.folder}/tokenizer.{side} has hash {tokenizer.hash[:16]} where the manifest "
+                f"says {expected[:16]}; run `fastdiss preprocess` again"
+            )
+        return tokenizer
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    """Return the smallest token type that holds the vocabulary, as fairseq chooses it."""
+    return _DTYPES[8 if vocab_size < 65500 else 4]
+
+
+def replace_folder(new: Path, final: Path) -> None:
+    """Put a finished dataset in its place; an older dataset there is replaced whole."""
+    old = final.with_name(f"{final.name}.old-{os.getpid()}")
+    if final.exists():
+        final.rename(old)
+    new.rename(final)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _sync(file: Any) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _file_hash(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(
+            hashlib, "file_digest"
+        ) else hashlib.sha256(file.read()).hexdigest()

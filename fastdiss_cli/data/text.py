@@ -1,0 +1,131 @@
+"""Read raw text: one sentence a line, parallel files, JSON lines or TSV, plain or gzipped."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import zlib
+from collections.abc import Iterator
+from itertools import zip_longest
+from pathlib import Path
+from typing import IO
+
+from fastdiss_cli.errors import FastdissError
+
+FORMATS = ("text", "jsonl", "tsv")
+
+
+def read_lines(path: Path) -> Iterator[str]:
+    r"""Yield the lines of a UTF-8 file, split on ``\n`` only.
+
+    A byte order mark at the start and one carriage return at the end of a line (Windows line
+    ends) are not part of the text.
+
+    Raises:
+        FastdissError: the file cannot be read, or a line is not UTF-8.
+    """
+    try:
+        with _open(path) as file:
+            yield from decode_lines(file, str(path))
+    except (OSError, EOFError, zlib.error) as error:
+        raise FastdissError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
+
+
+def decode_lines(file: IO[bytes], name: str) -> Iterator[str]:
+    """Yield the lines of an open binary file; see `read_lines`."""
+    for number, raw in enumerate(file, start=1):
+        if number == 1:
+            raw = raw.removeprefix(b"\xef\xbb\xbf")
+        try:
+            yield raw.removesuffix(b"\n").removesuffix(b"\r").decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise FastdissError(
+                f"{name}: line {number} is not valid UTF-8 (byte {error.start + 1} of the line); "
+                "convert the file, for example with iconv"
+            ) from None
+
+
+def read_pairs(prefix: str, source: str, target: str, format: str) -> Iterator[tuple[str, str]]:
+    """Yield the (source, target) sentences of one split.
+
+    Args:
+        prefix: for ``text``, ``prefix.source`` and ``prefix.target`` are read; for ``jsonl`` and
+            ``tsv``, the file ``prefix`` itself or ``prefix.jsonl`` / ``prefix.tsv``. Each may
+            end in ``.gz``.
+        source, target: the two languages; they are file endings for ``text``, keys for ``jsonl``,
+            and names only for ``tsv`` (columns 1 and 2).
+        format: one of `FORMATS`.
+
+    Raises:
+        FastdissError: a file is missing, empty, malformed, or the sides have unequal line counts.
+    """
+    if format == "text":
+        pairs = _parallel(_existing(f"{prefix}.{source}"), _existing(f"{prefix}.{target}"))
+    else:
+        path = _existing(prefix, f"{prefix}.{format}")
+        rows = _json_rows if format == "jsonl" else _tsv_rows
+        pairs = rows(path, source, target)
+    empty = True
+    for pair in pairs:
+        empty = False
+        yield pair
+    if empty:
+        raise FastdissError(f"{prefix}: the file is empty; at least one sentence is needed")
+
+
+def read_references(path: Path) -> list[list[str]]:
+    """Return the references of each sentence.
+
+    A ``.tsv`` (or ``.tsv.gz``) file holds any number of tab-separated alternatives a line, every
+    other file exactly one.
+    """
+    several = path.name.removesuffix(".gz").endswith(".tsv")
+    return [line.split("\t") if several else [line] for line in read_lines(path)]
+
+
+def _open(path: Path) -> IO[bytes]:
+    return gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb")  # type: ignore
+
+
+def _existing(*names: str) -> Path:
+    for name in names:
+        for path in (Path(name), Path(f"{name}.gz")):
+            if path.is_file():
+                return path
+    raise FastdissError(f"{names[-1]}: no such file (nor {Path(names[-1]).name}.gz)")
+
+
+def _parallel(source: Path, target: Path) -> Iterator[tuple[str, str]]:
+    lines = zip_longest(read_lines(source), read_lines(target))
+    for number, (src, tgt) in enumerate(lines, start=1):
+        if src is None or tgt is None:
+            longer, shorter = (source, target) if tgt is None else (target, source)
+            total = number + sum(1 for _ in lines)
+            raise FastdissError(
+                f"{longer} has {total} lines but {shorter} has {number - 1}: "
+                "parallel files need a line for a line"
+            )
+        yield src, tgt
+
+
+def _json_rows(path: Path, source: str, target: str) -> Iterator[tuple[str, str]]:
+    for number, line in enumerate(read_lines(path), start=1):
+        try:
+            row = json.loads(line)
+            src, tgt = row[source], row[target]
+        except (ValueError, KeyError, TypeError):
+            src = tgt = None
+        if not isinstance(src, str) or not isinstance(tgt, str):
+            raise FastdissError(
+                f"{path}: line {number} is not a JSON object with the text fields "
+                f"{source!r} and {target!r}; name the fields with -s and -t"
+            )
+        yield src.replace("\n", " "), tgt.replace("\n", " ")
+
+
+def _tsv_rows(path: Path, source: str, target: str) -> Iterator[tuple[str, str]]:
+    for number, line in enumerate(read_lines(path), start=1):
+        columns = line.split("\t")
+        if len(columns) < 2:
+            raise FastdissError(f"{path}: line {number} has no tab: source and target are needed")
+        yield columns[0], columns[1]

@@ -1,0 +1,152 @@
+"""SentencePiece behind the few calls that the toolkit needs, lossless by default."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import sentencepiece as spm
+
+from fastdiss_cli.errors import FastdissError
+
+MODEL_TYPES = ("unigram", "bpe", "char", "word")
+_SPACE = "\u2581"  # SentencePiece's mark for a blank
+# training looks at a random sample of at most this many lines: more do not change the pieces
+_TRAINING_LINES = 2_000_000
+
+
+class Tokenizer:
+    """Turn text into token ids and back.
+
+    A sentence's ids end with ``eos``. Tokenizers trained here number their special symbols as
+    fairseq does (bos 0, pad 1, eos 2, unk 3); a foreign SentencePiece model keeps its own
+    numbers, and whichever of bos, pad and eos it lacks is numbered behind its last piece.
+
+    Args:
+        model: the bytes of a SentencePiece model.
+        origin: where they come from, for error messages.
+
+    Raises:
+        FastdissError: the bytes are not a SentencePiece model.
+    """
+
+    def __init__(self, model: bytes, origin: str = "tokenizer") -> None:
+        self.model = model
+        self._sp = spm.SentencePieceProcessor()
+        try:
+            if not model:
+                raise RuntimeError
+            self._sp.LoadFromSerializedProto(model)
+        except RuntimeError:
+            raise FastdissError(f"{origin}: not a SentencePiece model") from None
+        self.vocab_size: int = self._sp.vocab_size()
+        self.unk: int = self._sp.unk_id()
+        self.bos, self.pad, self.eos = map(
+            self._special_id, (self._sp.bos_id(), self._sp.pad_id(), self._sp.eos_id())
+        )
+        self._specials = {self.bos, self.pad, self.eos}
+
+    def _special_id(self, sp_id: int) -> int:
+        if sp_id >= 0:
+            return sp_id
+        self.vocab_size += 1
+        return self.vocab_size - 1
+
+    @property
+    def hash(self) -> str:
+        """The sha256 of the model's bytes: equal hashes mean equal ids."""
+        return hashlib.sha256(self.model).hexdigest()
+
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of one sentence, ``eos`` included."""
+        return [*self._sp.encode(text), self.eos]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of ids; special symbols vanish."""
+        text = self._sp.decode([i for i in ids if i not in self._specials])
+        if _SPACE in text:  # the `word` model falls back to the bytes of the mark itself
+            text = text.replace(_SPACE, " ").removeprefix(" ")
+        return text
+
+    def pieces(self, ids: Sequence[int]) -> list[str]:
+        """Return the written form of each id."""
+        known = self._sp.vocab_size()
+        return [self._sp.id_to_piece(i) if i < known else "<special>" for i in ids]
+
+
+def load_tokenizer(path: Path) -> Tokenizer:
+    """Read a SentencePiece model from a file."""
+    try:
+        return Tokenizer(path.read_bytes(), origin=str(path))
+    except OSError as error:
+        raise FastdissError(f"{path}: cannot read the tokenizer: {error.strerror}") from None
+
+
+def train_tokenizer(lines: Iterable[str], model_type: str, vocab_size: int) -> Tokenizer:
+    """Train a SentencePiece model that gives every text back unchanged.
+
+    Nothing is normalised, blanks are kept, and characters that are not in the vocabulary fall
+    back to their UTF-8 bytes (256 of the pieces).
+
+    Args:
+        lines: the text, one sentence an item; empty ones are passed over.
+        model_type: one of `MODEL_TYPES`.
+        vocab_size: the largest number of pieces; a small corpus gets fewer.
+
+    Raises:
+        FastdissError: the vocabulary does not fit the text.
+    """
+    counted = _CountedLines(lines)
+    model = io.BytesIO()
+    try:
+        spm.SentencePieceTrainer.train(
+            sentence_iterator=iter(counted),
+            model_writer=model,
+            model_type=model_type,
+            vocab_size=vocab_size,
+            hard_vocab_limit=False,
+            byte_fallback=True,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            input_sentence_size=_TRAINING_LINES,
+            max_sentence_length=1 << 16,
+            bos_id=0,
+            pad_id=1,
+            eos_id=2,
+            unk_id=3,
+            minloglevel=3,
+        )
+    except RuntimeError as error:
+        if not counted.count:
+            raise FastdissError("no text to train a tokenizer on: every line is empty") from None
+        raise FastdissError(_explain(str(error), model_type, vocab_size)) from None
+    return Tokenizer(model.getvalue())
+
+
+class _CountedLines:
+    """Non-empty lines, counted as they pass."""
+
+    def __init__(self, lines: Iterable[str]) -> None:
+        self.lines, self.count = lines, 0
+
+    def __iter__(self) -> Iterator[str]:
+        for line in self.lines:
+            if line:
+                self.count += 1
+                yield line
+
+
+def _explain(message: str, model_type: str, vocab_size: int) -> str:
+    reason = message.rsplit("] ", 1)[-1].strip()
+    limit = re.search(r"value <= (\d+)", message)
+    if limit:
+        return (
+            f"--vocab-size {vocab_size} is more {model_type} pieces than the text has: "
+            f"use at most {limit[1]}"
+        )
+    if "smaller than required_chars" in message:
+        return f"--vocab-size {vocab_size} is too small for the characters of the text: {reason}"
+    return f"cannot train a {model_type} tokenizer of {vocab_size} pieces: {reason}"

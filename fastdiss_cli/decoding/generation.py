@@ -1,0 +1,89 @@
+"""Decode a list of sentences: batches by length, one encoder pass for all ways of decoding."""
+# B batch, S source length
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from fastdiss_cli.data.batching import batches_by_tokens, pad
+from fastdiss_cli.decoding.selection import Select
+from fastdiss_cli.models.registry import Hypothesis, Seq2SeqModel
+
+WINDOW = 4096  # sentences that are sorted by length together, and held in memory
+
+
+@dataclass
+class Run:
+    """One way of decoding (such as one step count), its answers and what they cost.
+
+    Attributes:
+        options: the model's `Decoding`.
+        best: the chosen hypothesis of each sentence, in the order given.
+        seconds: time spent, encoder included.
+        nfe: decoder evaluations, summed over sentences.
+    """
+
+    options: Any
+    best: list[Hypothesis] = field(default_factory=list)
+    seconds: float = 0.0
+    nfe: int = 0
+    sentences: int = 0
+
+
+@torch.inference_mode()
+def decode(
+    model: Seq2SeqModel,
+    sources: Sequence[Sequence[int]],
+    runs: Sequence[Run],
+    select: Select,
+    max_tokens: int,
+    first: int = 0,
+    gold: Sequence[Sequence[int]] | None = None,
+    dtype: torch.dtype = torch.float32,
+    done: Callable[[int], None] = lambda sentences: None,
+) -> None:
+    """Decode sentences in every given way; the answers are left in ``runs``.
+
+    Args:
+        model: in evaluation mode.
+        sources: token ids, eos included.
+        runs: `Run.best` is replaced, the costs are added up.
+        select: chooses among the candidates.
+        max_tokens: the largest padded size of a batch, all candidates counted.
+        first: the number of the first sentence in the corpus.
+        gold: the right answers, for options that diagnose with them.
+        dtype: bfloat16 decodes under autocast.
+        done: called with the number of sentences of each finished batch.
+    """
+    device = next(model.parameters()).device
+    lengths = np.array([len(tokens) for tokens in sources])
+    order = np.argsort(-lengths, kind="stable")
+    widest = max(run.options.candidates for run in runs)
+    for run in runs:
+        run.best = [None] * len(sources)  # type: ignore[list-item]
+    for rows in batches_by_tokens(order, lengths, max(max_tokens // widest, 1)):
+        batch = [sources[i] for i in rows]
+        answers = None if gold is None else [gold[i] for i in rows]
+        sentences = torch.from_numpy(rows + first).to(device)
+        start = time.perf_counter()
+        with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+            memory = model.encode(pad(batch, model.src.pad)[0].to(device))
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            encoding = time.perf_counter() - start
+            for run in runs:
+                start = time.perf_counter()
+                candidates = model.decode(memory, sentences, run.options, answers)
+                chosen = select(batch, candidates)
+                run.seconds += encoding + time.perf_counter() - start
+                run.nfe += sum(h.nfe for h in chosen)
+                run.sentences += len(chosen)
+                for i, hypothesis in zip(rows, chosen, strict=True):
+                    run.best[i] = hypothesis
+        done(len(rows))

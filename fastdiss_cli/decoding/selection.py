@@ -1,0 +1,76 @@
+"""Choose one hypothesis among a sentence's candidates."""
+# B sentences, C candidates
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+
+from fastdiss_cli.data.batching import pad
+from fastdiss_cli.data.tokenizer import Tokenizer
+from fastdiss_cli.decoding.mbr import expected_utility
+from fastdiss_cli.errors import FastdissError
+from fastdiss_cli.models.registry import Hypothesis, Seq2SeqModel
+
+METHODS = ("score", "mbr", "rerank")
+
+# (sources [B], candidates [B][C]) -> the chosen one of each sentence
+Select = Callable[[Sequence[Sequence[int]], list[list[Hypothesis]]], list[Hypothesis]]
+
+
+def by_score(
+    sources: Sequence[Sequence[int]], candidates: list[list[Hypothesis]]
+) -> list[Hypothesis]:
+    """Choose the candidate that the model itself scores highest."""
+    return [max(row, key=lambda h: h.score) for row in candidates]
+
+
+def by_mbr(tokenizer: Tokenizer, metric: str) -> Select:
+    """Choose the candidate with the highest mean utility against the others.
+
+    Args:
+        tokenizer: of the target side.
+        metric: a sentence metric of `mbr.METRICS`.
+
+    Source: Kumar & Byrne 2004, "Minimum Bayes-risk decoding for statistical machine translation".
+    """
+
+    def select(
+        sources: Sequence[Sequence[int]], candidates: list[list[Hypothesis]]
+    ) -> list[Hypothesis]:
+        chosen = []
+        for row in candidates:
+            texts = [tokenizer.decode(h.tokens) for h in row]
+            chosen.append(row[int(np.argmax(expected_utility(texts, metric)))])
+        return chosen
+
+    return select
+
+
+def by_reranking(reranker: Seq2SeqModel, device: torch.device) -> Select:
+    """Choose the candidate that an autoregressive model finds most likely.
+
+    Args:
+        reranker: a model that has ``log_likelihood``, with the same tokenizers.
+        device: where it is.
+
+    Raises:
+        FastdissError: the model cannot score given answers.
+    """
+    if not hasattr(reranker, "log_likelihood"):
+        raise FastdissError("--rerank-path must be a `transformer` checkpoint: only it can rerank")
+
+    def select(
+        sources: Sequence[Sequence[int]], candidates: list[list[Hypothesis]]
+    ) -> list[Hypothesis]:
+        C = max(len(row) for row in candidates)
+        full = [row + row[:1] * (C - len(row)) for row in candidates]
+        src_tokens, _ = pad(sources, reranker.src.pad)
+        answers = [h.tokens for row in full for h in row]
+        scores = reranker.log_likelihood(reranker.encode(src_tokens.to(device)), answers)
+        best = scores.view(len(candidates), C).argmax(dim=1).tolist()
+        return [row[i] for row, i in zip(full, best, strict=True)]
+
+    return select

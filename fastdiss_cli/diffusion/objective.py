@@ -1,0 +1,175 @@
+"""The training side of self-conditioning: standard, perturbed (SCP), and model-aware noise (MANS).
+
+Each of the two functions at the end chooses, for one training pass, the noise times of the tokens
+and the estimate that the network is told (``self_cond``). The loss and the network are the same.
+"""
+# B batch, T target length, D latent
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastdiss_cli.diffusion.schedule import NoiseSchedule
+
+SCP_OFFSETS = ("step-matched", "uniform", "fixed")
+SCP_COUPLINGS = ("markov", "shared", "independent")
+MANS_CONFIDENCES = ("distance", "probability")
+
+# (z_t [B, T, D], t [B, T], self_cond [B, T, D]) -> z0_hat [B, T, D]
+Denoise = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+@dataclass
+class Condition:
+    """What a training pass is conditioned on."""
+
+    t: Tensor  # noise times, float [B, T]
+    self_cond: Tensor  # the estimate of z_0 that the network is told, float [B, T, D]
+
+
+@dataclass(frozen=True)
+class SCP:
+    """Self-conditioning perturbation: the first pass runs at a higher noise t' > t.
+
+    Attributes:
+        offset: ``step-matched``: t' = t + 1/K with K drawn from ``step_counts``, the time of the
+            step before in a K-step run; ``uniform``: t' uniform on (t, 1]; ``fixed``: t + gap.
+        coupling: how z_t' depends on z_t. ``markov``: noised further from it; ``shared``: the
+            same noise at a higher level; ``independent``: fresh noise.
+        rate: the share of batches that have a first pass at all; the others are told zeros.
+        gap: the offset where it is ``fixed``.
+        step_counts: the K of ``step-matched``.
+    """
+
+    offset: str
+    coupling: str
+    rate: float
+    gap: float
+    step_counts: tuple[int, ...]
+
+    def stale_time(self, t: Tensor) -> Tensor:
+        """Draw the time of the estimate that sampling would have at time t; float [B] both.
+
+        A result above 1 means: t belongs to the first step of sampling, which is told nothing.
+        """
+        if self.offset == "uniform":
+            return t + (1 - t) * torch.rand_like(t)
+        if self.offset == "fixed":
+            return t + self.gap
+        counts = torch.tensor(self.step_counts, device=t.device, dtype=t.dtype)
+        return t + 1 / counts[torch.randint(len(counts), t.shape, device=t.device)]
+
+    def later_noise(
+        self, schedule: NoiseSchedule, z_0: Tensor, noise: Tensor, t: Tensor, later: Tensor
+    ) -> Tensor:
+        """Return z_t', float [B, T, D], where z_0 and ``noise`` make z_t; times are [B, T]."""
+        if self.coupling == "shared":
+            return schedule.add_noise(z_0, later, noise)
+        fresh = torch.randn_like(z_0)
+        if self.coupling == "independent":
+            return schedule.add_noise(z_0, later, fresh)
+        return schedule.add_more_noise(schedule.add_noise(z_0, t, noise), t, later, fresh)
+
+
+@dataclass(frozen=True)
+class MANS:
+    """Model-aware noise scaling: tokens that the model gets right are given more noise.
+
+    ``t_i = t + strength r_i (1 - t)``, where the ease r_i in [0, 1] is linear between two anchors.
+
+    Attributes:
+        strength: lambda, in [0, 1]; 0 switches MANS off.
+        confidence: ``distance``: the mean squared difference of a coordinate of z0_hat to the gold
+            embedding (about 1 for an uninformed estimate, 0 for a perfect one); ``probability``:
+            that of the gold token.
+        anchors: (easy, hard): the confidence values where r is 1 and where it is 0.
+        start_update: the update from which on it is used.
+        shared_pass: take the confidence from SCP's pass instead of a pass of its own.
+    """
+
+    strength: float
+    confidence: str
+    anchors: tuple[float, float]
+    start_update: int
+    shared_pass: bool
+
+    def active(self, update: int) -> bool:
+        return self.strength > 0 and update >= self.start_update
+
+    def ease(self, confidence: Tensor) -> Tensor:
+        """Map confidence values to r in [0, 1], of the same shape."""
+        easy, hard = self.anchors
+        return ((hard - confidence) / (hard - easy)).clamp(0, 1)
+
+    def token_times(self, t: Tensor, ease: Tensor) -> Tensor:
+        """Return t_i, float [B, T], from t and r, both [B, T]."""
+        return t + self.strength * ease * (1 - t)
+
+
+def draw_times(batch: int, device: torch.device) -> Tensor:
+    """Draw one time a sentence, uniform on (0, 1) and stratified over the batch; float [B].
+
+    Source: the low-discrepancy sampler of Kingma et al. 2021, Variational diffusion models, I.1.
+    """
+    offset = torch.rand(batch, device=device)
+    return (torch.randperm(batch, device=device) + offset) / batch
+
+
+def standard_self_conditioning(denoise: Denoise, z_t: Tensor, t: Tensor, rate: float) -> Condition:
+    """Tell the network, in a share ``rate`` of batches, its own first estimate at the same z_t.
+
+    Source: Chen et al. 2023, Analog bits, section 2.2.
+    """
+    told = torch.zeros_like(z_t)
+    if float(torch.rand(())) < rate:
+        told = denoise(z_t, t, told)
+    return Condition(t, told)
+
+
+def perturbed_self_conditioning(
+    denoise: Denoise,
+    confidence: Callable[[Tensor], Tensor],
+    schedule: NoiseSchedule,
+    scp: SCP,
+    mans: MANS,
+    z_0: Tensor,
+    noise: Tensor,
+    t: Tensor,
+    update: int,
+) -> Condition:
+    """Draw what FastDiSS trains on: t, then MANS gives t_i, then SCP estimates at t' > t_i.
+
+    Args:
+        denoise: the network, for the passes without gradient.
+        confidence: maps z0_hat [B, T, D] to what `MANS` measures, [B, T].
+        schedule, scp, mans: the process and the two repairs.
+        z_0, noise: clean embeddings and standard normal, float [B, T, D].
+        t: float [B].
+        update: number of the present update.
+
+    Source: FastDiSS, arXiv 2604.05551, as far as its summary tells.
+    """
+    zeros = torch.zeros_like(z_0)
+    stale = scp.stale_time(t)
+    told_nothing = float(torch.rand(())) >= scp.rate
+    scaled = mans.active(update)
+    shared = scaled and mans.shared_pass and not told_nothing
+    token_t = t[:, None].expand(z_0.shape[:2])
+    if scaled and not shared:
+        estimate = denoise(schedule.add_noise(z_0, token_t, noise), token_t, zeros)
+        token_t = mans.token_times(token_t, mans.ease(confidence(estimate)))
+    if told_nothing:
+        return Condition(token_t, zeros)
+
+    # the gap to the step before is the sentence's; a token that MANS moved keeps it, up to t' = 1
+    later = (token_t + (stale - t)[:, None]).clamp(max=1)
+    estimate = denoise(scp.later_noise(schedule, z_0, noise, token_t, later), later, zeros)
+    if shared:
+        moved = mans.token_times(token_t, mans.ease(confidence(estimate)))
+        token_t = torch.minimum(moved, later)
+    in_first_step = (stale > 1)[:, None, None]
+    return Condition(token_t, estimate.masked_fill(in_first_step, 0))

@@ -1,0 +1,67 @@
+"""The sampling loop: N denoiser evaluations from pure noise to an estimate of z_0."""
+# N rows, T target length, D latent
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from fastdiss_cli.diffusion.schedule import NoiseSchedule, time_grid
+from fastdiss_cli.diffusion.solvers import SOLVERS
+
+SELF_COND_MODES = ("reuse", "none", "recompute", "gold")
+
+
+def sample(
+    denoise: Callable[[Tensor, Tensor, Tensor], Tensor],
+    schedule: NoiseSchedule,
+    noise: Callable[[int], Tensor],
+    steps: int,
+    solver: str = "ddpm",
+    self_cond: str = "reuse",
+    gold: Tensor | None = None,
+    watch: Callable[[float, Tensor], None] | None = None,
+) -> tuple[Tensor, int]:
+    """Sample with exactly ``steps`` steps.
+
+    Args:
+        denoise: (z [N, T, D], t [N], self_cond [N, T, D]) -> z0_hat [N, T, D].
+        schedule: the one that the network was trained with.
+        noise: the k-th standard normal draw, float [N, T, D]; 0 is the start.
+        steps: N, at least 1.
+        solver: a key of `SOLVERS`.
+        self_cond: what the network is told of z_0. ``reuse``: the estimate of the step before,
+            zeros in the first; ``none``: zeros; ``recompute``: an estimate at the present step
+            by a second evaluation; ``gold``: the true embeddings (for diagnosis).
+        gold: float [N, T, D], needed for ``gold``.
+        watch: called with (t, z0_hat) at every step.
+
+    Returns:
+        The last z0_hat, float [N, T, D], and the number of denoiser evaluations.
+    """
+    z = noise(0)
+    device = z.device
+    times = torch.tensor(time_grid(steps), device=device)
+    z = z * schedule.sigma(times[0])
+    move = SOLVERS[solver](schedule)
+    zeros = torch.zeros_like(z)
+    z0_hat, nfe = zeros, 0
+    for k in range(steps):
+        t = times[k].expand(len(z))
+        if self_cond == "recompute":
+            told = denoise(z, t, zeros)
+            nfe += 1
+        elif self_cond == "gold":
+            assert gold is not None
+            told = gold
+        else:
+            told = z0_hat if self_cond == "reuse" else zeros
+        z0_hat = denoise(z, t, told)
+        nfe += 1
+        if watch is not None:
+            watch(float(times[k]), z0_hat)
+        if k + 1 < steps:
+            z = move(z, z0_hat, times[k], times[k + 1], lambda draw=k + 1: noise(draw))
+    return z0_hat, nfe

@@ -1,0 +1,92 @@
+"""Solvers: from z at time t and the estimate of z_0 to z at an earlier time s.
+
+A solver is made anew for each run (it may remember earlier estimates) and called once a step.
+To add one, write its class and name it in `SOLVERS`.
+"""
+# N rows, T target length, D latent
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from fastdiss_cli.diffusion.schedule import NoiseSchedule
+
+
+class Solver(Protocol):
+    """The contract: ``noise`` draws a standard normal [N, T, D]; t > s > 0 are 0-d tensors."""
+
+    def __init__(self, schedule: NoiseSchedule) -> None: ...
+
+    def __call__(
+        self, z: Tensor, z0_hat: Tensor, t: Tensor, s: Tensor, noise: Callable[[], Tensor]
+    ) -> Tensor: ...
+
+
+class Ancestral:
+    """The Gaussian posterior q(z_s | z_t, z_0 = z0_hat), with its variance scaled by eta^2.
+
+    Its mean ``(a s_s^2/s_t^2) z_t + (alpha_s s_{t|s}^2/s_t^2) z0_hat`` and variance
+    ``s_{t|s}^2 s_s^2/s_t^2`` are the case eta = 1 (Ho et al. 2020, DDPM); eta = 0 keeps the
+    direction of the noise (Song et al. 2021, DDIM, equation 12).
+    """
+
+    eta = 1.0
+
+    def __init__(self, schedule: NoiseSchedule) -> None:
+        self.schedule = schedule
+
+    def __call__(
+        self, z: Tensor, z0_hat: Tensor, t: Tensor, s: Tensor, noise: Callable[[], Tensor]
+    ) -> Tensor:
+        alpha_t, alpha_s = self.schedule.alpha(t), self.schedule.alpha(s)
+        sigma_t, sigma_s = self.schedule.sigma(t), self.schedule.sigma(s)
+        _, between = self.schedule.transition(s, t)  # sigma_{t|s}^2
+        variance = self.eta**2 * between * sigma_s**2 / sigma_t**2
+        direction = (z - alpha_t * z0_hat) / sigma_t
+        mean = alpha_s * z0_hat + torch.sqrt((sigma_s**2 - variance).clamp_min(0)) * direction
+        return mean + torch.sqrt(variance) * noise() if self.eta else mean
+
+
+class Deterministic(Ancestral):
+    eta = 0.0
+
+
+class DPMSolverPP2M:
+    """Second-order multistep DPM-Solver++ for the data prediction (Lu et al. 2022, algorithm 2).
+
+    It steps in ``lambda = log(alpha/sigma)``. The step from t = 1, where lambda is -inf, has no
+    earlier estimate and is of first order.
+    """
+
+    def __init__(self, schedule: NoiseSchedule) -> None:
+        self.schedule = schedule
+        self.earlier: tuple[Tensor, Tensor] | None = None  # (lambda, z0_hat) of the step before
+
+    def __call__(
+        self, z: Tensor, z0_hat: Tensor, t: Tensor, s: Tensor, noise: Callable[[], Tensor]
+    ) -> Tensor:
+        lambda_t, lambda_s = self._log_snr(t), self._log_snr(s)
+        estimate = z0_hat
+        if self.earlier is not None:
+            lambda_before, z0_before = self.earlier
+            # h_before is infinite after the step from t = 1, which makes this first order again
+            half_ratio = 0.5 * (lambda_s - lambda_t) / (lambda_t - lambda_before)
+            estimate = z0_hat + half_ratio * (z0_hat - z0_before)
+        self.earlier = (lambda_t, z0_hat)
+        sigma_ratio = self.schedule.sigma(s) / self.schedule.sigma(t)
+        decay = self.schedule.alpha(t) / self.schedule.alpha(s) * sigma_ratio  # exp(-h)
+        return sigma_ratio * z + self.schedule.alpha(s) * (1 - decay) * estimate
+
+    def _log_snr(self, t: Tensor) -> Tensor:
+        return torch.log(self.schedule.alpha(t)) - torch.log(self.schedule.sigma(t))
+
+
+SOLVERS: dict[str, type[Solver]] = {
+    "ddpm": Ancestral,
+    "ddim": Deterministic,
+    "dpm-solver++": DPMSolverPP2M,
+}

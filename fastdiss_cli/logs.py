@@ -1,0 +1,115 @@
+"""What the commands say on stderr: messages, progress bars in a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+_console = Console(stderr=True, highlight=False, soft_wrap=True)
+_plain_every = 10.0  # seconds between progress lines where stderr is not a terminal
+_quiet = False
+
+
+def quiet() -> None:
+    """Say nothing but errors: for all processes of a distributed run but the first."""
+    global _quiet
+    _quiet = True
+
+
+def info(message: str) -> None:
+    """Say one line."""
+    if not _quiet:
+        _console.print(message, markup=False)
+
+
+def warn(message: str) -> None:
+    """Say one line that the user should look at."""
+    if not _quiet:
+        _console.print(f"warning: {message}", style="yellow", markup=False)
+
+
+def error(message: str) -> None:
+    """Say why the command fails."""
+    _console.print(f"fastdiss: error: {message}", style="bold red", markup=False)
+
+
+class Bar:
+    """A running progress report; `advance` it and tell it the figures to show."""
+
+    def __init__(self, what: str, total: int | None, done: int, bar: Progress | None) -> None:
+        self.what, self.total, self.done, self._bar = what, total, done, bar
+        self._start_done = done
+        self._started = self._said = time.monotonic()
+        if bar is not None:
+            self._task = bar.add_task(what, total=total, completed=done, figures="")
+
+    def advance(self, count: int = 1, **figures: Any) -> None:
+        """Count items as done and show the figures, such as ``loss="2.1"``."""
+        self.done += count
+        text = "  ".join(f"{name} {value}" for name, value in figures.items())
+        if self._bar is not None:
+            shown = {"figures": text} if figures else {}
+            self._bar.update(self._task, completed=self.done, **shown)
+        elif time.monotonic() - self._said >= _plain_every:
+            self._said = time.monotonic()
+            info(f"{self.what} {self._progress()}  {text}".rstrip())
+
+    def _progress(self) -> str:
+        elapsed = time.monotonic() - self._started
+        if self.total is None:
+            return f"{self.done:,} in {_clock(elapsed)}"
+        rate = (self.done - self._start_done) / elapsed if elapsed else 0
+        left = _clock((self.total - self.done) / rate) if rate else "?"
+        share = 100 * self.done / max(self.total, 1)
+        return f"{self.done:,}/{self.total:,} ({share:.0f} %), {_clock(elapsed)} < {left}"
+
+
+@contextmanager
+def progress(what: str, total: int | None = None, done: int = 0) -> Iterator[Bar]:
+    """Report the progress of a piece of work; messages may be said meanwhile.
+
+    Args:
+        what: the work, in a word.
+        total: how many items it has, if that is known.
+        done: how many are done already.
+    """
+    if _quiet or not _console.is_terminal:
+        yield Bar(what, total, done, None)
+        return
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("<"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[figures]}"),
+    )
+    with Progress(*columns, console=_console, transient=True) as bar:
+        yield Bar(what, total, done, bar)
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
+def is_terminal() -> bool:
+    """Tell whether stdout, where the data goes, is a terminal."""
+    return sys.stdout.isatty()

@@ -1,0 +1,88 @@
+"""Batched beam search with a key/value cache; finished sentences leave the batch."""
+# B sentences still active, K beam, N rows (B x K), V vocabulary
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastdiss_cli.models.layers import Memory
+from fastdiss_cli.models.registry import Hypothesis
+
+# (newest tokens [N, 1], position, memory, caches) -> log-probabilities [N, V], grown caches
+Step = Callable[[Tensor, int, Memory, list], tuple[Tensor, list]]
+
+
+def beam_search(step: Step, memory: Memory, eos: int, options: Any) -> list[list[Hypothesis]]:
+    """Search for the most likely answers.
+
+    As in fairseq: decoding starts from eos, a hypothesis ends when eos is among the K best
+    continuations, a sentence is done when K hypotheses have ended, and eos is forced at the length
+    limit.
+
+    Args:
+        step: the decoder.
+        memory: of all sentences.
+        eos: the id that ends a hypothesis.
+        options: see `BeamDecoding`.
+
+    Returns:
+        For each sentence up to K hypotheses, best score first; the score is the summed
+        log-probability over the length (eos included) to the power of ``lenpen``.
+    """
+    device = memory.hidden.device
+    B, K = len(memory.hidden), options.beam
+    limits = (options.max_len_a * (~memory.pad_mask).sum(1) + options.max_len_b).long()
+    answers: list[list[Hypothesis]] = [[] for _ in range(B)]
+    sentences = list(range(B))  # the active ones
+    caches: list = [None] * len(memory.keys_values)
+    tokens = torch.full((B, K, 1), eos, device=device)
+    running = torch.full((B, K, 1), float("-inf"), device=device)  # cumulative log-probability
+    running[:, 0] = 0  # at the start all beams are one
+
+    position = 0
+    while sentences:
+        B = len(sentences)
+        log_probs, caches = step(tokens[:, :, -1].reshape(B * K, 1), position, memory, caches)
+        V = log_probs.shape[-1]
+        log_probs = log_probs.view(B, K, V)
+        at_limit = limits <= position + 1
+        not_eos = torch.arange(V, device=device) != eos
+        log_probs = log_probs.masked_fill(at_limit[:, None, None] & not_eos, float("-inf"))
+
+        totals, flat = (running[:, :, -1:] + log_probs).flatten(1).topk(min(2 * K, K * V))
+        parents, best = flat // V, flat % V
+        ends = best == eos
+        for b, rank in (ends[:, :K] & totals[:, :K].isfinite()).nonzero().tolist():
+            found = answers[sentences[b]]
+            if len(found) < K:
+                parent = parents[b, rank]
+                sums = torch.cat([running[b, parent], totals[b, rank, None]])
+                ids = tokens[b, parent, 1:].tolist()
+                score = float(totals[b, rank]) / (position + 1) ** options.lenpen
+                found.append(Hypothesis(ids, score, sums.diff().tolist(), position + 1))
+
+        # the K best that go on: false sorts before true, and the sort keeps the order of scores
+        go_on = torch.sort(ends.int(), dim=1, stable=True).indices[:, :K]
+        parents, best, totals = (x.gather(1, go_on) for x in (parents, best, totals))
+        kept = [
+            b
+            for b, (sentence, full) in enumerate(zip(sentences, at_limit.tolist(), strict=True))
+            if not full and len(answers[sentence]) < K
+        ]
+        if len(kept) < B:
+            rows = torch.tensor(kept, dtype=torch.long, device=device)
+            memory, limits = memory.select(rows), limits[rows]
+            parents, best, totals = parents[rows], best[rows], totals[rows]
+        else:
+            rows = torch.arange(B, device=device)
+        tokens = torch.cat([tokens[rows[:, None], parents], best[..., None]], dim=2)
+        running = torch.cat([running[rows[:, None], parents], totals[..., None]], dim=2)
+        order = (rows[:, None] * K + parents).flatten()
+        caches = [(key[order], value[order]) for key, value in caches]
+        sentences = [sentences[b] for b in kept]
+        position += 1
+    return [sorted(found, key=lambda h: -h.score) for found in answers]

@@ -1,0 +1,98 @@
+"""FastDiSS (arXiv 2604.05551): the network of `difformer`, trained with SCP and MANS."""
+# B sentences, T target length, D latent
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from fastdiss_cli.config import one_of, require
+from fastdiss_cli.diffusion.objective import (
+    MANS,
+    MANS_CONFIDENCES,
+    SCP,
+    SCP_COUPLINGS,
+    SCP_OFFSETS,
+    Condition,
+    Denoise,
+    draw_times,
+    perturbed_self_conditioning,
+)
+from fastdiss_cli.models.difformer import Difformer, DiffusionConfig, register_sizes
+from fastdiss_cli.models.registry import Vocabulary
+
+DEFAULT_ANCHORS = {"distance": (0.1, 1.0), "probability": (0.9, 0.1)}
+
+
+@dataclass(frozen=True)
+class FastDiSSConfig(DiffusionConfig):
+    """Options of SCP and MANS; see `SCP` and `MANS` for what they mean."""
+
+    self_cond_rate: float = 1.0  # share of batches with a first pass at t' > t
+    scp_offset: str = "step-matched"
+    scp_coupling: str = "markov"
+    scp_gap: float = 0.2
+    scp_step_counts: tuple[int, ...] = (2, 3, 5, 10, 20)
+    mans_strength: float = 0.5
+    mans_confidence: str = "distance"
+    mans_anchors: tuple[float, ...] = ()  # (easy, hard); empty: `DEFAULT_ANCHORS`
+    mans_start_update: int = 0
+    mans_shared_pass: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        one_of(self, "scp_offset", SCP_OFFSETS)
+        one_of(self, "scp_coupling", SCP_COUPLINGS)
+        one_of(self, "mans_confidence", MANS_CONFIDENCES)
+        require(self, "scp_gap", 0 < self.scp_gap <= 1, "in (0, 1]")
+        require(
+            self,
+            "scp_step_counts",
+            len(self.scp_step_counts) > 0 and min(self.scp_step_counts) >= 1,
+            "step counts of at least 1",
+        )
+        require(self, "mans_strength", 0 <= self.mans_strength <= 1, "in [0, 1]")
+        anchors = self.mans_anchors
+        valid = not anchors or (len(anchors) == 2 and anchors[0] != anchors[1])
+        require(self, "mans_anchors", valid, "two different values (easy, hard), or empty")
+
+
+class FastDiSS(Difformer):
+    """Difformer with a repaired training: see `perturbed_self_conditioning`."""
+
+    Config = FastDiSSConfig
+
+    def __init__(self, config: FastDiSSConfig, src: Vocabulary, tgt: Vocabulary) -> None:
+        super().__init__(config, src, tgt)
+        self.scp = SCP(
+            config.scp_offset,
+            config.scp_coupling,
+            config.self_cond_rate,
+            config.scp_gap,
+            config.scp_step_counts,
+        )
+        self.mans = MANS(
+            config.mans_strength,
+            config.mans_confidence,
+            config.mans_anchors or DEFAULT_ANCHORS[config.mans_confidence],
+            config.mans_start_update,
+            config.mans_shared_pass,
+        )
+
+    def condition(
+        self, denoise: Denoise, z_0: Tensor, noise: Tensor, tgt_tokens: Tensor, update: int
+    ) -> Condition:
+        def confidence(z0_hat: Tensor) -> Tensor:
+            if self.mans.confidence == "distance":
+                return (z0_hat - z_0).square().mean(-1)
+            log_probs = self.embedding.logits(z0_hat).log_softmax(-1)
+            return log_probs.gather(-1, tgt_tokens[..., None]).squeeze(-1).exp()
+
+        t = draw_times(len(z_0), z_0.device)
+        return perturbed_self_conditioning(
+            denoise, confidence, self.schedule, self.scp, self.mans, z_0, noise, t, update
+        )
+
+
+register_sizes("fastdiss", FastDiSS, "continuous diffusion, SCP and MANS for few steps")

@@ -1,0 +1,195 @@
+"""The one model registry: an architecture is a name for a family and its sizes.
+
+A family is a subclass of `Seq2SeqModel`. Adding a system is one file with one such class and one
+`register` call for each size; the commands find it by its name and never mention a model.
+"""
+# B batch, S source length, T target length
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from fastdiss_cli.config import build
+from fastdiss_cli.data.batching import Batch
+from fastdiss_cli.errors import FastdissError, suggest
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What a model knows of one side's tokenizer."""
+
+    size: int
+    bos: int
+    pad: int
+    eos: int
+
+
+@dataclass
+class Loss:
+    """A training loss: the mean to minimise, and its parts for the log (all 0-d tensors)."""
+
+    total: Tensor
+    parts: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass
+class HistoryStep:
+    """What a candidate looked like at one step of sampling."""
+
+    time: float
+    tokens: list[int]
+    confidences: list[float]
+
+
+@dataclass
+class Hypothesis:
+    """One candidate answer.
+
+    Attributes:
+        tokens: ids without eos.
+        score: mean log-probability of the tokens; higher is better.
+        token_scores: log-probability of each token.
+        nfe: decoder evaluations that it took.
+        history: the steps of sampling, where they were asked for.
+    """
+
+    tokens: list[int]
+    score: float
+    token_scores: list[float]
+    nfe: int
+    history: list[HistoryStep] = field(default_factory=list)
+
+
+class Seq2SeqModel(nn.Module, ABC):
+    """The contract of every system in the registry.
+
+    Class attributes:
+        Config: frozen dataclass of the model's options.
+        Decoding: frozen dataclass of its decoding options; commands offer exactly these.
+        default_select: how one hypothesis is chosen among candidates unless the user says.
+    """
+
+    Config: ClassVar[type]
+    Decoding: ClassVar[type]
+    default_select: ClassVar[str] = "score"
+
+    def __init__(self, config: Any, src: Vocabulary, tgt: Vocabulary) -> None:
+        super().__init__()
+        self.config, self.src, self.tgt = config, src, tgt
+
+    @abstractmethod
+    def loss(self, batch: Batch, update: int) -> Loss:
+        """Return the loss of a batch; random draws come from torch's global generators."""
+
+    @abstractmethod
+    def encode(self, src_tokens: Tensor) -> Any:
+        """Return what decoding needs of the sources; int64 [B, S], right-padded."""
+
+    @abstractmethod
+    def decode(
+        self,
+        memory: Any,
+        sentences: Tensor,
+        options: Any,
+        gold: Sequence[Sequence[int]] | None = None,
+    ) -> list[list[Hypothesis]]:
+        """Return the candidates of each sentence, best score first.
+
+        Args:
+            memory: from `encode`, for B sentences.
+            sentences: int64 [B], their numbers in the corpus, which seed their noise.
+            options: a `Decoding`.
+            gold: the right answers, for options that diagnose with them.
+        """
+
+    def num_parameters(self) -> int:
+        return sum(p.numel() for p in self.parameters())
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """One entry of the registry."""
+
+    name: str
+    family: type[Seq2SeqModel]
+    description: str
+    sizes: dict[str, Any]
+
+    def config(self, overrides: dict[str, Any]) -> Any:
+        """Return the model configuration: the family's defaults < sizes < overrides."""
+        return build(self.family.Config, {**self.sizes, **overrides}, "model")
+
+
+_ARCHITECTURES: dict[str, Architecture] = {}
+_FAMILIES = ("transformer", "difformer", "fastdiss")  # modules of this package, in this order
+
+
+def register(name: str, family: type[Seq2SeqModel], description: str, **sizes: Any) -> None:
+    """Add an architecture.
+
+    Args:
+        name: what ``--arch`` is given; by custom ``family_size``.
+        family: the model class.
+        description: one line for ``fastdiss models``.
+        sizes: options of ``family.Config`` that differ from its defaults.
+
+    Raises:
+        FastdissError: the name is taken, or a size is no option of the family.
+    """
+    if name in _ARCHITECTURES:
+        raise FastdissError(f"architecture {name!r} is registered twice")
+    _ARCHITECTURES[name] = Architecture(name, family, description, sizes)
+    _ARCHITECTURES[name].config({})
+
+
+def architectures(user_module: Path | None = None) -> dict[str, Architecture]:
+    """Return all architectures by name, those of a user's module included."""
+    for family in _FAMILIES:
+        importlib.import_module(f"fastdiss_cli.models.{family}")
+    if user_module is not None:
+        _import_user_module(user_module)
+    return _ARCHITECTURES
+
+
+def architecture(name: str, user_module: Path | None = None) -> Architecture:
+    """Return one architecture.
+
+    Raises:
+        FastdissError: no such name.
+    """
+    known = architectures(user_module)
+    if name not in known:
+        raise FastdissError(
+            f"unknown architecture {name!r}{suggest(name, known)}; `fastdiss models` lists them, "
+            "--user-module adds your own"
+        )
+    return known[name]
+
+
+def _import_user_module(path: Path) -> None:
+    name = f"fastdiss_user_{path.stem}"
+    if name in sys.modules:
+        return
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None or not path.is_file():
+        raise FastdissError(f"--user-module {path}: no such Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except FastdissError:
+        raise
+    except Exception as error:
+        del sys.modules[name]
+        raise FastdissError(
+            f"--user-module {path}: {type(error).__name__} while importing it: {error}"
+        ) from error

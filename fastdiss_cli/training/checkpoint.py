@@ -1,0 +1,232 @@
+"""Checkpoints: one safetensors file that is complete in itself.
+
+Tensors: ``model.*`` (weights), ``ema.*`` (their average), ``optimizer.*`` (its state by weight) and
+``tokenizer.src``, ``tokenizer.tgt`` (SentencePiece models as bytes). Metadata: format version,
+configuration, counters, the dataset's hash, and a sha256 over everything else in the file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from fastdiss_cli.data.tokenizer import Tokenizer
+from fastdiss_cli.errors import FastdissError
+from fastdiss_cli.models.registry import Architecture, Seq2SeqModel, Vocabulary, architecture
+
+FORMAT_VERSION = "1"
+_NUMBERED = re.compile(r"checkpoint_\d+_(\d+)\.safetensors")
+
+
+@dataclass
+class Progress:
+    """How far a training has come: all that it needs to go on, besides the tensors."""
+
+    update: int = 0
+    epoch: int = 1
+    batch: int = 0  # batches of this epoch that are done
+    best: float | None = None
+    best_update: int = 0
+    bad_validations: int = 0  # in a row
+    skipped: int = 0  # updates with a non-finite gradient, in all
+    skipped_in_a_row: int = 0
+
+
+@dataclass
+class Checkpoint:
+    """A checkpoint in memory."""
+
+    arch: str
+    model_config: dict[str, Any]
+    train_config: dict[str, Any]
+    progress: Progress
+    dataset_hash: str
+    world_size: int
+    tensors: dict[str, Tensor] = field(repr=False)
+
+    def group(self, prefix: str) -> dict[str, Tensor]:
+        """Return the tensors of one kind, by the rest of their names."""
+        start = f"{prefix}."
+        return {n.removeprefix(start): t for n, t in self.tensors.items() if n.startswith(start)}
+
+    def tokenizer(self, side: str) -> Tokenizer:
+        return Tokenizer(self.tensors[f"tokenizer.{side}"].numpy().tobytes(), f"tokenizer.{side}")
+
+    def save(self, path: Path) -> None:
+        """Write the file aside, sync it and rename it, so that ``path`` is never half written.
+
+        Raises:
+            FastdissError: the disk is full or the folder cannot be written; an older file at
+                ``path`` is left as it was.
+        """
+        facts = {
+            "arch": self.arch,
+            "model": self.model_config,
+            "train": self.train_config,
+            "progress": asdict(self.progress),
+            "dataset_hash": self.dataset_hash,
+            "world_size": self.world_size,
+        }
+        tensors = {name: t.detach().contiguous() for name, t in sorted(self.tensors.items())}
+        text = json.dumps(facts, sort_keys=True)
+        metadata = {"fastdiss": FORMAT_VERSION, "facts": text, "sha256": _digest(text, tensors)}
+        aside = path.with_name(f".{path.name}.tmp")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_file(tensors, aside, metadata)
+            _sync(aside)
+            os.replace(aside, path)
+            _sync(path.parent)
+        except (OSError, SafetensorError) as error:
+            aside.unlink(missing_ok=True)
+            reason = getattr(error, "strerror", None) or str(error)
+            raise FastdissError(f"{path}: cannot write the checkpoint: {reason}") from None
+
+    @classmethod
+    def load(cls, path: Path) -> Checkpoint:
+        """Read and check a file.
+
+        Raises:
+            FastdissError: no such file, not a checkpoint, damaged, or of another format version.
+        """
+        if not path.is_file():
+            raise FastdissError(f"{path}: no such checkpoint")
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                version = metadata.get("fastdiss")
+                if version == FORMAT_VERSION:
+                    tensors = {name: file.get_tensor(name) for name in sorted(file.keys())}
+        except (OSError, SafetensorError, UnicodeDecodeError) as error:
+            raise FastdissError(f"{path} is not a readable checkpoint: {error}") from None
+        if version is None:
+            raise FastdissError(f"{path} is a safetensors file, but not a fastdiss checkpoint")
+        if version != FORMAT_VERSION:
+            raise FastdissError(
+                f"{path} has checkpoint format {version}; this fastdiss reads {FORMAT_VERSION}"
+            )
+        text = metadata.get("facts", "")
+        if _digest(text, tensors) != metadata.get("sha256"):
+            raise FastdissError(f"{path} is damaged: its bytes differ from its sha256")
+        facts = json.loads(text)
+        return cls(
+            facts["arch"],
+            facts["model"],
+            facts["train"],
+            Progress(**facts["progress"]),
+            facts["dataset_hash"],
+            facts["world_size"],
+            tensors,
+        )
+
+
+def vocabulary(tokenizer: Tokenizer) -> Vocabulary:
+    """Return what a model knows of a tokenizer."""
+    return Vocabulary(tokenizer.vocab_size, tokenizer.bos, tokenizer.pad, tokenizer.eos)
+
+
+def load_model(
+    path: Path, device: torch.device, user_module: Path | None = None
+) -> tuple[Seq2SeqModel, Tokenizer, Tokenizer, Architecture]:
+    """Return a checkpoint's model (averaged weights, evaluation mode) and its tokenizers.
+
+    Raises:
+        FastdissError: see `Checkpoint.load`; or its architecture is not registered.
+    """
+    checkpoint = Checkpoint.load(path)
+    arch = architecture(checkpoint.arch, user_module)
+    src, tgt = checkpoint.tokenizer("src"), checkpoint.tokenizer("tgt")
+    model = arch.family(arch.config(checkpoint.model_config), vocabulary(src), vocabulary(tgt))
+    load_weights(model, {**checkpoint.group("model"), **checkpoint.group("ema")}, path)
+    return model.to(device).eval(), src, tgt, arch
+
+
+@torch.no_grad()
+def load_weights(model: nn.Module, weights: dict[str, Tensor], path: Path) -> None:
+    """Copy named weights into a model."""
+    own = dict(model.named_parameters())
+    different = {n for n in own.keys() | weights.keys() if _shape(own, n) != _shape(weights, n)}
+    if different:
+        name = min(different)
+        raise FastdissError(
+            f"{path}: the weights do not fit the model: {name} has shape {_shape(weights, name)} "
+            f"in the file and {_shape(own, name)} in the model"
+        )
+    for name, p in own.items():
+        p.copy_(weights[name])
+
+
+def pack_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Return the optimizer's state as tensors named by weight and kind."""
+    return {
+        f"{name}/{kind}": value
+        for name, p in model.named_parameters()
+        for kind, value in optimizer.state.get(p, {}).items()
+    }
+
+
+def unpack_optimizer(
+    model: nn.Module, optimizer: torch.optim.Optimizer, packed: dict[str, Tensor]
+) -> None:
+    """Restore what `pack_optimizer` returned."""
+    own = dict(model.named_parameters())
+    for key, value in packed.items():
+        name, kind = key.rsplit("/", 1)
+        # the step counters of fused AdamW live where its parameters do
+        optimizer.state[own[name]][kind] = value.clone().to(own[name].device)
+
+
+def prune_numbered(folder: Path, keep: int) -> None:
+    """Delete all but the newest ``keep`` numbered checkpoints."""
+    numbered = [(m, p) for p in folder.iterdir() if (m := _NUMBERED.fullmatch(p.name))]
+    numbered.sort(key=lambda found: int(found[0][1]))
+    for _, path in numbered[: max(len(numbered) - keep, 0)]:
+        path.unlink(missing_ok=True)
+
+
+def copy_checkpoint(source: Path, target: Path) -> None:
+    """Give a checkpoint a second name without ever leaving half a file there."""
+    aside = target.with_name(f".{target.name}.tmp")
+    aside.unlink(missing_ok=True)
+    try:
+        try:
+            os.link(source, aside)
+        except OSError:  # a file system without hard links
+            shutil.copyfile(source, aside)
+            _sync(aside)
+        os.replace(aside, target)
+    except OSError as error:
+        raise FastdissError(f"{target}: cannot write: {error.strerror}") from None
+
+
+def _shape(tensors: dict[str, Any], name: str) -> list[int] | None:
+    return list(tensors[name].shape) if name in tensors else None
+
+
+def _digest(text: str, tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256(text.encode())
+    for name, tensor in tensors.items():
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        array = tensor.cpu().flatten().view(torch.uint8).numpy() if tensor.numel() else b""
+        digest.update(np.ascontiguousarray(array) if tensor.numel() else b"")
+    return digest.hexdigest()
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,77 @@
+"""Validation: the loss and sacreBLEU of a split, shared out over the ranks."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import sacrebleu
+import torch
+
+from fastdiss_cli.config import TrainConfig
+from fastdiss_cli.data.batching import TokenBatcher
+from fastdiss_cli.data.binarized import BinarizedDataset
+from fastdiss_cli.decoding.generation import Run, decode
+from fastdiss_cli.decoding.selection import by_score
+from fastdiss_cli.models.registry import Seq2SeqModel
+from fastdiss_cli.randomness import seed_everything
+from fastdiss_cli.training.distributed import Processes
+
+
+@torch.no_grad()
+def validation_loss(
+    model: Seq2SeqModel,
+    batcher: TokenBatcher,
+    config: TrainConfig,
+    processes: Processes,
+    update: int,
+    dtype: torch.dtype,
+) -> dict[str, float]:
+    """Return the mean loss of a token and its parts; every call draws the same noise."""
+    sums: dict[str, float] = {}
+    tokens = 0
+    device = processes.device
+    for number, batch in enumerate(batcher.batches(epoch=0)):
+        seed_everything(config.seed, "valid", processes.rank, number)
+        with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+            loss = model.loss(batch.to(device), update)
+        for name, value in {"loss": loss.total, **loss.parts}.items():
+            sums[name] = sums.get(name, 0.0) + float(value) * batch.num_tgt_tokens
+        tokens += batch.num_tgt_tokens
+    *totals, tokens_everywhere = processes.sum([*sums.values(), tokens])
+    return {name: total / tokens_everywhere for name, total in zip(sums, totals, strict=True)}
+
+
+def validation_bleu(
+    model: Seq2SeqModel,
+    dataset: BinarizedDataset,
+    config: TrainConfig,
+    processes: Processes,
+    dtype: torch.dtype,
+) -> float:
+    """Return sacreBLEU of the first ``valid_sentences`` sentences, decoded without beams."""
+    split = dataset["valid"]
+    count = min(config.valid_sentences, len(split["src"]))
+    mine = range(processes.rank, count, processes.world_size)
+    options = quick_decoding(model, config.valid_steps)
+    run = Run(options)
+    sources = [split["src"][i].tolist() for i in mine]
+    if sources:
+        decode(model, sources, [run], by_score, config.max_tokens, dtype=dtype)
+    text = dataset.tgt_tokenizer.decode
+    answers = [(i, text(h.tokens)) for i, h in zip(mine, run.best, strict=True)]
+    hypotheses = [answer for _, answer in sorted(processes.gather(answers))]
+    references = [text(split["tgt"][i].tolist()) for i in range(count)]
+    return sacrebleu.corpus_bleu(hypotheses, [references]).score
+
+
+def quick_decoding(model: Seq2SeqModel, steps: int) -> object:
+    """Return a family's decoding options for one candidate, at a step count if it has steps."""
+    known = {field.name for field in dataclasses.fields(model.Decoding)}
+    wanted = {"steps": steps, "beam": 1}
+    return model.Decoding(**{k: v for k, v in wanted.items() if k in known})
+
+
+def better(score: float, best: float | None) -> bool:
+    """Tell whether a validation score (higher is better) is a new best."""
+    return best is None or (not np.isnan(score) and score > best)

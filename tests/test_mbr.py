@@ -1,0 +1,110 @@
+"""MBR utilities: exact to sacreBLEU's sentence scores, and rightly averaged."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sacrebleu import BLEU, CHRF
+
+from fastdiss_cli.decoding.mbr import expected_utility, utility_matrix
+from fastdiss_cli.errors import FastdissError
+
+SCORERS = {"bleu": BLEU(effective_order=True), "chrf": CHRF()}
+
+# Few different words, so that n-grams repeat within and between the candidates.
+WORDS = ["a", "b", "the", "The", "3.5", "1,000", "-", "5-7", "e.g.", "...", "(so)", "&quot;", "ß"]
+PIECES = [*WORDS, *".,é\n\t\u2003\0", "e\u0301", "日本", "<skipped>", "x-\ny"]
+sentences = st.lists(st.sampled_from(WORDS), max_size=12).map(" ".join)
+jumbles = st.lists(st.sampled_from([*PIECES, " "]), max_size=12).map("".join)
+anything = st.text(max_size=15)
+candidate_lists = st.lists(st.one_of(sentences, jumbles, anything), min_size=1, max_size=6)
+
+
+def pairwise(candidates: list[str], metric: str) -> np.ndarray:
+    score = SCORERS[metric].sentence_score
+    return np.array([[score(hyp, [ref]).score for ref in candidates] for hyp in candidates])
+
+
+def check(candidates: list[str], metric: str) -> None:
+    found = utility_matrix(candidates, metric)
+    assert found.dtype == np.float64
+    np.testing.assert_allclose(found, pairwise(candidates, metric), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("metric", SCORERS)
+@settings(max_examples=150, derandomize=True, deadline=None)
+@given(candidates=candidate_lists)
+def test_matrix_equals_sacrebleu(metric: str, candidates: list[str]) -> None:
+    check(candidates, metric)
+
+
+@pytest.mark.parametrize("metric", SCORERS)
+@pytest.mark.parametrize(
+    "candidates",
+    [
+        [""],
+        ["", "   \n", "word", "word."],
+        ["word", "word", "", "two words", "now three words", "there are four words"],
+        ["the the the the the the the", "the cat is on the mat", "the the cat the the cat"],
+        ["a" * 700, "a" * 299 + "b", "ab " * 300],  # counts beyond one byte
+        ["Größe: 3,5 m²!", "Grösse: 3.5 m2.", "大きさは三・五平方メートル。", "\ud800 x"],
+        ["x-\ny a", "xy a", "x- y a", "x-<skipped>\ny", "1<skipped>.5 b", "1.5 b"],
+        [chr(0x4E00 + i) + chr(0x4E01 + i) for i in range(400)][::20],
+        [" ".join(str(i * k % 307) for i in range(310)) for k in (1, 2, 3)],  # > 255 words
+    ],
+    ids=lambda c: repr(c[0][:8]),
+)
+def test_matrix_equals_sacrebleu_on_awkward_texts(candidates: list[str], metric: str) -> None:
+    check(candidates, metric)
+
+
+def test_closed_form_bleu() -> None:
+    # 1 of 3 words match, no bigram (1/2 of a match among 2), no trigram (1/4 among 1).
+    short = 100 * (1 / 3 * 1 / 4 * 1 / 4) ** (1 / 3)
+    # 1 of 4 words; orders without a match: 1/2 of 3, 1/4 of 2, 1/8 of 1.
+    long = 100 * (1 / 4 * 1 / 6 * 1 / 8 * 1 / 8) ** (1 / 4)
+    expected = [[100, short * math.exp(1 - 4 / 3)], [long, 100]]
+    np.testing.assert_allclose(utility_matrix(["a b c", "a x y z"]), expected, rtol=1e-12)
+
+
+def test_closed_form_chrf() -> None:
+    # Orders 1 and 2 count: precision (2/2 + 1/1) / 2, recall (2/3 + 1/2) / 2.
+    precision, recall = 1, 7 / 12
+    expected = 100 * 5 * precision * recall / (4 * precision + recall)
+    assert utility_matrix(["ab", "a b c"], "chrf")[0, 1] == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("metric", SCORERS)
+def test_expected_utility_averages_over_the_others(metric: str) -> None:
+    candidates = ["a b c d", "a b c", "a b c d", "b c d e f", "a b c d", "", ""]
+    matrix = pairwise(candidates, metric)
+    np.fill_diagonal(matrix, 0)
+    found = expected_utility(candidates, metric)
+    assert found.dtype == np.float64
+    np.testing.assert_allclose(found, matrix.sum(axis=1) / 6, rtol=0, atol=1e-9)
+    assert found[0] == found[2] == found[4]
+
+
+def test_duplicates_outvote_a_single_candidate() -> None:
+    found = expected_utility(["p q r s", "a b c d", "a b c d"])
+    np.testing.assert_allclose(found, [0, 50, 50], rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize(("text", "utility"), [("one two", 100.0), ("", 0.0)])
+def test_single_candidate_is_scored_against_itself(text: str, utility: float) -> None:
+    assert expected_utility([text]) == pytest.approx([utility])
+
+
+def test_no_candidates() -> None:
+    assert utility_matrix([]).shape == (0, 0)
+    assert expected_utility([], "chrf").shape == (0,)
+
+
+@pytest.mark.parametrize("function", [utility_matrix, expected_utility])
+def test_unknown_metric(function) -> None:
+    with pytest.raises(FastdissError, match=r"'ter'.*bleu, chrf"):
+        function(["a", "b"], "ter")
