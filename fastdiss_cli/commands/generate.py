@@ -1,2 +1,360 @@
-def generate() -> None:
-    """stub"""
+"""fastdiss generate: checkpoint + dataset or raw text -> hypotheses."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
+
+import typer
+
+from fastdiss_cli import logs
+from fastdiss_cli.commands.models import UserModule
+from fastdiss_cli.errors import FastdissError
+
+if TYPE_CHECKING:
+    from fastdiss_cli.data.tokenizer import Tokenizer
+    from fastdiss_cli.decoding.generation import Run
+    from fastdiss_cli.models.registry import Seq2SeqModel
+
+Input = {"rich_help_panel": "Input and output"}
+Diffusion = {"rich_help_panel": "Sampling (diffusion models)"}
+Beam = {"rich_help_panel": "Beam search (autoregressive models)"}
+Selection = {"rich_help_panel": "Choosing among candidates"}
+Machine = {"rich_help_panel": "Machine"}
+
+
+def generate(
+    data: Annotated[
+        Path | None, typer.Argument(help="The folder that `fastdiss preprocess` wrote.")
+    ] = None,
+    path: Annotated[
+        Path, typer.Option(metavar="CHECKPOINT", help="As written by `fastdiss train`.")
+    ] = ...,  # type: ignore[assignment]
+    gen_subset: Annotated[str, typer.Option(help="The split to generate.", **Input)] = "test",
+    input: Annotated[
+        str | None,
+        typer.Option(metavar="FILE|-", help="Raw text instead of a dataset; - is stdin.", **Input),
+    ] = None,
+    buffer_size: Annotated[
+        int,
+        typer.Option(help="Sentences read before decoding; 0: 1 for stdin, else 4096.", **Input),
+    ] = 0,
+    ref: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="References for BLEU instead of the dataset's; .tsv has alternatives. Repeatable.",
+            **Input,
+        ),
+    ] = None,
+    results_path: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Write files there, not stdout.", **Input)
+    ] = None,
+    print_history: Annotated[
+        bool, typer.Option("--print-history", help="Show every step of sampling.", **Input)
+    ] = False,
+    steps: Annotated[
+        str | None,
+        typer.Option(metavar="N[,N...]", help="Denoising steps; each is one NFE. [5]", **Diffusion),
+    ] = None,
+    solver: Annotated[
+        str | None, typer.Option(help="ddpm, ddim or dpm-solver++. [ddpm]", **Diffusion)
+    ] = None,
+    self_cond: Annotated[
+        str | None,
+        typer.Option(help="reuse, none, recompute (2 NFE a step) or gold. [reuse]", **Diffusion),
+    ] = None,
+    length_beam: Annotated[
+        int | None, typer.Option(help="Target lengths tried. [1]", **Diffusion)
+    ] = None,
+    noise_beam: Annotated[
+        int | None, typer.Option(help="Noise draws for each length. [1]", **Diffusion)
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the noise. [1]", **Diffusion)] = None,
+    beam: Annotated[int | None, typer.Option(help="1: greedy search. [5]", **Beam)] = None,
+    lenpen: Annotated[float | None, typer.Option(help="Length penalty. [1.0]", **Beam)] = None,
+    max_len_a: Annotated[
+        float | None, typer.Option(help="Longest answer: a x source + b. [1.5]", **Beam)
+    ] = None,
+    max_len_b: Annotated[int | None, typer.Option(help="[20]", **Beam)] = None,
+    select: Annotated[
+        str | None,
+        typer.Option(help="score, mbr or rerank. [mbr; score after beam search]", **Selection),
+    ] = None,
+    mbr_metric: Annotated[str, typer.Option(help="bleu or chrf.", **Selection)] = "bleu",
+    rerank_path: Annotated[
+        Path | None,
+        typer.Option(metavar="CHECKPOINT", help="The transformer that reranks.", **Selection),
+    ] = None,
+    max_tokens: Annotated[
+        int, typer.Option(help="Padded source tokens a batch, all candidates counted.", **Machine)
+    ] = 8000,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.", **Machine)] = "auto",
+    dtype: Annotated[
+        str, typer.Option(help="auto, float32 or bfloat16 (autocast).", **Machine)
+    ] = "auto",
+    user_module: UserModule = None,
+) -> None:
+    """Translate a split of a dataset, or raw text.
+
+    With several step counts: one file each, and a table of quality and speed by step count.
+    """
+    if (data is None) == (input is None):
+        raise typer.BadParameter("give either a dataset folder or --input")
+    step_counts = _step_counts(steps)
+    flags = {
+        "solver": solver,
+        "self_cond": self_cond,
+        "length_beam": length_beam,
+        "noise_beam": noise_beam,
+        "seed": seed,
+        "beam": beam,
+        "lenpen": lenpen,
+        "max_len_a": max_len_a,
+        "max_len_b": max_len_b,
+        "history": print_history or None,
+    }
+
+    from fastdiss_cli.decoding.generation import WINDOW, Run, decode
+    from fastdiss_cli.decoding.output import format_lines, hypothesis_text
+    from fastdiss_cli.training.checkpoint import load_model
+    from fastdiss_cli.training.distributed import pick_device
+    from fastdiss_cli.training.loop import pick_dtype
+
+    on = pick_device(device)
+    autocast = pick_dtype(dtype, on)
+    model, src_tokenizer, tgt_tokenizer, arch = load_model(path, on, user_module)
+    runs = [
+        Run(decoding_options(model, arch.name, {**flags, "steps": count})) for count in step_counts
+    ]
+    chooser = _selector(
+        model, select, mbr_metric, rerank_path, on, user_module, (src_tokenizer, tgt_tokenizer)
+    )
+    window = buffer_size or (1 if input == "-" else WINDOW)
+    if data is not None:
+        corpus, total = _dataset_pairs(data, gen_subset, src_tokenizer, tgt_tokenizer)
+    else:
+        corpus, total = ((src_tokenizer.encode(line), None) for line in _input_lines(input)), None
+    wants_gold = self_cond == "gold"
+    if wants_gold:
+        if data is None:
+            raise typer.BadParameter("--self-cond gold needs a dataset: it is told the answers")
+        logs.warn("--self-cond gold tells the model the right answers: for diagnosis only")
+
+    name = gen_subset if data is not None else "input"
+    texts: list[list[str]] = [[] for _ in runs]
+    references: list[str] = []
+    with ExitStack() as stack:
+        outputs = _outputs(stack, runs, results_path, path, name)
+        quiet = outputs[0] is sys.stdout and logs.is_terminal()
+        bar = None if quiet else stack.enter_context(logs.progress("generating", total))
+        first = 0
+        for pairs in _windows(corpus, window):
+            sources, targets = [src for src, _ in pairs], [tgt for _, tgt in pairs]
+            gold = targets if wants_gold else None
+            if first == 0:  # memory pools and thread pools fill outside the clock
+                warm = [Run(runs[0].options)]
+                decode(model, sources[:16], warm, chooser, max_tokens, 0, gold, autocast)
+            decode(
+                model, sources, runs, chooser, max_tokens, first, gold, autocast,
+                done=bar.advance if bar else lambda sentences: None,
+            )  # fmt: skip
+            decoded_refs = [None if t is None else tgt_tokenizer.decode(t) for t in targets]
+            references += [r for r in decoded_refs if r is not None]
+            for run, output, kept in zip(runs, outputs, texts, strict=True):
+                for i, hypothesis in enumerate(run.best):
+                    source = src_tokenizer.decode(sources[i])
+                    output.write(
+                        format_lines(
+                            first + i,
+                            source,
+                            hypothesis,
+                            tgt_tokenizer,
+                            decoded_refs[i],
+                            colour=output is sys.stdout and logs.is_terminal(),
+                        )  # fmt: skip
+                    )
+                    kept.append(hypothesis_text(hypothesis, tgt_tokenizer))
+                output.flush()
+            first += len(pairs)
+        summaries = _summaries(runs, texts, ref, references)
+        for summary, output in zip(summaries, outputs, strict=True):
+            if output is not sys.stdout:
+                output.write(f"{summary.line(name, arch.name)}\n")
+    if len(runs) == 1:
+        print(summaries[0].line(name, arch.name))
+    else:
+        _print_table(summaries)
+    for output in outputs:
+        if output is not sys.stdout:
+            logs.info(f"wrote {output.name}")
+
+
+def decoding_options(model: Seq2SeqModel, arch: str, flags: dict[str, Any]) -> Any:
+    """Return a model's decoding options; a flag that it does not have is wrong usage."""
+    known = {field.name for field in dataclasses.fields(model.Decoding)}
+    given = {key: value for key, value in flags.items() if value is not None}
+    for key in given:
+        if key not in known:
+            flag = "--print-history" if key == "history" else f"--{key.replace('_', '-')}"
+            raise typer.BadParameter(f"{flag} does not apply to {arch}")
+    return model.Decoding(**given)
+
+
+def _step_counts(steps: str | None) -> list[int | None]:
+    if steps is None:
+        return [None]
+    counts = steps.split(",")
+    if not all(count.strip().isdecimal() and int(count) >= 1 for count in counts):
+        raise typer.BadParameter(f"--steps {steps}: give whole numbers of at least 1, as in 1,2,5")
+    if len(set(map(int, counts))) < len(counts):
+        raise typer.BadParameter(f"--steps {steps}: a step count is there twice")
+    return [int(count) for count in counts]
+
+
+def _selector(
+    model: Seq2SeqModel,
+    select: str | None,
+    metric: str,
+    rerank_path: Path | None,
+    device: Any,
+    user_module: Path | None,
+    tokenizers: tuple[Tokenizer, Tokenizer],
+) -> Any:
+    from fastdiss_cli.decoding.mbr import METRICS
+    from fastdiss_cli.decoding.selection import METHODS, by_mbr, by_reranking, by_score
+    from fastdiss_cli.training.checkpoint import load_model
+
+    select = select or model.default_select
+    if select not in METHODS:
+        raise typer.BadParameter(f"--select {select}: choose from {', '.join(METHODS)}")
+    if metric not in METRICS:
+        raise typer.BadParameter(f"--mbr-metric {metric}: choose from {', '.join(METRICS)}")
+    if (select == "rerank") != (rerank_path is not None):
+        raise typer.BadParameter("--select rerank and --rerank-path go together")
+    if select == "score":
+        return by_score
+    if select == "mbr":
+        return by_mbr(tokenizers[1], metric)
+    reranker, *theirs, _ = load_model(rerank_path, device, user_module)
+    for side, own, other in zip(("source", "target"), tokenizers, theirs, strict=True):
+        _check_tokenizer(side, own, other, f"{rerank_path}")
+    return by_reranking(reranker, device)
+
+
+def _check_tokenizer(side: str, own: Tokenizer, other: Tokenizer, where: str) -> None:
+    if own.hash != other.hash:
+        raise FastdissError(
+            f"the {side} tokenizer of {where} ({other.hash[:16]}) is not the checkpoint's "
+            f"({own.hash[:16]}); use a dataset made with the same --tokenizer, or --input"
+        )
+
+
+def _dataset_pairs(
+    folder: Path, split: str, src: Tokenizer, tgt: Tokenizer
+) -> tuple[Iterator[tuple[list[int], list[int]]], int]:
+    from fastdiss_cli.data.binarized import BinarizedDataset
+
+    dataset = BinarizedDataset(folder)
+    _check_tokenizer("source", src, dataset.src_tokenizer, str(folder))
+    _check_tokenizer("target", tgt, dataset.tgt_tokenizer, str(folder))
+    files = dataset[split]
+    for side, file in files.items():
+        info = dataset.manifest.splits[split][side]
+        file.verify(info, dataset.manifest.vocab_sizes[side])
+    pairs = zip(files["src"], files["tgt"], strict=True)
+    return ((s.tolist(), t.tolist()) for s, t in pairs), len(files["src"])
+
+
+def _input_lines(input: str) -> Iterator[str]:
+    from fastdiss_cli.data.text import decode_lines, read_lines
+
+    return decode_lines(sys.stdin.buffer, "stdin") if input == "-" else read_lines(Path(input))
+
+
+def _windows(pairs: Iterator[Any], size: int) -> Iterator[list[Any]]:
+    window = []
+    for pair in pairs:
+        window.append(pair)
+        if len(window) == size:
+            yield window
+            window = []
+    if window:
+        yield window
+
+
+def _outputs(
+    stack: ExitStack, runs: list[Run], results_path: Path | None, checkpoint: Path, name: str
+) -> list[TextIO]:
+    """Open stdout or a file for each run."""
+    if results_path is None and len(runs) == 1:
+        return [sys.stdout]
+    folder = results_path or checkpoint.parent / "generate"
+    folder.mkdir(parents=True, exist_ok=True)
+    endings = [f".steps{run.options.steps}" for run in runs] if len(runs) > 1 else [""]
+    return [
+        stack.enter_context(open(folder / f"generate-{name}{ending}.txt", "w", encoding="utf-8"))
+        for ending in endings
+    ]
+
+
+@dataclasses.dataclass
+class Summary:
+    """The figures of one run."""
+
+    run: Run
+    bleu: Any = None  # sacreBLEU's score, where there are references
+    signature: str = ""
+
+    @property
+    def speed(self) -> float:
+        return self.run.sentences / max(self.run.seconds, 1e-9)
+
+    @property
+    def nfe(self) -> float:
+        return self.run.nfe / max(self.run.sentences, 1)
+
+    def line(self, name: str, arch: str) -> str:
+        shown = {k: v for k, v in vars(self.run.options).items() if k != "history"}
+        how = " ".join(f"{key}={value}" for key, value in shown.items())
+        quality = f"{self.bleu.format(signature=self.signature)} | " if self.bleu else ""
+        return (
+            f"Generate {name} with {arch} {how}: {quality}{self.run.sentences:,} sentences in "
+            f"{self.run.seconds:.1f} s, {self.speed:.1f} sentences/s, NFE {self.nfe:.1f}"
+        )
+
+
+def _summaries(
+    runs: list[Run], texts: list[list[str]], ref: list[Path] | None, references: list[str]
+) -> list[Summary]:
+    from sacrebleu.metrics import BLEU
+
+    from fastdiss_cli.commands.score import read_all_references
+    from fastdiss_cli.decoding.output import reference_streams
+
+    if ref:
+        answers = read_all_references(ref, len(texts[0]))
+    elif references:
+        answers = [[reference] for reference in references]
+    else:
+        return [Summary(run) for run in runs]
+    summaries = []
+    for run, hypotheses in zip(runs, texts, strict=True):
+        metric = BLEU()
+        bleu = metric.corpus_score(hypotheses, reference_streams(answers))
+        summaries.append(Summary(run, bleu, metric.get_signature().format()))
+    return summaries
+
+
+def _print_table(summaries: list[Summary]) -> None:
+    print(f"{'steps':>5}  {'NFE':>6}  {'BLEU':>6}  {'sentences/s':>11}")
+    for summary in summaries:
+        bleu = f"{summary.bleu.score:.2f}" if summary.bleu else "-"
+        print(
+            f"{summary.run.options.steps:>5}  {summary.nfe:>6.1f}  {bleu:>6}  {summary.speed:>11.1f}"
+        )
+    if summaries[0].bleu:
+        print(f"BLEU signature: {summaries[0].signature}")

@@ -76,7 +76,9 @@ def train(
     ] = None,
     patience: Annotated[
         int | None,
-        typer.Option(help="Stop after so many validations without a new best; 0: never. [0]", **Validation),
+        typer.Option(
+            help="Stop after so many validations without a new best; 0: never. [0]", **Validation
+        ),
     ] = None,
     save_interval_updates: Annotated[
         int | None, typer.Option(help="Save checkpoint_last this often. [1000]", **Validation)

@@ -90,5 +90,7 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError):
-        raise FastdissError(f"--device {name}: no such device here; use cpu, cuda or auto") from None
+        raise FastdissError(
+            f"--device {name}: no such device here; use cpu, cuda or auto"
+        ) from None
     return device

@@ -99,7 +99,9 @@ class Training:
                 all_tokens, stopping = processes.sum([tokens, float(stop.signal > 0)])
                 figures = self._update(micro_batches, all_tokens)
                 window.add(figures, all_tokens)
-                bar.advance(loss=f"{window.mean('loss'):.3f}", **{"tok/s": f"{window.speed():,.0f}"})
+                bar.advance(
+                    loss=f"{window.mean('loss'):.3f}", **{"tok/s": f"{window.speed():,.0f}"}
+                )
 
                 if progress.update % config.log_interval == 0:
                     self._record({"split": "train", **window.summary()})
@@ -396,5 +398,7 @@ def _drop_later_metrics(path: Path, update: int) -> None:
     """Remove the lines of updates that a resumed run will do again."""
     if path.exists():
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["update"] <= update]
+        kept = [
+            line for line in lines if line.endswith("\n") and json.loads(line)["update"] <= update
+        ]
         path.write_text("".join(kept), encoding="utf-8")
