@@ -353,8 +353,7 @@ def _print_table(summaries: list[Summary]) -> None:
     print(f"{'steps':>5}  {'NFE':>6}  {'BLEU':>6}  {'sentences/s':>11}")
     for summary in summaries:
         bleu = f"{summary.bleu.score:.2f}" if summary.bleu else "-"
-        print(
-            f"{summary.run.options.steps:>5}  {summary.nfe:>6.1f}  {bleu:>6}  {summary.speed:>11.1f}"
-        )
+        steps = summary.run.options.steps
+        print(f"{steps:>5}  {summary.nfe:>6.1f}  {bleu:>6}  {summary.speed:>11.1f}")
     if summaries[0].bleu:
         print(f"BLEU signature: {summaries[0].signature}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -30,6 +31,9 @@ from fastdiss_cli.errors import FastdissError, suggest
 Text = {"rich_help_panel": "Text"}
 Vocabulary = {"rich_help_panel": "Tokenizer"}
 CHUNK = 8192  # sentence pairs that a worker is given at once
+_DATASET_FILE = re.compile(
+    r"manifest\.json|tokenizer\.(src|tgt)|(train|(valid|test)\d*)\.(src|tgt)\.(bin|idx)"
+)
 
 
 def preprocess(
@@ -72,7 +76,7 @@ def preprocess(
             **Vocabulary,
         ),
     ] = None,
-    workers: Annotated[int, typer.Option(help="Processes; 0: one a core.")] = 0,
+    workers: Annotated[int, typer.Option(min=0, help="Processes; 0: one a core.")] = 0,
     verify: Annotated[
         bool, typer.Option("--verify", help="Check every byte of the dataset afterwards.")
     ] = False,
@@ -90,14 +94,15 @@ def preprocess(
         if trainpref is None and tokenizer is None:
             raise typer.BadParameter("without --trainpref a --tokenizer is needed")
         _check_destination(destdir)
-        aside = destdir.with_name(f".{destdir.name}.tmp-{os.getpid()}")
+        final = destdir.resolve()  # so that a link stays one, and "." has a name
+        aside = final.with_name(f".{final.name}.tmp-{os.getpid()}")
         aside.mkdir(parents=True)
         try:
             corpus = Corpus(prefixes, source_lang, target_lang, format)
             tokenizers = _tokenizers(corpus, tokenizer, joined, model_type, vocab_size)
             made_with = {"model_type": model_type, "vocab_size": vocab_size, "format": format}
             _binarize(corpus, tokenizers, aside, workers or os.cpu_count() or 1, made_with)
-            replace_folder(aside, destdir)
+            replace_folder(aside, final)
         finally:
             shutil.rmtree(aside, ignore_errors=True)
         logs.info(f"wrote {destdir}")
@@ -150,10 +155,13 @@ def _check_destination(destdir: Path) -> None:
     """Refuse to replace anything but a dataset."""
     if destdir.exists() and not destdir.is_dir():
         raise FastdissError(f"--destdir {destdir} is a file")
-    is_dataset = (destdir / "manifest.json").exists()
-    if destdir.is_dir() and any(destdir.iterdir()) and not is_dataset:
+    names = sorted(path.name for path in destdir.iterdir()) if destdir.exists() else []
+    is_dataset = "manifest.json" in names
+    foreign = [name for name in names if not (is_dataset and _DATASET_FILE.fullmatch(name))]
+    if foreign:
         raise FastdissError(
-            f"--destdir {destdir} holds other files; give a new folder or empty it first"
+            f"--destdir {destdir} holds other files ({foreign[0]}); "
+            "give a new folder or empty it first"
         )
 
 

@@ -157,8 +157,8 @@ def train(
         )
         sentences = len(dataset["train"]["src"])
         logs.info(
-            f"{chosen.name}: {training.model.num_parameters():,} parameters, {sentences:,} training "
-            f"pairs, {processes.world_size} x {processes.device.type}, "
+            f"{chosen.name}: {training.model.num_parameters():,} parameters, "
+            f"{sentences:,} training pairs, {processes.world_size} x {processes.device.type}, "
             f"{str(training.dtype).removeprefix('torch.')}"
         )
         training.run()

@@ -80,7 +80,8 @@ class TokenBatcher:
     Args:
         src, tgt: the two sides of the split.
         src_pad, tgt_pad: their padding ids.
-        max_tokens: the largest padded size of a batch, on either side.
+        max_tokens: the largest padded size of a batch, on either side; more only where a sentence
+            is longer by itself, or where there are fewer sentences than batches are needed.
         max_positions: longer sentences are left out; `left_out` counts them.
         seed, rank, world_size: as in training.
     """
@@ -117,6 +118,10 @@ class TokenBatcher:
         shuffled = draw.permutation(self.sentences)
         by_length = np.lexsort((self.src.sizes[shuffled], self.tgt.sizes[shuffled]))
         batches = batches_by_tokens(shuffled[by_length], self.lengths, self.max_tokens)
+        spare = len(batches) % self.world_size
+        if spare and len(batches) - spare + self.world_size > len(self.sentences):
+            for _ in range(spare):  # too few sentences to halve: pair up the shortest instead
+                batches.append(np.concatenate([batches.pop(0), batches.pop(0)]))
         while len(batches) % self.world_size:  # halve the fullest batch until all ranks get one
             fullest = max(range(len(batches)), key=lambda i: len(batches[i]))
             batch = batches.pop(fullest)

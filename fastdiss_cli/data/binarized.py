@@ -30,6 +30,7 @@ from fastdiss_cli.errors import FastdissError
 
 FORMAT_VERSION = 1
 SIDES = ("src", "tgt")
+ENDINGS = ("bin", "idx")
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQ")
 _DTYPES = {8: np.dtype("<u2"), 4: np.dtype("<i4")}  # fairseq's codes
@@ -77,6 +78,7 @@ class Manifest:
                     split: {side: SideInfo(**info) for side, info in sides.items()}
                     for split, sides in manifest.splits.items()
                 }
+                manifest._check_fields()
                 return manifest
         except FileNotFoundError:
             hint = "make it with `fastdiss preprocess`" if folder.is_dir() else "no such folder"
@@ -88,6 +90,18 @@ class Manifest:
         raise FastdissError(
             f"{folder} has dataset format {version}; this fastdiss reads format {FORMAT_VERSION}"
         )
+
+    def _check_fields(self) -> None:
+        """Raise a KeyError or TypeError where a field that is read later is missing or wrong."""
+        infos = [sides[side] for sides in self.splits.values() for side in SIDES]
+        hashes = [self.tokenizers[side] for side in SIDES]
+        hashes += [info.sha256[ending] for info in infos for ending in ENDINGS]
+        counts = [self.vocab_sizes[side] for side in SIDES]
+        counts += [self.sentences[split] for split in self.splits]
+        for kind, values in ((str, hashes), (int, counts)):
+            for value in values:
+                if not isinstance(value, kind):
+                    raise TypeError(f"{value!r} where {kind.__name__} is expected")
 
     @property
     def hash(self) -> str:
@@ -169,7 +183,11 @@ class TokenFile:
         self.sizes: np.ndarray = index[_HEADER.size : middle].view("<i4")
         self.offsets: np.ndarray = index[middle:].view("<i8")
         self.tokens: np.ndarray = self._map(".bin", _DTYPES[code])
-        end = int(self.offsets[-1]) // self.tokens.itemsize + int(self.sizes[-1]) if count else 0
+        ends = np.cumsum(self.sizes, dtype=np.int64)
+        starts = (ends - self.sizes) * self.tokens.itemsize
+        if self.sizes.min(initial=0) < 0 or not np.array_equal(starts, self.offsets):
+            raise self._damaged(".idx", "sizes and offsets do not fit together")
+        end = int(ends[-1]) if count else 0
         if end != len(self.tokens):
             raise self._damaged(".bin", f"{len(self.tokens)} tokens where the index has {end}")
 
@@ -182,8 +200,8 @@ class TokenFile:
 
     def verify(self, info: SideInfo, vocab_size: int) -> None:
         """Compare both files with the manifest's hashes and every id with the vocabulary."""
-        for ending, expected in info.sha256.items():
-            if _file_hash(Path(f"{self.stem}.{ending}")) != expected:
+        for ending in ENDINGS:
+            if _file_hash(Path(f"{self.stem}.{ending}")) != info.sha256[ending]:
                 raise self._damaged(f".{ending}", "its bytes differ from the manifest's sha256")
         block = 1 << 24
         for start in range(0, len(self.tokens), block):
@@ -261,7 +279,12 @@ def replace_folder(new: Path, final: Path) -> None:
     old = final.with_name(f"{final.name}.old-{os.getpid()}")
     if final.exists():
         final.rename(old)
-    new.rename(final)
+    try:
+        new.rename(final)
+    except OSError:
+        if old.exists():
+            old.rename(final)
+        raise
     shutil.rmtree(old, ignore_errors=True)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 import zlib
 from collections.abc import Iterator
 from itertools import zip_longest
@@ -13,6 +14,7 @@ from typing import IO
 from fastdiss_cli.errors import FastdissError
 
 FORMATS = ("text", "jsonl", "tsv")
+_SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can write them, UTF-8 cannot
 
 
 def read_lines(path: Path) -> Iterator[str]:
@@ -113,12 +115,17 @@ def _json_rows(path: Path, source: str, target: str) -> Iterator[tuple[str, str]
         try:
             row = json.loads(line)
             src, tgt = row[source], row[target]
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             src = tgt = None
         if not isinstance(src, str) or not isinstance(tgt, str):
             raise FastdissError(
                 f"{path}: line {number} is not a JSON object with the text fields "
                 f"{source!r} and {target!r}; name the fields with -s and -t"
+            )
+        if _SURROGATE.search(src) or _SURROGATE.search(tgt):
+            raise FastdissError(
+                f"{path}: line {number} holds half of a character (a lone \\u surrogate); "
+                "mend or remove the line"
             )
         yield src.replace("\n", " "), tgt.replace("\n", " ")
 

@@ -16,6 +16,8 @@ MODEL_TYPES = ("unigram", "bpe", "char", "word")
 _SPACE = "\u2581"  # SentencePiece's mark for a blank
 # training looks at a random sample of at most this many lines: more do not change the pieces
 _TRAINING_LINES = 2_000_000
+_LONGEST_LINE = 1 << 16  # bytes; it leaves out longer ones
+_FIXED_PIECES = 260  # every vocabulary holds 256 bytes and 4 special symbols
 
 
 class Tokenizer:
@@ -66,9 +68,12 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of ids; special symbols vanish."""
-        text = self._sp.decode([i for i in ids if i not in self._specials])
+        ids = [i for i in ids if i not in self._specials]
+        text = self._sp.decode(ids)
         if _SPACE in text:  # the `word` model falls back to the bytes of the mark itself
-            text = text.replace(_SPACE, " ").removeprefix(" ")
+            text = text.replace(_SPACE, " ")
+            if self._sp.is_byte(ids[0]):
+                text = text.removeprefix(" ")
         return text
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
@@ -112,7 +117,7 @@ def train_tokenizer(lines: Iterable[str], model_type: str, vocab_size: int) -> T
             normalization_rule_name="identity",
             remove_extra_whitespaces=False,
             input_sentence_size=_TRAINING_LINES,
-            max_sentence_length=1 << 16,
+            max_sentence_length=_LONGEST_LINE,
             bos_id=0,
             pad_id=1,
             eos_id=2,
@@ -120,6 +125,8 @@ def train_tokenizer(lines: Iterable[str], model_type: str, vocab_size: int) -> T
             minloglevel=3,
         )
     except RuntimeError as error:
+        if counted.failure is not None:
+            raise counted.failure from None
         if not counted.count:
             raise FastdissError("no text to train a tokenizer on: every line is empty") from None
         raise FastdissError(_explain(str(error), model_type, vocab_size)) from None
@@ -127,16 +134,21 @@ def train_tokenizer(lines: Iterable[str], model_type: str, vocab_size: int) -> T
 
 
 class _CountedLines:
-    """Non-empty lines, counted as they pass."""
+    """Non-empty lines, counted as they pass; what goes wrong in reading them is kept."""
 
     def __init__(self, lines: Iterable[str]) -> None:
         self.lines, self.count = lines, 0
+        self.failure: BaseException | None = None
 
     def __iter__(self) -> Iterator[str]:
-        for line in self.lines:
-            if line:
-                self.count += 1
-                yield line
+        try:
+            for line in self.lines:
+                if line:
+                    self.count += 1
+                    yield line
+        except BaseException as error:  # SentencePiece would wrap it in a RuntimeError of its own
+            self.failure = error
+            raise
 
 
 def _explain(message: str, model_type: str, vocab_size: int) -> str:
@@ -147,6 +159,13 @@ def _explain(message: str, model_type: str, vocab_size: int) -> str:
             f"--vocab-size {vocab_size} is more {model_type} pieces than the text has: "
             f"use at most {limit[1]}"
         )
-    if "smaller than required_chars" in message:
-        return f"--vocab-size {vocab_size} is too small for the characters of the text: {reason}"
+    needed = re.search(r"smaller than required_chars\. \d+ vs (\d+)", message)
+    if needed or vocab_size < _FIXED_PIECES:
+        least = needed[1] if needed else _FIXED_PIECES
+        return f"--vocab-size {vocab_size} is too small for the text: use at least {least}"
+    if "sentences_.empty()" in message:
+        return (
+            f"no line of the text can train a tokenizer: all are longer than {_LONGEST_LINE:,} "
+            "bytes or hold reserved characters"
+        )
     return f"cannot train a {model_type} tokenizer of {vocab_size} pieces: {reason}"

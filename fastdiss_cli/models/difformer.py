@@ -252,7 +252,7 @@ class Difformer(Seq2SeqModel):
         answers = []
         for row, length in enumerate(lengths.tolist()):
             ids, token_scores = self._trim(tokens[row][:length], scores[row])
-            score = sum(scores[row][: len(ids) + 1]) / max(len(token_scores), 1)
+            score = sum(token_scores) / len(token_scores)
             history = [
                 HistoryStep(time, *self._trim(ids[row][:length], values[row]))
                 for time, ids, values in frames

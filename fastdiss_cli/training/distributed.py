@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastdiss_cli import logs
+from fastdiss_cli.errors import FastdissError
 
 
 class Processes:
@@ -56,11 +57,11 @@ class Processes:
             if p.grad is None:
                 p.grad = torch.zeros_like(p)
             grads.append(p.grad)
-        flat = torch.cat([g.flatten() for g in grads])
+        flat = torch.cat([grad.flatten() for grad in grads])
         dist.all_reduce(flat)
-        torch._foreach_copy_(
-            grads, [x.view_as(g) for x, g in zip(flat.split([g.numel() for g in grads]), grads)]
-        )
+        summed = flat.split([grad.numel() for grad in grads])
+        for grad, total in zip(grads, summed, strict=True):
+            grad.copy_(total.view_as(grad))
 
     def gather(self, items: list[Any]) -> list[Any]:
         """Concatenate lists over all ranks, on every rank."""
@@ -82,8 +83,6 @@ def pick_device(name: str) -> torch.device:
     Raises:
         FastdissError: no such device.
     """
-    from fastdiss_cli.errors import FastdissError
-
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

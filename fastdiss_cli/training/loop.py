@@ -388,7 +388,7 @@ def stop_on_signal() -> Iterator[Stop]:
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """Return the autocast type of a ``--dtype`` value; ``auto`` is bfloat16 on GPUs that have it."""
+    """Return the autocast type of ``--dtype``; ``auto`` is bfloat16 on GPUs that have it."""
     if name == "auto":
         name = "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
     return getattr(torch, name)

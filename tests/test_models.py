@@ -1,0 +1,278 @@
+"""The networks: what padding, batches, caches and candidates must not change."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+
+import pytest
+import torch
+
+from fastdiss_cli.config import build
+from fastdiss_cli.data.batching import Batch, pad
+from fastdiss_cli.decoding.generation import Run, decode
+from fastdiss_cli.decoding.selection import by_score
+from fastdiss_cli.errors import FastdissError
+from fastdiss_cli.models.registry import Seq2SeqModel, Vocabulary, architecture, architectures
+
+VOCAB = Vocabulary(size=23, bos=0, pad=1, eos=2)
+SMALL = {"model_dim": 32, "ffn_dim": 64, "heads": 2, "encoder_layers": 2, "decoder_layers": 2}
+FAMILIES = ("transformer", "difformer", "fastdiss")
+
+
+@pytest.fixture(autouse=True)
+def no_grad() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+def make_model(family: str, **options: object) -> Seq2SeqModel:
+    torch.manual_seed(0)
+    arch = architecture(f"{family}_tiny")
+    sizes = {**SMALL, **({} if family == "transformer" else {"latent_dim": 16})}
+    return arch.family(arch.config({**sizes, **options}), VOCAB, VOCAB).eval()
+
+
+def random_sentences(count: int, longest: int = 9) -> list[list[int]]:
+    draw = torch.Generator().manual_seed(1)
+    lengths = torch.randint(1, longest, (count,), generator=draw).tolist()
+    return [[*torch.randint(4, 23, (n,), generator=draw).tolist(), VOCAB.eos] for n in lengths]
+
+
+def make_batch(sources: Sequence[Sequence[int]], targets: Sequence[Sequence[int]]) -> Batch:
+    src_tokens, src_pad_mask = pad(sources, VOCAB.pad)
+    tgt_tokens, tgt_pad_mask = pad(targets, VOCAB.pad)
+    ids = torch.arange(len(sources))
+    count = int((~tgt_pad_mask).sum())
+    return Batch(ids, src_tokens, src_pad_mask, tgt_tokens, tgt_pad_mask, count)
+
+
+def answers(model: Seq2SeqModel, sources: list[list[int]], max_tokens: int, **options: object):
+    run = Run(model.Decoding(**options))
+    decode(model, sources, [run], by_score, max_tokens)
+    return [(h.tokens, pytest.approx(h.score, abs=1e-4)) for h in run.best]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("max_tokens", [1, 64, 10_000])
+def test_a_hypothesis_does_not_depend_on_its_batch(family: str, max_tokens: int) -> None:
+    model, sources = make_model(family), random_sentences(64)
+    assert answers(model, sources, max_tokens) == answers(model, sources, 10 * 64)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_hypothesis_does_not_depend_on_the_order_of_the_corpus(family: str) -> None:
+    """Noise belongs to a sentence's number, so here the numbers move along with the sentences."""
+    model, sources = make_model(family), random_sentences(12)
+    options = model.Decoding()
+    memory = model.encode(pad(sources, VOCAB.pad)[0])
+    forward = model.decode(memory, torch.arange(12), options)
+    backward = model.decode(
+        model.encode(pad(sources[::-1], VOCAB.pad)[0]), torch.arange(12).flip(0), options
+    )
+    assert [h[0].tokens for h in forward] == [h[0].tokens for h in reversed(backward)]
+
+
+def test_other_sentence_numbers_and_seeds_draw_other_noise() -> None:
+    model, sources = make_model("difformer"), random_sentences(4)
+    memory = model.encode(pad(sources, VOCAB.pad)[0])
+    first, other, reseeded = (
+        [h[0].score for h in model.decode(memory, torch.arange(4) + n, model.Decoding(seed=seed))]
+        for n, seed in ((0, 1), (4, 1), (0, 2))
+    )
+    assert len({tuple(first), tuple(other), tuple(reseeded)}) == 3
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_more_padding_changes_neither_memory_nor_loss(family: str) -> None:
+    model, sentences = make_model(family), random_sentences(6)
+    batch = make_batch(sentences, sentences[::-1])
+    memory = model.encode(batch.src_tokens)
+    wider = torch.nn.functional.pad(batch.src_tokens, (0, 5), value=VOCAB.pad)
+    kept = model.encode(wider).hidden[:, : batch.src_tokens.shape[1]]
+    real = ~batch.src_pad_mask
+    torch.testing.assert_close(kept[real], memory.hidden[real], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["difformer", "fastdiss"])
+def test_more_padding_changes_no_estimate(family: str) -> None:
+    model, sentences = make_model(family), random_sentences(5)
+    memory = model.encode(pad(sentences, VOCAB.pad)[0])
+    _, mask = pad(sentences, VOCAB.pad)
+    N, T = mask.shape
+    z, t = torch.randn(N, T + 4, 16), torch.rand(N)
+    wide_mask = torch.nn.functional.pad(mask, (0, 4), value=True)
+    narrow = model.denoise(z[:, :T], t, z[:, :T] * 0.5, memory, mask)
+    wide = model.denoise(z, t, z * 0.5, memory, wide_mask)[:, :T]
+    torch.testing.assert_close(wide[~mask], narrow[~mask], rtol=1e-4, atol=1e-5)
+
+
+def test_candidates_share_the_memory_of_their_sentence() -> None:
+    """Folding candidates into the query is the same as repeating the memory for each."""
+    model, sentences = make_model("difformer"), random_sentences(3)
+    memory = model.encode(pad(sentences, VOCAB.pad)[0])
+    z, t = torch.randn(6, 7, 16), torch.rand(6)
+    mask = torch.zeros(6, 7, dtype=torch.bool)
+    folded = model.denoise(z, t, z, memory, mask)
+    repeated = model.denoise(z, t, z, memory.select(torch.arange(3).repeat_interleave(2)), mask)
+    torch.testing.assert_close(folded, repeated, rtol=1e-4, atol=1e-5)
+
+
+def test_times_of_tokens_and_of_sentences_agree() -> None:
+    model, sentences = make_model("difformer"), random_sentences(3)
+    memory = model.encode(pad(sentences, VOCAB.pad)[0])
+    z, t = torch.randn(3, 5, 16), torch.rand(3)
+    mask = torch.zeros(3, 5, dtype=torch.bool)
+    torch.testing.assert_close(
+        model.denoise(z, t, z, memory, mask),
+        model.denoise(z, t[:, None].expand(3, 5), z, memory, mask),
+    )
+
+
+def test_every_embedding_has_norm_sqrt_d() -> None:
+    model = make_model("difformer")
+    norms = model.embedding(torch.arange(VOCAB.size)).norm(dim=-1)
+    torch.testing.assert_close(norms, torch.full_like(norms, math.sqrt(16)), rtol=1e-3, atol=0)
+
+
+def test_beams_give_that_many_candidates_best_first() -> None:
+    model, sources = make_model("difformer"), random_sentences(3)
+    memory = model.encode(pad(sources, VOCAB.pad)[0])
+    options = model.Decoding(length_beam=3, noise_beam=2)
+    for candidates in model.decode(memory, torch.arange(3), options):
+        scores = [h.score for h in candidates]
+        assert len(candidates) == options.candidates == 6
+        assert scores == sorted(scores, reverse=True)
+        assert len(set(scores)) == 6
+        for h in candidates:
+            assert VOCAB.pad not in h.tokens and VOCAB.eos not in h.tokens
+            assert h.score == pytest.approx(sum(h.token_scores) / len(h.token_scores), abs=1e-5)
+
+
+def test_history_has_a_frame_for_every_step_and_ends_in_the_answer() -> None:
+    model, sources = make_model("difformer"), random_sentences(3)
+    memory = model.encode(pad(sources, VOCAB.pad)[0])
+    for (h,) in model.decode(memory, torch.arange(3), model.Decoding(steps=4, history=True)):
+        assert [step.time for step in h.history] == [1, 0.75, 0.5, 0.25]
+        assert h.history[-1].tokens == h.tokens
+
+
+def test_gold_self_conditioning_uses_the_gold_length() -> None:
+    model, sources = make_model("difformer"), random_sentences(3)
+    memory = model.encode(pad(sources, VOCAB.pad)[0])
+    gold = [[5, 6, 2], [7, 2], [8, 9, 10, 11, 2]]
+    found = model.decode(memory, torch.arange(3), model.Decoding(self_cond="gold"), gold)
+    for (h,), wanted in zip(found, gold, strict=True):
+        assert len(h.token_scores) <= len(wanted)
+
+
+# the autoregressive reference
+
+
+def test_cached_decoding_is_teacher_forcing() -> None:
+    model, sentences = make_model("transformer"), random_sentences(4)
+    tokens, _ = pad(sentences, VOCAB.pad)
+    memory = model.encode(tokens)
+    full = model.logits(memory, tokens)
+    caches: list = [None] * 2
+    given = torch.cat([torch.full((4, 1), VOCAB.eos), tokens[:, :-1]], dim=1)
+    for position in range(tokens.shape[1]):
+        hidden, caches = model.decoder.step(
+            model.embed(given[:, position : position + 1], position), memory, caches
+        )
+        logits = torch.nn.functional.linear(hidden[:, 0], model.embedding.weight)
+        torch.testing.assert_close(logits, full[:, position], rtol=1e-4, atol=1e-4)
+
+
+def test_wide_beam_search_finds_the_best_of_all_answers() -> None:
+    """With a beam as wide as the space, the answer is the brute-force optimum."""
+    vocab = Vocabulary(size=6, bos=0, pad=1, eos=2)
+    arch = architecture("transformer_tiny")
+    torch.manual_seed(3)
+    model = arch.family(arch.config(SMALL), vocab, vocab).eval()
+    for p in model.parameters():
+        p.mul_(1.5)  # less uniform than at initialisation
+    options = model.Decoding(beam=64, max_len_a=0, max_len_b=4)
+    memory = model.encode(torch.tensor([[4, 5, 2]]))
+    ((best, *_),) = model.decode(memory, torch.arange(1), options)
+    words = (3, 4, 5)
+    every = [list(w) for n in range(4) for w in itertools.product(words, repeat=n)]
+
+    def log_likelihood(answer: list[int]) -> float:
+        tokens = torch.tensor([[*answer, vocab.eos]])
+        logits = model.logits(memory, tokens)
+        logits[..., [vocab.pad, vocab.bos]] = float("-inf")
+        log_probs = logits.log_softmax(-1)
+        return log_probs.gather(-1, tokens[..., None]).mean().item()
+
+    scores = {tuple(answer): log_likelihood(answer) for answer in every}
+    assert tuple(best.tokens) == max(scores, key=scores.__getitem__)
+    assert best.score == pytest.approx(max(scores.values()), abs=1e-4)
+
+
+def test_greedy_search_follows_the_most_likely_token() -> None:
+    model, sources = make_model("transformer"), random_sentences(5)
+    memory = model.encode(pad(sources, VOCAB.pad)[0])
+    found = model.decode(memory, torch.arange(5), model.Decoding(beam=1))
+    for b, (h,) in enumerate(found):
+        tokens = torch.tensor([[*h.tokens, VOCAB.eos]])
+        logits = model.logits(memory.select(torch.tensor([b])), tokens)
+        logits[..., [VOCAB.pad, VOCAB.bos]] = float("-inf")
+        free = len(h.tokens) + 1 < int(1.5 * len(sources[b]) + 20)  # eos may be forced at the end
+        assert logits[0].argmax(-1).tolist()[: len(h.tokens) + free] == [
+            *h.tokens,
+            *([VOCAB.eos] if free else []),
+        ]
+
+
+def test_log_likelihood_is_the_score_of_beam_search() -> None:
+    model, sources = make_model("transformer"), random_sentences(4)
+    memory = model.encode(pad(sources, VOCAB.pad)[0])
+    found = model.decode(memory, torch.arange(4), model.Decoding(beam=3))
+    likelihood = model.log_likelihood(memory, [h.tokens for row in found for h in row])
+    scores = torch.tensor([h.score for row in found for h in row])
+    # beam search cannot choose bos or pad, whose small share of the probability it spreads
+    torch.testing.assert_close(likelihood, scores, rtol=0.1, atol=0.1)
+
+
+# the registry
+
+
+def test_every_architecture_is_built_from_its_name() -> None:
+    names = architectures()
+    for family in FAMILIES:
+        assert {f"{family}_{size}" for size in ("tiny", "small", "iwslt_de_en", "base")} <= set(
+            names
+        )
+    config = names["fastdiss_iwslt_de_en"].config({})
+    assert (config.model_dim, config.ffn_dim, config.heads, config.latent_dim) == (
+        512,
+        1024,
+        4,
+        128,
+    )
+    assert (config.encoder_layers, config.decoder_layers) == (6, 6)
+
+
+def test_an_unknown_architecture_suggests_the_closest() -> None:
+    with pytest.raises(FastdissError, match="did you mean 'fastdiss_tiny'"):
+        architecture("fastdis_tiny")
+
+
+def test_an_unknown_option_suggests_the_closest() -> None:
+    with pytest.raises(FastdissError, match=r"model.nois_factor; did you mean 'noise_factor'"):
+        architecture("difformer_tiny").config({"nois_factor": 3})
+
+
+def test_options_are_checked() -> None:
+    family = architecture("fastdiss_tiny").family
+    for wrong in (
+        {"noise_factor": 0},
+        {"heads": 5},
+        {"scp_coupling": "no"},
+        {"mans_anchors": [1, 1]},
+        {"dropout": "much"},
+    ):
+        with pytest.raises(FastdissError):
+            build(family.Config, wrong, "model")

@@ -1,0 +1,198 @@
+"""SCP and MANS: times, couplings, what the network is told, and how many passes that costs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastdiss_cli.diffusion.objective import (
+    MANS,
+    SCP,
+    draw_times,
+    perturbed_self_conditioning,
+    standard_self_conditioning,
+)
+from fastdiss_cli.diffusion.schedule import NoiseSchedule
+
+SCHEDULE = NoiseSchedule("sqrt", factor=4.0)
+B, T, D = 6, 3, 4
+OFF = MANS(0.0, "distance", (0.1, 1.0), 0, False)
+
+
+class Recorder:
+    """A denoiser that remembers what it was given and answers with a constant."""
+
+    def __init__(self, answer: float = 7.0) -> None:
+        self.calls: list[tuple[Tensor, Tensor, Tensor]] = []
+        self.answer = answer
+
+    def __call__(self, z_t: Tensor, t: Tensor, self_cond: Tensor) -> Tensor:
+        self.calls.append((z_t, t, self_cond))
+        return torch.full_like(z_t, self.answer)
+
+
+def scp(**changes: object) -> SCP:
+    return SCP(
+        **{
+            "offset": "fixed",
+            "coupling": "markov",
+            "rate": 1.0,
+            "gap": 0.2,
+            "step_counts": (2, 5),
+            **changes,
+        }
+    )
+
+
+def condition(
+    denoise: Callable,
+    t: Tensor,
+    perturbation: SCP,
+    mans: MANS = OFF,
+    confidence: Tensor | None = None,
+    update: int = 10,
+):
+    torch.manual_seed(0)
+    z_0, noise = torch.randn(B, T, D), torch.randn(B, T, D)
+    given = perturbed_self_conditioning(
+        denoise, lambda _: confidence, SCHEDULE, perturbation, mans, z_0, noise, t, update
+    )
+    return given, z_0, noise
+
+
+def test_times_cover_the_unit_interval_evenly() -> None:
+    torch.manual_seed(0)
+    t = draw_times(1000, torch.device("cpu"))
+    # one draw in each of the thousand bins, in random order
+    assert torch.equal(t.sort().values.mul(1000).floor(), torch.arange(1000.0))
+    assert not torch.equal(t, t.sort().values)
+
+
+def test_standard_self_conditioning_estimates_at_the_same_noise() -> None:
+    z_t, t = torch.randn(B, T, D), torch.rand(B, T)
+    denoise = Recorder()
+    given = standard_self_conditioning(denoise, z_t, t, rate=1.0)
+    (seen,) = denoise.calls
+    assert torch.equal(seen[0], z_t) and torch.equal(seen[1], t) and not seen[2].any()
+    assert (given.self_cond == 7).all() and torch.equal(given.t, t)
+
+
+def test_rates_are_shares_of_batches() -> None:
+    torch.manual_seed(0)
+    z_t, t = torch.randn(B, T, D), torch.rand(B, T)
+    told = [
+        standard_self_conditioning(Recorder(), z_t, t, rate=0.25).self_cond.any().item()
+        for _ in range(400)
+    ]
+    assert sum(told) / 400 == pytest.approx(0.25, abs=0.06)
+    torch.manual_seed(0)
+    denoise = Recorder()
+    for _ in range(400):
+        perturbed_self_conditioning(
+            denoise, lambda _: None, SCHEDULE, scp(rate=0.25), OFF,
+            z_t, z_t, torch.full((B,), 0.5), 1,
+        )  # fmt: skip
+    assert len(denoise.calls) / 400 == pytest.approx(0.25, abs=0.06)
+
+
+def test_step_matched_times_are_those_of_the_step_before() -> None:
+    torch.manual_seed(0)
+    t = torch.full((2000,), 0.3)
+    gaps = scp(offset="step-matched").stale_time(t) - t
+    assert set(gaps.mul(1000).round().tolist()) == {500.0, 200.0}  # 1/2 and 1/5
+    assert (gaps < 0.3).float().mean().item() == pytest.approx(0.5, abs=0.05)
+
+
+def test_uniform_times_lie_between_t_and_one() -> None:
+    torch.manual_seed(0)
+    t = torch.full((20_000,), 0.4)
+    stale = scp(offset="uniform").stale_time(t)
+    assert stale.min() >= 0.4 and stale.max() <= 1
+    assert stale.mean().item() == pytest.approx(0.7, abs=0.01)
+
+
+def test_first_pass_runs_at_the_stale_time() -> None:
+    denoise = Recorder()
+    t = torch.tensor([0.1, 0.2, 0.3, 0.4, 0.5, 0.6])
+    given, *_ = condition(denoise, t, scp())
+    (seen,) = denoise.calls
+    torch.testing.assert_close(seen[1], (t + 0.2)[:, None].expand(B, T))
+    assert (given.self_cond == 7).all()
+    torch.testing.assert_close(given.t, t[:, None].expand(B, T))
+
+
+def test_beyond_time_one_the_network_is_told_nothing() -> None:
+    t = torch.tensor([0.1, 0.79, 0.81, 0.9, 0.99, 0.5])
+    given, *_ = condition(Recorder(), t, scp())
+    assert given.self_cond[:, 0, 0].tolist() == [7, 7, 0, 0, 0, 7]
+
+
+def test_couplings() -> None:
+    t = torch.full((B,), 0.3)
+    later = torch.full((B, T), 0.5)
+    inputs = {}
+    for coupling in ("markov", "shared", "independent"):
+        denoise = Recorder()
+        _, z_0, noise = condition(denoise, t, scp(coupling=coupling))
+        inputs[coupling] = denoise.calls[0][0]
+    torch.testing.assert_close(inputs["shared"], SCHEDULE.add_noise(z_0, later, noise))
+
+    # given z_0, only the Markov coupling and the shared noise keep the noise that z_t has
+    def kept(z: Tensor) -> float:
+        residue = z - SCHEDULE.add_noise(z_0, later, torch.zeros_like(noise))
+        return torch.corrcoef(torch.stack([residue.flatten(), noise.flatten()]))[0, 1].item()
+
+    assert kept(inputs["markov"]) > 0.3
+    assert abs(kept(inputs["independent"])) < 0.3
+
+
+def test_mans_gives_easy_tokens_more_noise() -> None:
+    """t_i = t + lambda r (1 - t), r linear between the anchors, per token."""
+    mans = MANS(0.5, "distance", (0.2, 1.0), 0, False)
+    confidence = torch.tensor([0.0, 0.2, 0.6, 1.0, 1.7, 0.4])[:, None].expand(B, T)
+    t = torch.full((B,), 0.4)
+    denoise = Recorder()
+    given, z_0, noise = condition(denoise, t, scp(), mans, confidence)
+    ease = torch.tensor([1.0, 1.0, 0.5, 0.0, 0.0, 0.75])
+    expected = 0.4 + 0.5 * ease * 0.6
+    torch.testing.assert_close(given.t, expected[:, None].expand(B, T))
+    first, second = denoise.calls  # MANS measures at t, SCP estimates at t' > t_i
+    torch.testing.assert_close(first[0], SCHEDULE.add_noise(z_0, t, noise))
+    torch.testing.assert_close(second[1], (expected + 0.2).clamp(max=1)[:, None].expand(B, T))
+
+
+def test_mans_by_probability_has_its_anchors_the_other_way_round() -> None:
+    mans = MANS(0.5, "probability", (0.9, 0.1), 0, False)
+    assert mans.ease(torch.tensor([0.0, 0.1, 0.5, 0.9, 1.0])).tolist() == pytest.approx(
+        [0, 0, 0.5, 1, 1]
+    )
+
+
+def test_mans_starts_at_its_update() -> None:
+    mans = MANS(0.5, "distance", (0.2, 1.0), 100, False)
+    easy = torch.zeros(B, T)
+    t = torch.full((B,), 0.4)
+    before, *_ = condition(Recorder(), t, scp(), mans, easy, update=99)
+    after, *_ = condition(Recorder(), t, scp(), mans, easy, update=100)
+    assert (before.t == 0.4).all() and (after.t > 0.4).all()
+
+
+def test_shared_pass_saves_a_pass_and_stays_below_the_stale_time() -> None:
+    mans = MANS(1.0, "distance", (0.2, 1.0), 0, True)
+    denoise = Recorder()
+    t = torch.full((B,), 0.4)
+    given, *_ = condition(denoise, t, scp(), mans, torch.zeros(B, T))
+    assert len(denoise.calls) == 1
+    torch.testing.assert_close(given.t, torch.full((B, T), 0.6))  # not 1.0: t' is 0.6
+
+
+def test_passes_without_scp() -> None:
+    """Rate 0 leaves MANS alone: one pass for the confidence, and zeros for the network."""
+    mans = MANS(0.5, "distance", (0.2, 1.0), 0, False)
+    denoise = Recorder()
+    given, *_ = condition(denoise, torch.full((B,), 0.4), scp(rate=0.0), mans, torch.zeros(B, T))
+    assert len(denoise.calls) == 1
+    assert not given.self_cond.any() and (given.t > 0.4).all()

@@ -1,0 +1,77 @@
+"""Noise schedules: their ends, and noising further against noising directly."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fastdiss_cli.diffusion.schedule import ABAR, NoiseSchedule, time_grid
+
+SCHEDULES = sorted(ABAR)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_starts_from_the_data_and_ends_in_pure_noise_exactly(name: str) -> None:
+    schedule = NoiseSchedule(name, factor=3.0)
+    zero, one = torch.tensor(0.0), torch.tensor(1.0)
+    assert (schedule.alpha(zero), schedule.sigma(zero)) == (1, 0)
+    assert (schedule.alpha(one), schedule.sigma(one)) == (0, 3)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_signal_falls_and_noise_rises(name: str) -> None:
+    t = torch.linspace(0, 1, 101)
+    schedule = NoiseSchedule(name, factor=2.0)
+    assert (schedule.alpha(t).diff() < 0).all()
+    assert (schedule.sigma(t).diff() > 0).all()
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("times", [(0.2, 0.5), (0.05, 1.0), (0.3, 0.3)])
+def test_noising_further_has_the_mean_and_variance_of_noising_directly(
+    name: str, times: tuple[float, float]
+) -> None:
+    """The Markov coupling: z_t' given z_0 is N(alpha' z_0, sigma'^2), whatever the way."""
+    torch.manual_seed(0)
+    schedule = NoiseSchedule(name, factor=4.0)
+    t, later = (torch.full((1,), time) for time in times)
+    z_0 = torch.full((1, 200_000, 1), 1.5)
+    z_t = schedule.add_noise(z_0, t, torch.randn_like(z_0))
+    z_later = schedule.add_more_noise(z_t, t, later, torch.randn_like(z_0))
+    sigma = schedule.sigma(later).item()
+    assert z_later.mean().item() == pytest.approx(1.5 * schedule.alpha(later).item(), abs=0.04)
+    assert z_later.std().item() == pytest.approx(sigma, rel=0.01)
+
+
+def test_noising_further_keeps_the_noise_that_is_there() -> None:
+    """The correlation of z_t' with z_t is alpha'/alpha sigma/sigma': no fresh start."""
+    torch.manual_seed(0)
+    schedule = NoiseSchedule("sqrt", factor=4.0)
+    t, later = torch.tensor([0.2]), torch.tensor([0.4])
+    z_0 = torch.zeros(1, 200_000, 1)
+    z_t = schedule.add_noise(z_0, t, torch.randn_like(z_0))
+    z_later = schedule.add_more_noise(z_t, t, later, torch.randn_like(z_0))
+    correlation = torch.corrcoef(torch.stack([z_t.flatten(), z_later.flatten()]))[0, 1]
+    expected = schedule.alpha(later) / schedule.alpha(t) * schedule.sigma(t) / schedule.sigma(later)
+    assert correlation.item() == pytest.approx(expected.item(), abs=0.01)
+
+
+def test_times_may_differ_from_token_to_token() -> None:
+    schedule = NoiseSchedule("sqrt", factor=2.0)
+    z_0, noise = torch.randn(2, 3, 5), torch.randn(2, 3, 5)
+    t = torch.rand(2, 3)
+    z_t = schedule.add_noise(z_0, t, noise)
+    one = schedule.add_noise(z_0[1:, 2:], t[1:, 2], noise[1:, 2:])
+    torch.testing.assert_close(z_t[1:, 2:], one)
+
+
+def test_noising_further_from_pure_noise_changes_nothing() -> None:
+    schedule = NoiseSchedule("cosine", factor=2.0)
+    z = torch.randn(1, 4, 5)
+    one = torch.ones(1)
+    torch.testing.assert_close(schedule.add_more_noise(z, one, one, torch.randn_like(z)), z)
+
+
+def test_grid_of_n_steps_has_n_steps() -> None:
+    assert time_grid(1) == [1, 0]
+    assert time_grid(4) == [1, 0.75, 0.5, 0.25, 0]

@@ -1,0 +1,134 @@
+"""Solvers against closed forms where the data are Gaussian: z_0 ~ N(mu, v) for each coordinate.
+
+The best denoiser is then E[z_0 | z_t] = mu + gain (z_t - alpha mu), with
+gain = alpha v / (alpha^2 v + sigma^2), and z_t itself is N(alpha mu, alpha^2 v + sigma^2).
+"""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastdiss_cli.diffusion.sampler import SELF_COND_MODES, sample
+from fastdiss_cli.diffusion.schedule import NoiseSchedule, time_grid
+from fastdiss_cli.diffusion.solvers import SOLVERS
+
+MU, V = 0.7, 0.3
+SCHEDULE = NoiseSchedule("cosine", factor=2.0)
+
+
+def best_denoiser(z: Tensor, t: Tensor) -> Tensor:
+    alpha, sigma = SCHEDULE.alpha(t), SCHEDULE.sigma(t)
+    gain = alpha * V / (alpha**2 * V + sigma**2)
+    return MU + gain * (z - alpha * MU)
+
+
+def marginal(t: float) -> tuple[float, float]:
+    """Mean and standard deviation of z_t."""
+    time = torch.tensor(t, dtype=torch.float64)
+    alpha, sigma = SCHEDULE.alpha(time).item(), SCHEDULE.sigma(time).item()
+    return alpha * MU, math.sqrt(alpha**2 * V + sigma**2)
+
+
+def solve(solver: str, steps: int, start: Tensor, until: int | None = None) -> Tensor:
+    """Run the first ``until`` steps (all but the last by default) from ``start`` at t = 1."""
+    move = SOLVERS[solver](SCHEDULE)
+    times = torch.tensor(time_grid(steps), dtype=start.dtype)
+    z = start
+    for k in range(steps - 1 if until is None else until):
+        estimate = best_denoiser(z, times[k])
+        z = move(z, estimate, times[k], times[k + 1], lambda: torch.randn_like(z))
+    return z
+
+
+@pytest.mark.parametrize("solver", ["ddim", "dpm-solver++"])
+def test_deterministic_solvers_follow_the_flow(solver: str) -> None:
+    """The probability-flow ODE maps z_1 to the z_t of the same quantile, for a Gaussian exactly."""
+    start = 2.0 * torch.linspace(-2, 2, 9, dtype=torch.float64)
+    z = solve(solver, 400, start, until=200)
+    mean, std = marginal(0.5)
+    torch.testing.assert_close(z, mean + std * start / 2.0, rtol=0.01, atol=0.01)
+
+
+def test_second_order_beats_first_order() -> None:
+    start = 2.0 * torch.linspace(-2, 2, 9, dtype=torch.float64)
+    mean, std = marginal(0.5)
+    exact = mean + std * start / 2.0
+    errors = {
+        solver: [(solve(solver, n, start, n // 2) - exact).abs().max().item() for n in (40, 80)]
+        for solver in ("ddim", "dpm-solver++")
+    }
+    assert errors["dpm-solver++"][1] < 0.2 * errors["ddim"][1]
+    # halving the step halves the error of first order, and quarters that of second order
+    assert errors["ddim"][0] / errors["ddim"][1] == pytest.approx(2, rel=0.15)
+    assert errors["dpm-solver++"][0] / errors["dpm-solver++"][1] > 3
+
+
+def test_ancestral_sampling_reaches_the_marginal() -> None:
+    torch.manual_seed(0)
+    z = solve("ddpm", 400, 2.0 * torch.randn(300_000, dtype=torch.float64), until=200)
+    mean, std = marginal(0.5)
+    assert z.mean().item() == pytest.approx(mean, abs=0.012)  # standard error 0.003
+    assert z.std().item() == pytest.approx(std, rel=0.01)
+
+
+def test_one_ancestral_step_is_the_gaussian_posterior() -> None:
+    """With z_0 known, q(z_s | z_t, z_0) has the mean and variance of Ho et al. 2020, eq. 7."""
+    torch.manual_seed(0)
+    t, s = torch.tensor(0.8, dtype=torch.float64), torch.tensor(0.5, dtype=torch.float64)
+    z_t, z_0 = torch.full((200_000,), 1.3, dtype=torch.float64), torch.tensor(0.9)
+    z_s = SOLVERS["ddpm"](SCHEDULE)(z_t, z_0, t, s, lambda: torch.randn_like(z_t))
+    alpha_t, alpha_s = SCHEDULE.alpha(t), SCHEDULE.alpha(s)
+    var_t, var_s = SCHEDULE.sigma(t) ** 2, SCHEDULE.sigma(s) ** 2
+    a = alpha_t / alpha_s
+    between = var_t - a**2 * var_s
+    mean = a * var_s / var_t * 1.3 + alpha_s * between / var_t * 0.9
+    assert z_s.mean().item() == pytest.approx(mean.item(), abs=0.01)
+    assert z_s.var().item() == pytest.approx((between * var_s / var_t).item(), rel=0.01)
+
+
+@pytest.mark.parametrize("solver", sorted(SOLVERS))
+def test_first_step_from_pure_noise_is_finite(solver: str) -> None:
+    z = solve(solver, 5, torch.randn(7, dtype=torch.float64), until=4)
+    assert z.isfinite().all()
+
+
+@pytest.mark.parametrize("solver", sorted(SOLVERS))
+@pytest.mark.parametrize("self_cond", SELF_COND_MODES)
+@pytest.mark.parametrize("steps", [1, 2, 7])
+def test_n_steps_are_n_evaluations(solver: str, self_cond: str, steps: int) -> None:
+    seen: list[float] = []
+
+    def denoise(z: Tensor, t: Tensor, told: Tensor) -> Tensor:
+        seen.append(t[0].item())
+        return z * 0.1
+
+    gold = torch.randn(2, 3, 4)
+    _, nfe = sample(
+        denoise, SCHEDULE, lambda k: torch.randn(2, 3, 4), steps, solver, self_cond, gold
+    )
+    passes = 2 if self_cond == "recompute" else 1
+    assert nfe == len(seen) == passes * steps
+    assert seen[::passes] == pytest.approx(time_grid(steps)[:-1])
+
+
+def test_what_each_self_conditioning_mode_tells_the_network() -> None:
+    told: list[Tensor] = []
+
+    def denoise(z: Tensor, t: Tensor, given: Tensor) -> Tensor:
+        told.append(given)
+        return torch.full_like(z, float(len(told)))
+
+    def run(mode: str) -> list[float]:
+        told.clear()
+        gold = torch.full((1, 1, 1), 9.0)
+        sample(denoise, SCHEDULE, lambda k: torch.ones(1, 1, 1), 3, "ddim", mode, gold)
+        return [given.item() for given in told]
+
+    assert run("reuse") == [0, 1, 2]  # the estimate of the step before
+    assert run("none") == [0, 0, 0]
+    assert run("recompute") == [0, 1, 0, 3, 0, 5]  # an estimate at the same step
+    assert run("gold") == [9, 9, 9]
