@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-GERMAN = "null eins zwei drei vier fünf sechs sieben acht neun".split()
-ENGLISH = "zero one two three four five six seven eight nine".split()
+GERMAN = ["null", "eins", "zwei", "drei", "vier", "fünf", "sechs", "sieben", "acht", "neun"]
+ENGLISH = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 SIZES = {"train": 200, "valid": 20, "test": 20}
 
 

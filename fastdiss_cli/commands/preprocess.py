@@ -8,6 +8,7 @@ import shutil
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -212,9 +213,11 @@ def _binarize(
         (folder / f"tokenizer.{side}").write_bytes(tokenizer.model)
     models = (src.model, tgt.model)
     for split in corpus.prefixes:
-        writers = [TokenWriter(folder / f"{split}.{side}", dtype) for side in ("src", "tgt")]
         sentences = empty = altered = 0
-        with logs.progress(split) as bar:
+        with ExitStack() as stack:
+            stems = [folder / f"{split}.{side}" for side in ("src", "tgt")]
+            writers = [stack.enter_context(TokenWriter(stem, dtype)) for stem in stems]
+            bar = stack.enter_context(logs.progress(split))
             for chunk in _encode_all(corpus.pairs(split), models, workers):
                 for side, writer in enumerate(writers):
                     writer.add(chunk.sizes[side], chunk.tokens[side], chunk.unknown[side])
@@ -222,7 +225,7 @@ def _binarize(
                 empty += chunk.empty
                 altered += chunk.altered
                 bar.advance(len(chunk.sizes[0]))
-        infos = [writer.finish() for writer in writers]
+            infos = [writer.finish() for writer in writers]
         manifest.sentences[split] = sentences
         manifest.splits[split] = dict(zip(("src", "tgt"), infos, strict=True))
         _report(split, sentences, infos, empty, altered)

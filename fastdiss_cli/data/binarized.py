@@ -92,7 +92,9 @@ class Manifest:
         )
 
     def _check_fields(self) -> None:
-        """Raise a KeyError or TypeError where a field that is read later is missing or wrong."""
+        """Raise KeyError, TypeError or ValueError where a field that is read later is wrong."""
+        if self.sentences.keys() != self.splits.keys():
+            raise ValueError("sentences and splits differ")
         infos = [sides[side] for sides in self.splits.values() for side in SIDES]
         hashes = [self.tokenizers[side] for side in SIDES]
         hashes += [info.sha256[ending] for info in infos for ending in ENDINGS]
@@ -120,6 +122,8 @@ class Manifest:
 class TokenWriter:
     """Write one split and side sentence by sentence, in flat memory (12 bytes a sentence).
 
+    It is a context manager, which closes the file.
+
     Args:
         stem: the path without its ending, as in ``folder/train.src``.
         dtype: uint16 or int32, little-endian.
@@ -128,9 +132,15 @@ class TokenWriter:
     def __init__(self, stem: Path, dtype: np.dtype) -> None:
         self.stem, self.dtype = stem, dtype
         self.unknown = 0
-        self._file = open(f"{stem}.bin", "wb")  # noqa: SIM115 - closed in `finish`
+        self._file = open(f"{stem}.bin", "wb")  # noqa: SIM115 - closed in `__exit__`
         self._bin_hash = hashlib.sha256()
         self._sizes: list[np.ndarray] = []
+
+    def __enter__(self) -> TokenWriter:
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        self._file.close()
 
     def add(self, sizes: np.ndarray, tokens: np.ndarray, unknown: int) -> None:
         """Append sentences given as one flat array and their lengths."""
@@ -152,7 +162,6 @@ class TokenWriter:
             file.write(index)
             _sync(file)
         _sync(self._file)
-        self._file.close()
         return SideInfo(
             tokens=int(sizes.sum(dtype=np.int64)),
             longest=int(sizes.max(initial=0)),

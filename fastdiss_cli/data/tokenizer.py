@@ -42,7 +42,7 @@ class Tokenizer:
             if not model:
                 raise RuntimeError
             self._sp.LoadFromSerializedProto(model)
-        except RuntimeError:
+        except (RuntimeError, UnicodeError):
             raise FastdissError(f"{origin}: not a SentencePiece model") from None
         self.vocab_size: int = self._sp.vocab_size()
         self.unk: int = self._sp.unk_id()

@@ -1,0 +1,228 @@
+"""Reading raw text: what a line is, and one clear message for whatever is wrong with a file."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fastdiss_cli.data.text import read_lines, read_pairs, read_references
+from fastdiss_cli.errors import FastdissError
+
+PAIRS = [("ein Hund", "a dog"), ("", "nothing"), ("zwei\u2028Hunde", "two\rdogs"), ("ö\x85", "𝔬")]
+BOM = b"\xef\xbb\xbf"
+
+# Any text that UTF-8 can hold, a line long, not ending as a Windows line end would.
+line_texts = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\n")).filter(
+    lambda line: not line.endswith("\r") and not line.startswith("\ufeff")
+)
+
+
+def write(path: Path, data: bytes | str) -> Path:
+    """Write a file, gzipped where its name says so."""
+    data = data if isinstance(data, bytes) else data.encode()
+    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
+    return path
+
+
+def write_format(folder: Path, format: str, gz: str, pairs: list[tuple[str, str]]) -> str:
+    """Write pairs as ``format`` and return the prefix to read them by."""
+    if format == "text":
+        write(folder / f"x.de{gz}", "".join(f"{src}\n" for src, _ in pairs))
+        write(folder / f"x.en{gz}", "".join(f"{tgt}\n" for _, tgt in pairs))
+    elif format == "tsv":
+        write(folder / f"x.tsv{gz}", "".join(f"{src}\t{tgt}\n" for src, tgt in pairs))
+    else:
+        rows = [json.dumps({"de": src, "en": tgt, "id": 1}) + "\n" for src, tgt in pairs]
+        write(folder / f"x.jsonl{gz}", "".join(rows))
+    return str(folder / "x")
+
+
+def pairs_of(prefix: Path | str, format: str = "text") -> list[tuple[str, str]]:
+    return list(read_pairs(str(prefix), "de", "en", format))
+
+
+def failure(prefix: Path | str, format: str = "text") -> str:
+    """Return the message that reading the pairs fails with: always a single line."""
+    with pytest.raises(FastdissError) as caught:
+        pairs_of(prefix, format)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("gz", ["", ".gz"])
+@pytest.mark.parametrize("format", ["text", "jsonl", "tsv"])
+def test_every_format_gives_the_same_pairs(tmp_path: Path, format: str, gz: str) -> None:
+    prefix = write_format(tmp_path, format, gz, PAIRS)
+    assert pairs_of(prefix, format) == PAIRS
+
+
+@pytest.mark.parametrize("format", ["jsonl", "tsv"])
+def test_one_file_may_be_named_in_full(tmp_path: Path, format: str) -> None:
+    write_format(tmp_path, format, ".gz", PAIRS)
+    for name in (f"x.{format}.gz", f"x.{format}"):
+        assert pairs_of(tmp_path / name, format) == PAIRS
+
+
+@settings(max_examples=60, derandomize=True, deadline=None)
+@given(lines=st.lists(line_texts, max_size=6), end=st.sampled_from(["\n", "\r\n"]))
+def test_lines_end_at_a_line_feed_only(
+    tmp_path_factory: pytest.TempPathFactory, lines: list[str], end: str
+) -> None:
+    path = tmp_path_factory.getbasetemp() / "lines.txt"
+    assert list(read_lines(write(path, "".join(line + end for line in lines)))) == lines
+
+
+@pytest.mark.parametrize("split", ["\u2028", "\u2029", "\x85", "\x0b", "\x0c", "\x1c", "\r"])
+def test_no_other_character_splits_a_line(tmp_path: Path, split: str) -> None:
+    path = write(tmp_path / "x", f"a{split}b\n{split}c\n")
+    assert list(read_lines(path)) == [f"a{split}b", f"{split}c"]
+
+
+def test_bom_and_windows_line_ends_are_not_text(tmp_path: Path) -> None:
+    path = write(tmp_path / "x", BOM + b"a\r\n\r\n" + BOM + b"b\r\r\nlast")
+    assert list(read_lines(path)) == ["a", "", "\ufeffb\r", "last"]
+    assert list(read_lines(write(tmp_path / "bom", BOM + b"\n"))) == [""]
+
+
+@pytest.mark.parametrize("format", ["jsonl", "tsv"])
+def test_bom_and_windows_line_ends_in_other_formats(tmp_path: Path, format: str) -> None:
+    row = b'{"de": "a", "en": "b"}' if format == "jsonl" else b"a\tb"
+    write(tmp_path / f"x.{format}", BOM + row + b"\r\n" + row + b"\r\n")
+    assert pairs_of(tmp_path / "x", format) == [("a", "b"), ("a", "b")]
+
+
+def test_a_line_feed_inside_json_stays_one_sentence(tmp_path: Path) -> None:
+    write(tmp_path / "x.jsonl", json.dumps({"de": "a\nb", "en": "c"}))
+    assert pairs_of(tmp_path / "x", "jsonl") == [("a b", "c")]
+
+
+def test_tsv_takes_the_first_two_columns(tmp_path: Path) -> None:
+    write(tmp_path / "x.tsv", "a\tb\tc\n\t\n")
+    assert pairs_of(tmp_path / "x", "tsv") == [("a", "b"), ("", "")]
+
+
+@pytest.mark.parametrize("format", ["text", "jsonl", "tsv"])
+def test_missing_file(tmp_path: Path, format: str) -> None:
+    message = failure(tmp_path / "x", format)
+    assert f"x.{'de' if format == 'text' else format}: no such file" in message
+
+
+def test_missing_target(tmp_path: Path) -> None:
+    write(tmp_path / "x.de", "a\n")
+    assert "x.en: no such file" in failure(tmp_path / "x")
+
+
+@pytest.mark.parametrize(("longer", "shorter"), [("de", "en"), ("en", "de")])
+@pytest.mark.parametrize("few", [0, 3])
+def test_unequal_counts_are_both_told(tmp_path: Path, longer: str, shorter: str, few: int) -> None:
+    write(tmp_path / f"x.{longer}", "a\n" * 11)
+    write(tmp_path / f"x.{shorter}", "a\n" * few)
+    message = failure(tmp_path / "x")
+    assert f"x.{longer} has 11 lines" in message
+    assert f"x.{shorter} has {few}" in message
+
+
+@pytest.mark.parametrize("gz", ["", ".gz"])
+def test_bad_utf8_is_located(tmp_path: Path, gz: str) -> None:
+    write(tmp_path / f"x.de{gz}", b"gut\nauch gut\nschl\xe4cht\n")
+    write(tmp_path / f"x.en{gz}", "a\nb\nc\n")
+    message = failure(tmp_path / "x")
+    assert f"x.de{gz}: line 3 is not valid UTF-8 (byte 5 of the line)" in message
+
+
+def test_bytes_of_a_surrogate_are_bad_utf8(tmp_path: Path) -> None:
+    with pytest.raises(FastdissError, match="line 1 is not valid UTF-8"):
+        list(read_lines(write(tmp_path / "x", b"\xed\xa0\x80\n")))
+
+
+@pytest.mark.parametrize("format", ["text", "jsonl", "tsv"])
+def test_empty_file(tmp_path: Path, format: str) -> None:
+    assert "empty" in failure(write_format(tmp_path, format, "", []), format)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        '{"de": "a"}',
+        '{"en": "a"}',
+        '{"de": "a", "en": 3}',
+        '{"de": "a", "en": null}',
+        '["a", "b"]',
+        '"de"',
+        "null",
+        "",
+        '{"de": "a", "en": "b"',
+        "[" * 100_000,
+    ],
+    ids=lambda row: row[:12] or "blank",
+)
+def test_json_lines_that_hold_no_pair(tmp_path: Path, row: str) -> None:
+    write(tmp_path / "x.jsonl", f'{{"de": "a", "en": "b"}}\n{row}\n')
+    message = failure(tmp_path / "x", "jsonl")
+    assert "x.jsonl: line 2" in message
+    assert "'de' and 'en'" in message
+
+
+@pytest.mark.parametrize("text", ["\\ud800", "a\\udfffb", "\\udc00\\ud800"])
+@pytest.mark.parametrize("side", ["de", "en"])
+def test_lone_surrogates_in_json_are_refused(tmp_path: Path, side: str, text: str) -> None:
+    other = "en" if side == "de" else "de"
+    write(tmp_path / "x.jsonl", f'{{"{side}": "{text}", "{other}": "b"}}\n')
+    message = failure(tmp_path / "x", "jsonl")
+    assert "x.jsonl: line 1" in message and "surrogate" in message
+
+
+def test_a_surrogate_pair_in_json_is_one_character(tmp_path: Path) -> None:
+    write(tmp_path / "x.jsonl", '{"de": "\\ud83d\\ude00", "en": "b"}\n')
+    assert pairs_of(tmp_path / "x", "jsonl") == [("😀", "b")]
+
+
+def test_tsv_line_without_a_tab(tmp_path: Path) -> None:
+    write(tmp_path / "x.tsv", "a\tb\na b\n")
+    assert "x.tsv: line 2 has no tab" in failure(tmp_path / "x", "tsv")
+
+
+def test_damaged_gzip_gives_one_line_or_the_same_text(tmp_path: Path) -> None:
+    lines = [f"Zeile {i * i}" for i in range(40)]
+    whole = gzip.compress("".join(f"{line}\n" for line in lines).encode(), mtime=0)
+    path = tmp_path / "x.gz"
+    refused = 0
+    for i in range(len(whole)):
+        flipped = whole[:i] + bytes([whole[i] ^ 0x10]) + whole[i + 1 :]
+        for data, is_prefix in ((whole[:i], True), (flipped, False)):
+            path.write_bytes(data)
+            try:
+                found = list(read_lines(path))
+            except FastdissError as error:
+                refused += 1
+                assert "x.gz" in str(error) and "\n" not in str(error)
+            else:  # nothing at all is an empty file; some header bytes do not matter
+                assert found == ([] if is_prefix else lines)
+                assert not is_prefix or i == 0
+    assert refused > len(whole)
+
+
+def test_text_that_is_no_gzip(tmp_path: Path) -> None:
+    path = tmp_path / "x.gz"
+    path.write_bytes(b"plain text\n")
+    with pytest.raises(FastdissError, match=r"x\.gz: .*gzip"):
+        list(read_lines(path))
+
+
+def test_reading_a_folder(tmp_path: Path) -> None:
+    with pytest.raises(FastdissError, match="directory"):
+        list(read_lines(tmp_path))
+
+
+@pytest.mark.parametrize("gz", ["", ".gz"])
+def test_references(tmp_path: Path, gz: str) -> None:
+    text = "one\tuno\n\nthree\t\tdrei\n"
+    several = read_references(write(tmp_path / f"ref.tsv{gz}", text))
+    assert several == [["one", "uno"], [""], ["three", "", "drei"]]
+    single = read_references(write(tmp_path / f"ref.txt{gz}", text))
+    assert single == [["one\tuno"], [""], ["three\t\tdrei"]]

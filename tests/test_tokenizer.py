@@ -1,0 +1,207 @@
+"""Tokenizers give every text back, number their special symbols, and refuse what they are not."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+import sentencepiece as spm
+from conftest import GERMAN
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from fastdiss_cli.data.tokenizer import MODEL_TYPES, Tokenizer, load_tokenizer, train_tokenizer
+from fastdiss_cli.errors import FastdissError
+
+LINES = [f"{a} {b}  {c}" for a in GERMAN for b in GERMAN for c in GERMAN[:3]]
+FIXED = 260  # 256 bytes and 4 special symbols
+SMALL = {"unigram": 285, "bpe": 300, "char": 270, "word": 265}  # not all that the text has
+
+texts = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\n\u2581"))
+sentences = st.lists(st.sampled_from([*GERMAN, "", "Haus", "<s>", "."])).map(" ".join)
+
+
+@cache
+def trained(model_type: str) -> Tokenizer:
+    return train_tokenizer(LINES, model_type, SMALL[model_type])
+
+
+@cache
+def foreign(**options: int) -> Tokenizer:
+    """Train as someone else would, with SentencePiece's own defaults."""
+    model = io.BytesIO()
+    spm.SentencePieceTrainer.train(
+        sentence_iterator=iter(LINES),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=40,
+        minloglevel=3,
+        **options,
+    )
+    return Tokenizer(model.getvalue())
+
+
+def failure(lines: list[str], model_type: str, vocab_size: int) -> str:
+    """Return the message that training fails with: always a single line."""
+    with pytest.raises(FastdissError) as caught:
+        train_tokenizer(lines, model_type, vocab_size)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+@settings(max_examples=200, derandomize=True, deadline=None)
+@given(text=st.one_of(texts, sentences))
+@example("")
+@example("  ")
+@example(" eins")
+@example(" Haus")
+@example("eins  Haus ")
+@example(" <unk> </s><pad> <0x41>")
+@example("\0\t\r\x85\u2028\ufeff\u3000\ufffd\u2585\u2047")
+def test_round_trip(model_type: str, text: str) -> None:
+    tokenizer = trained(model_type)
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.decode(ids[:-1]) == text  # eos is no text
+    assert ids[-1] == tokenizer.eos
+    assert all(tokenizer.unk < i < tokenizer.vocab_size for i in ids[:-1])
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+@settings(max_examples=50, derandomize=True, deadline=None)
+@given(text=st.one_of(texts, sentences))
+@example(" a")
+@example(" b b")
+def test_round_trip_where_almost_nothing_is_known(model_type: str, text: str) -> None:
+    tokenizer = trained_on_one_letter(model_type)
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+@cache
+def trained_on_one_letter(model_type: str) -> Tokenizer:
+    return train_tokenizer(["a"], model_type, 300)
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_special_symbols_are_numbered_as_in_fairseq(model_type: str) -> None:
+    tokenizer = trained(model_type)
+    assert (tokenizer.bos, tokenizer.pad, tokenizer.eos, tokenizer.unk) == (0, 1, 2, 3)
+    assert tokenizer.encode("") == [2]
+    padded = [0, *tokenizer.encode("eins zwei"), 1, 1]
+    assert tokenizer.decode(padded) == "eins zwei"
+
+
+def test_special_symbols_in_the_text_stay_text() -> None:
+    tokenizer = train_tokenizer([*LINES, "<s> <unk> </s> <pad> <0x41>"] * 3, "bpe", 400)
+    ids = tokenizer.encode("<s> </s> <pad> <unk>")
+    assert not {0, 1, 2, 3} & set(ids[:-1])
+    assert tokenizer.decode(ids) == "<s> </s> <pad> <unk>"
+
+
+@pytest.mark.parametrize(
+    ("options", "bos_pad_eos"),
+    [
+        ({}, (1, 40, 2)),
+        ({"bos_id": -1, "eos_id": -1, "pad_id": -1}, (40, 41, 42)),
+        ({"bos_id": -1, "pad_id": 5}, (40, 5, 2)),
+    ],
+    ids=["defaults", "none", "no-bos"],
+)
+def test_foreign_model(options: dict[str, int], bos_pad_eos: tuple[int, int, int]) -> None:
+    tokenizer = foreign(**options)
+    bos, pad, eos = bos_pad_eos
+    assert (tokenizer.bos, tokenizer.pad, tokenizer.eos, tokenizer.unk) == (*bos_pad_eos, 0)
+    assert tokenizer.vocab_size == max(40, *(i + 1 for i in bos_pad_eos))
+    ids = tokenizer.encode("eins zwei")
+    assert ids[-1] == eos and max(ids[:-1]) < 40
+    assert tokenizer.decode([bos, *ids, pad, pad]) == "eins zwei"
+    assert len(tokenizer.pieces([bos, *ids, pad])) == len(ids) + 2
+
+
+def test_hash_is_that_of_the_bytes(tmp_path: Path) -> None:
+    tokenizer = trained("unigram")
+    path = tmp_path / "spm.model"
+    path.write_bytes(tokenizer.model)
+    loaded = load_tokenizer(path)
+    assert loaded.hash == tokenizer.hash == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert loaded.encode("eins Haus") == tokenizer.encode("eins Haus")
+    assert len({trained(model_type).hash for model_type in MODEL_TYPES}) == len(MODEL_TYPES)
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_training_is_repeatable(model_type: str) -> None:
+    again = train_tokenizer(LINES, model_type, SMALL[model_type])
+    assert again.hash == trained(model_type).hash
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"", b"\0", b"# fairseq dictionary\nthe 100\n", b"\xff" * 64, bytes(range(256)), b"\x0a" * 9],
+    ids=lambda data: repr(data[:6]),
+)
+def test_other_bytes_are_refused(tmp_path: Path, data: bytes) -> None:
+    path = tmp_path / "spm.model"
+    path.write_bytes(data)
+    with pytest.raises(FastdissError, match=r"spm\.model: not a SentencePiece model$"):
+        load_tokenizer(path)
+
+
+def test_half_a_model_is_refused_or_works() -> None:
+    model = trained("bpe").model
+    for end in range(1, len(model), 37):
+        try:
+            half = Tokenizer(model[:end])
+        except FastdissError:
+            continue
+        assert half.encode("eins")[-1] == half.eos
+
+
+def test_missing_model(tmp_path: Path) -> None:
+    with pytest.raises(FastdissError, match=r"spm\.model: cannot read the tokenizer: No such file"):
+        load_tokenizer(tmp_path / "spm.model")
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_a_vocabulary_larger_than_the_text_is_smaller(model_type: str) -> None:
+    tokenizer = train_tokenizer(LINES, model_type, 8000)
+    assert SMALL[model_type] < tokenizer.vocab_size < 500
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+@pytest.mark.parametrize("vocab_size", [-1, 0, 1, FIXED - 1])
+def test_a_vocabulary_that_is_too_small(model_type: str, vocab_size: int) -> None:
+    message = failure(LINES, model_type, vocab_size)
+    assert f"--vocab-size {vocab_size} is too small" in message
+    assert "character_coverage" not in message  # no option of ours
+
+
+@pytest.mark.parametrize("model_type", ["unigram", "bpe"])
+def test_the_least_vocabulary_is_told(model_type: str) -> None:
+    least = FIXED + len(set("".join(LINES)))
+    assert f"use at least {least}" in failure(LINES, model_type, least - 1)
+    assert train_tokenizer(LINES, model_type, least).vocab_size == least
+
+
+@pytest.mark.parametrize("lines", [[], ["", ""]], ids=["no lines", "empty lines"])
+def test_no_text(lines: list[str]) -> None:
+    assert "every line is empty" in failure(lines, "unigram", 300)
+
+
+def test_only_lines_that_are_too_long() -> None:
+    assert "longer than 65,536 bytes" in failure(["eins " * 20_000], "bpe", 300)
+
+
+@pytest.mark.parametrize("good", [0, 1, 300])
+def test_a_failure_in_the_text_is_told_as_it_is(good: int) -> None:
+    def lines() -> Iterator[str]:
+        yield from LINES[:good]
+        raise FastdissError("x.de: line 7 is not valid UTF-8")
+
+    with pytest.raises(FastdissError) as caught:
+        train_tokenizer(lines(), "bpe", 300)
+    assert str(caught.value) == "x.de: line 7 is not valid UTF-8"

@@ -1,0 +1,264 @@
+"""Training: exact resume, learning-rate schedules, averages, skipped updates, early stopping."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import run_cli
+from torch import nn
+
+from fastdiss_cli.config import TrainConfig, build
+from fastdiss_cli.data.binarized import BinarizedDataset
+from fastdiss_cli.errors import FastdissError
+from fastdiss_cli.models.registry import Loss, architecture
+from fastdiss_cli.training.checkpoint import Checkpoint, load_model
+from fastdiss_cli.training.distributed import Processes
+from fastdiss_cli.training.loop import Training
+from fastdiss_cli.training.optimizer import EMA, learning_rate
+
+NETWORK = {"model_dim": 16, "ffn_dim": 32, "heads": 2, "encoder_layers": 1, "decoder_layers": 1}
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def data_bin(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data") / "bin"
+    done = run_cli(
+        "preprocess", "-s", "de", "-t", "en", "--destdir", folder, "--model-type", "char",
+        *(f"--{split}pref={corpus / split}" for split in ("train", "valid", "test")),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def start(data_bin: Path, save_dir: Path, arch: str = "fastdiss_tiny", **options: object):
+    config = build(
+        TrainConfig,
+        {
+            "max_tokens": 500,
+            "max_update": 12,
+            "warmup_updates": 4,
+            "valid_sentences": 4,
+            "log_interval": 1,
+            **options,
+        },
+        "train",
+    )
+    network = dict(NETWORK, **({} if arch.startswith("transformer") else {"latent_dim": 8}))
+    dataset = BinarizedDataset(data_bin)
+    return Training(architecture(arch), network, config, dataset, save_dir, Processes(CPU))
+
+
+def tensors(save_dir: Path) -> dict[str, torch.Tensor]:
+    return Checkpoint.load(save_dir / "checkpoint_last.safetensors").tensors
+
+
+def metrics(save_dir: Path, without: tuple[str, ...] = ("tokens_per_second", "seconds")):
+    lines = (save_dir / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k not in without} for line in lines]
+
+
+@pytest.mark.parametrize("arch", ["transformer_tiny", "difformer_tiny", "fastdiss_tiny"])
+def test_resuming_is_the_same_as_never_stopping(data_bin: Path, tmp_path: Path, arch: str) -> None:
+    """Dropout on, gradients accumulated, stopped in the middle of an epoch."""
+    options = {"update_freq": 3, "validate_interval_updates": 5}
+    start(data_bin, tmp_path / "whole", arch, **options).run()
+    start(data_bin, tmp_path / "parts", arch, max_update=7, **options).run()
+    resumed = start(data_bin, tmp_path / "parts", arch, **options)
+    assert resumed.progress.update == 7 and resumed.progress.batch > 0
+    resumed.run()
+    whole, parts = tensors(tmp_path / "whole"), tensors(tmp_path / "parts")
+    assert whole.keys() == parts.keys()
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    seven = [line for line in metrics(tmp_path / "parts") if line["update"] != 7]
+    assert seven == [line for line in metrics(tmp_path / "whole") if line["update"] != 7]
+
+
+def test_resuming_otherwise_is_refused_with_the_difference(data_bin: Path, tmp_path: Path) -> None:
+    start(data_bin, tmp_path, max_update=1).run()
+    with pytest.raises(FastdissError, match=r"train.seed was 1 and is now 2") as refused:
+        start(data_bin, tmp_path, seed=2)
+    assert "--accept-changes" in str(refused.value)
+    start(data_bin, tmp_path, max_update=2).run()  # training longer changes no update
+
+
+def test_a_signal_saves_and_a_second_run_goes_on(data_bin: Path, tmp_path: Path) -> None:
+    command = [
+        sys.executable, "-m", "fastdiss_cli", "train", str(data_bin), "--arch", "difformer_tiny",
+        "--save-dir", str(tmp_path), "--max-update", "100000", "--max-tokens", "500",
+        *(f"--set=model.{key}={value}" for key, value in NETWORK.items()),
+        "--set=train.log_interval=1", "--set=train.valid_sentences=0",
+    ]  # fmt: skip
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=env)
+    log = tmp_path / "metrics.jsonl"
+    deadline = time.monotonic() + 60
+    while not (log.exists() and log.stat().st_size) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM, said
+    assert "Traceback" not in said
+    update = Checkpoint.load(tmp_path / "checkpoint_last.safetensors").progress.update
+    assert update >= metrics(tmp_path)[-1]["update"] > 0
+    more = run_cli(*command[3:], "--max-update", str(update + 1))
+    assert more.returncode == 0, more.stderr
+    assert f"after update {update:,}" in more.stderr
+
+
+def test_two_processes_train_on_all_sentences(data_bin: Path, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [
+            sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0",
+            "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0",
+            "-m", "fastdiss_cli", "train", str(data_bin), "--arch", "fastdiss_tiny",
+            "--save-dir", str(tmp_path), "--max-epoch", "1", "--max-tokens", "500",
+            "--set=train.log_interval=1", "--set=train.valid_sentences=5",
+            *(f"--set=model.{key}={value}" for key, value in NETWORK.items()),
+        ],
+        capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert Checkpoint.load(tmp_path / "checkpoint_last.safetensors").world_size == 2
+    lines = metrics(tmp_path)
+    assert lines[-1]["split"] == "valid" and math.isfinite(lines[-1]["loss"])
+    updates = [line["update"] for line in lines if line["split"] == "train"]
+    assert updates == list(range(1, len(updates) + 1))  # one log for both ranks
+
+
+def test_learning_rates() -> None:
+    config = TrainConfig(lr=1.0, warmup_updates=10, max_update=110)
+    assert [learning_rate(u, config) for u in (1, 5, 10, 40)] == [0.1, 0.5, 1.0, 0.5]
+    cosine = dataclasses.replace(config, lr_scheduler="cosine")
+    assert [learning_rate(u, cosine) for u in (5, 10, 60, 110)] == pytest.approx([0.5, 1, 0.5, 0])
+    without = dataclasses.replace(config, warmup_updates=0)
+    assert learning_rate(1, without) == 1.0
+
+
+def test_the_average_follows_the_weights() -> None:
+    model = nn.Linear(1, 1, bias=False)
+    nn.init.constant_(model.weight, 0.0)
+    ema = EMA(model, 0.5)
+    nn.init.constant_(model.weight, 1.0)
+    ema.update(model, updates=1)  # early: decay (1 + 1) / (10 + 1)
+    assert ema.weights["weight"].item() == pytest.approx(1 - 2 / 11)
+    ema.update(model, updates=1000)
+    assert ema.weights["weight"].item() == pytest.approx(1 - 1 / 11)
+    ema.swap(model)
+    assert (model.weight.item(), ema.weights["weight"].item()) == pytest.approx((1 - 1 / 11, 1))
+
+
+def test_accumulated_micro_batches_are_one_large_batch(data_bin: Path, tmp_path: Path) -> None:
+    """The gradient is that of the mean over all tokens, however they are cut into batches."""
+    training = start(data_bin, tmp_path, "transformer_tiny", seed=3)
+    training.model.eval()
+    training.model.train = lambda mode=True: training.model  # dropout stays off
+    sentences = training.batcher.epoch(1)[0]
+    grads = []
+    for parts in ([sentences], [sentences[:2], sentences[2:]]):
+        batches = [training.batcher.collate(part) for part in parts]
+        training.progress.update = 0
+        training.config = dataclasses.replace(training.config, clip_norm=0.0, lr=1e-12)
+        training._update(batches, sum(batch.num_tgt_tokens for batch in batches))
+        grads.append([p.grad.clone() for p in training.model.parameters()])
+    for whole, cut in zip(*grads, strict=True):
+        torch.testing.assert_close(whole, cut, rtol=1e-3, atol=1e-6)
+
+
+def test_updates_with_a_non_finite_gradient_are_skipped_and_bounded(
+    data_bin: Path, tmp_path: Path
+) -> None:
+    training = start(data_bin, tmp_path, "transformer_tiny", max_skipped=3)
+    before = {name: p.detach().clone() for name, p in training.model.named_parameters()}
+    right = training.model.loss
+
+    def wrong(batch, update):
+        return Loss(right(batch, update).total * math.nan)
+
+    training.model.loss = wrong
+    with pytest.raises(FastdissError, match="3 updates in a row"):
+        training.run()
+    assert training.progress.skipped == 3
+    assert all(torch.equal(before[name], p) for name, p in training.model.named_parameters())
+
+
+def test_training_stops_when_validation_gets_no_better(data_bin: Path, tmp_path: Path) -> None:
+    training = start(
+        data_bin, tmp_path, max_update=1000, patience=2, lr=1e-12, validate_interval_updates=2,
+        valid_sentences=0, ema_decay=0,
+    )  # fmt: skip
+    training.run()
+    assert training.progress.bad_validations == 2 and training.progress.update < 50
+
+
+def test_checkpoints_are_kept_and_named_as_told(data_bin: Path, tmp_path: Path) -> None:
+    start(data_bin, tmp_path, validate_interval_updates=3, keep_last=2).run()
+    names = sorted(path.name for path in tmp_path.glob("*.safetensors"))
+    assert len(names) == 4
+    assert "checkpoint_best.safetensors" in names and "checkpoint_last.safetensors" in names
+    assert {name.split("_")[-1] for name in names} > {"12.safetensors", "9.safetensors"}
+
+
+def test_sentences_that_are_too_long_are_left_out_with_a_report(
+    data_bin: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    training = start(data_bin, tmp_path, max_positions=20)
+    said = capfd.readouterr().err
+    assert f"{training.batcher.left_out} of 200" in said and "max_positions = 20" in said
+
+
+def test_a_checkpoint_is_complete_in_itself(data_bin: Path, tmp_path: Path) -> None:
+    training = start(data_bin, tmp_path, max_update=3)
+    training.run()
+    model, src, tgt, arch = load_model(tmp_path / "checkpoint_last.safetensors", CPU)
+    assert arch.name == "fastdiss_tiny" and src.hash == tgt.hash
+    assert src.decode(src.encode("drei vier")) == "drei vier"
+    for name, p in model.named_parameters():  # generate uses the averaged weights
+        assert torch.equal(p, training.ema.weights[name])
+
+
+@pytest.mark.parametrize("wrong", ["flip", "truncate", "garbage", "other safetensors"])
+def test_a_damaged_checkpoint_is_refused(data_bin: Path, tmp_path: Path, wrong: str) -> None:
+    start(data_bin, tmp_path, max_update=1).run()
+    path = tmp_path / "checkpoint_last.safetensors"
+    content = bytearray(path.read_bytes())
+    if wrong == "flip":
+        content[-100] ^= 1
+    elif wrong == "truncate":
+        del content[-100:]
+    elif wrong == "garbage":
+        content = bytearray(b"not a checkpoint")
+    else:
+        from safetensors.torch import save
+
+        content = bytearray(save({"x": torch.zeros(1)}))
+    path.write_bytes(content)
+    with pytest.raises(FastdissError, match=str(path)):
+        Checkpoint.load(path)
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_the_older_one(
+    data_bin: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training = start(data_bin, tmp_path, max_update=1)
+    training.run()
+    path = tmp_path / "checkpoint_last.safetensors"
+    before = path.read_bytes()
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("fastdiss_cli.training.checkpoint.save_file", full)
+    with pytest.raises(FastdissError, match="No space left on device"):
+        training._save(numbered=False)
+    assert path.read_bytes() == before
