@@ -50,8 +50,16 @@ def error(message: str) -> None:
 class Bar:
     """A running progress report; `advance` it and tell it the figures to show."""
 
-    def __init__(self, what: str, total: int | None, done: int, bar: Progress | None) -> None:
+    def __init__(
+        self,
+        what: str,
+        total: int | None,
+        done: int,
+        bar: Progress | None,
+        plain_every: float = _plain_every,
+    ) -> None:
         self.what, self.total, self.done, self._bar = what, total, done, bar
+        self._plain_every = plain_every
         self._start_done = done
         self._started = self._said = time.monotonic()
         if bar is not None:
@@ -64,7 +72,7 @@ class Bar:
         if self._bar is not None:
             shown = {"figures": text} if figures else {}
             self._bar.update(self._task, completed=self.done, **shown)
-        elif time.monotonic() - self._said >= _plain_every:
+        elif time.monotonic() - self._said >= self._plain_every:
             self._said = time.monotonic()
             info(f"{self.what} {self._progress()}  {text}".rstrip())
 
@@ -79,16 +87,19 @@ class Bar:
 
 
 @contextmanager
-def progress(what: str, total: int | None = None, done: int = 0) -> Iterator[Bar]:
+def progress(
+    what: str, total: int | None = None, done: int = 0, hidden: bool = False
+) -> Iterator[Bar]:
     """Report the progress of a piece of work; messages may be said meanwhile.
 
     Args:
         what: the work, in a word.
         total: how many items it has, if that is known.
         done: how many are done already.
+        hidden: say nothing, because the results themselves pass through the terminal.
     """
-    if _quiet or not _console.is_terminal:
-        yield Bar(what, total, done, None)
+    if _quiet or hidden or not _console.is_terminal:
+        yield Bar(what, total, done, None, _plain_every if not hidden else float("inf"))
         return
     columns = (
         SpinnerColumn(),

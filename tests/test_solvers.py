@@ -40,7 +40,7 @@ def solve(solver: str, steps: int, start: Tensor, until: int | None = None) -> T
     z = start
     for k in range(steps - 1 if until is None else until):
         estimate = best_denoiser(z, times[k])
-        z = move(z, estimate, times[k], times[k + 1], lambda: torch.randn_like(z))
+        z = move(z, estimate, times[k], times[k + 1], lambda: torch.randn_like(start))
     return z
 
 

@@ -6,6 +6,7 @@ import dataclasses
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
@@ -118,72 +119,39 @@ def generate(
         "history": print_history or None,
     }
 
-    from fastdiss_cli.decoding.generation import WINDOW, Run, decode
-    from fastdiss_cli.decoding.output import format_lines, hypothesis_text
+    from fastdiss_cli.decoding.generation import WINDOW, Run
     from fastdiss_cli.training.checkpoint import load_model
     from fastdiss_cli.training.distributed import pick_device
     from fastdiss_cli.training.loop import pick_dtype
 
     on = pick_device(device)
-    autocast = pick_dtype(dtype, on)
-    model, src_tokenizer, tgt_tokenizer, arch = load_model(path, on, user_module)
-    runs = [
-        Run(decoding_options(model, arch.name, {**flags, "steps": count})) for count in step_counts
-    ]
-    chooser = _selector(
-        model, select, mbr_metric, rerank_path, on, user_module, (src_tokenizer, tgt_tokenizer)
-    )
-    window = buffer_size or (1 if input == "-" else WINDOW)
-    if data is not None:
-        corpus, total = _dataset_pairs(data, gen_subset, src_tokenizer, tgt_tokenizer)
-    else:
-        corpus, total = ((src_tokenizer.encode(line), None) for line in _input_lines(input)), None
-    wants_gold = self_cond == "gold"
-    if wants_gold:
-        if data is None:
+    model, src, tgt, arch = load_model(path, on, user_module)
+    runs = [Run(decoding_options(model, arch.name, {**flags, "steps": n})) for n in step_counts]
+    choose = _selector(model, select, mbr_metric, rerank_path, on, user_module, (src, tgt))
+    corpus = _dataset_pairs(data, gen_subset, src, tgt) if data else _input_pairs(str(input), src)
+    if self_cond == "gold":
+        if input is not None:
             raise typer.BadParameter("--self-cond gold needs a dataset: it is told the answers")
         logs.warn("--self-cond gold tells the model the right answers: for diagnosis only")
-
-    name = gen_subset if data is not None else "input"
-    texts: list[list[str]] = [[] for _ in runs]
-    references: list[str] = []
-    with ExitStack() as stack:
-        outputs = _outputs(stack, runs, results_path, path, name)
-        quiet = outputs[0] is sys.stdout and logs.is_terminal()
-        bar = None if quiet else stack.enter_context(logs.progress("generating", total))
-        first = 0
-        for pairs in _windows(corpus, window):
-            sources, targets = [src for src, _ in pairs], [tgt for _, tgt in pairs]
-            gold = targets if wants_gold else None
-            if first == 0:  # memory pools and thread pools fill outside the clock
-                warm = [Run(runs[0].options)]
-                decode(model, sources[:16], warm, chooser, max_tokens, 0, gold, autocast)
-            decode(
-                model, sources, runs, chooser, max_tokens, first, gold, autocast,
-                done=bar.advance if bar else lambda sentences: None,
-            )  # fmt: skip
-            decoded_refs = [None if t is None else tgt_tokenizer.decode(t) for t in targets]
-            references += [r for r in decoded_refs if r is not None]
-            for run, output, kept in zip(runs, outputs, texts, strict=True):
-                for i, hypothesis in enumerate(run.best):
-                    source = src_tokenizer.decode(sources[i])
-                    output.write(
-                        format_lines(
-                            first + i,
-                            source,
-                            hypothesis,
-                            tgt_tokenizer,
-                            decoded_refs[i],
-                            colour=output is sys.stdout and logs.is_terminal(),
-                        )  # fmt: skip
-                    )
-                    kept.append(hypothesis_text(hypothesis, tgt_tokenizer))
-                output.flush()
-            first += len(pairs)
+    name = gen_subset if data else "input"
+    with ExitStack() as files:
+        outputs = _outputs(files, runs, results_path, path, name)
+        texts, references = _translate(
+            model,
+            (src, tgt),
+            corpus,
+            runs,
+            outputs,
+            window=buffer_size or (1 if input == "-" else WINDOW),
+            gold=self_cond == "gold",
+            select=choose,
+            max_tokens=max_tokens,
+            dtype=pick_dtype(dtype, on),
+        )
         summaries = _summaries(runs, texts, ref, references)
         for summary, output in zip(summaries, outputs, strict=True):
             if output is not sys.stdout:
-                output.write(f"{summary.line(name, arch.name)}\n")
+                print(summary.line(name, arch.name), file=output)
     if len(runs) == 1:
         print(summaries[0].line(name, arch.name))
     else:
@@ -191,6 +159,61 @@ def generate(
     for output in outputs:
         if output is not sys.stdout:
             logs.info(f"wrote {output.name}")
+
+
+@dataclasses.dataclass
+class Source:
+    """What is to be translated: (source, target or None) ids, and how many if that is known."""
+
+    pairs: Iterator[tuple[list[int], list[int] | None]]
+    total: int | None
+
+
+def _translate(
+    model: Seq2SeqModel,
+    tokenizers: tuple[Tokenizer, Tokenizer],
+    corpus: Source,
+    runs: list[Run],
+    outputs: list[TextIO],
+    window: int,
+    gold: bool,
+    **how: Any,
+) -> tuple[list[list[str]], list[str]]:
+    """Decode a corpus window by window, writing the lines of each run in corpus order.
+
+    Returns:
+        The hypotheses of each run and the references (none for raw text), as text.
+    """
+    from fastdiss_cli.decoding.generation import Run, decode
+    from fastdiss_cli.decoding.output import format_lines, hypothesis_text
+
+    src, tgt = tokenizers
+    to_terminal = outputs[0] is sys.stdout and logs.is_terminal()
+    texts: list[list[str]] = [[] for _ in runs]
+    references: list[str] = []
+    with logs.progress("generating", corpus.total, hidden=to_terminal) as bar:
+        for pairs in iter(lambda: list(islice(corpus.pairs, window)), []):
+            sources, targets = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+            first = len(texts[0])
+            answers = targets if gold else None
+            if first == 0:  # thread and memory pools fill outside the clock
+                warm_up = [Run(runs[0].options)]
+                decode(model, sources[:16], warm_up, first=0, gold=answers, **how)
+            decode(model, sources, runs, first=first, gold=answers, done=bar.advance, **how)
+            for i, (source, target) in enumerate(pairs):
+                source_text = src.decode(source)
+                reference = None if target is None else tgt.decode(target)
+                if reference is not None:
+                    references.append(reference)
+                for run, output, kept in zip(runs, outputs, texts, strict=True):
+                    lines = format_lines(
+                        first + i, source_text, run.best[i], tgt, reference, colour=to_terminal
+                    )
+                    output.write(lines)
+                    kept.append(hypothesis_text(run.best[i], tgt))
+            for output in outputs:
+                output.flush()
+    return texts, references
 
 
 def decoding_options(model: Seq2SeqModel, arch: str, flags: dict[str, Any]) -> Any:
@@ -253,9 +276,7 @@ def _check_tokenizer(side: str, own: Tokenizer, other: Tokenizer, where: str) ->
         )
 
 
-def _dataset_pairs(
-    folder: Path, split: str, src: Tokenizer, tgt: Tokenizer
-) -> tuple[Iterator[tuple[list[int], list[int]]], int]:
+def _dataset_pairs(folder: Path, split: str, src: Tokenizer, tgt: Tokenizer) -> Source:
     from fastdiss_cli.data.binarized import BinarizedDataset
 
     dataset = BinarizedDataset(folder)
@@ -263,27 +284,16 @@ def _dataset_pairs(
     _check_tokenizer("target", tgt, dataset.tgt_tokenizer, str(folder))
     files = dataset[split]
     for side, file in files.items():
-        info = dataset.manifest.splits[split][side]
-        file.verify(info, dataset.manifest.vocab_sizes[side])
+        file.verify(dataset.manifest.splits[split][side], dataset.manifest.vocab_sizes[side])
     pairs = zip(files["src"], files["tgt"], strict=True)
-    return ((s.tolist(), t.tolist()) for s, t in pairs), len(files["src"])
+    return Source(((s.tolist(), t.tolist()) for s, t in pairs), len(files["src"]))
 
 
-def _input_lines(input: str) -> Iterator[str]:
+def _input_pairs(input: str, src: Tokenizer) -> Source:
     from fastdiss_cli.data.text import decode_lines, read_lines
 
-    return decode_lines(sys.stdin.buffer, "stdin") if input == "-" else read_lines(Path(input))
-
-
-def _windows(pairs: Iterator[Any], size: int) -> Iterator[list[Any]]:
-    window = []
-    for pair in pairs:
-        window.append(pair)
-        if len(window) == size:
-            yield window
-            window = []
-    if window:
-        yield window
+    lines = decode_lines(sys.stdin.buffer, "stdin") if input == "-" else read_lines(Path(input))
+    return Source(((src.encode(line), None) for line in lines), None)
 
 
 def _outputs(
