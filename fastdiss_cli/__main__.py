@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 
 import typer
@@ -45,9 +44,6 @@ def main() -> None:
     except FastdissError as error:
         logs.error(str(error))
         sys.exit(1)
-    except BrokenPipeError:  # the reader, such as `head`, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
     except OSError as error:
         logs.error(f"{error.filename or 'input/output'}: {error.strerror or error}")
         sys.exit(1)

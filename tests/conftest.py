@@ -2,20 +2,42 @@
 
 from __future__ import annotations
 
+import io
 import os
 import random
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
+
+from fastdiss_cli.__main__ import main
 
 GERMAN = ["null", "eins", "zwei", "drei", "vier", "fünf", "sechs", "sieben", "acht", "neun"]
 ENGLISH = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 SIZES = {"train": 200, "valid": 20, "test": 20}
 
 
-def run_cli(*args: str | Path) -> subprocess.CompletedProcess[str]:
+def run_cli(*args: str | Path, stdin: str = "") -> subprocess.CompletedProcess[str]:
+    """Run ``fastdiss ARGS`` within this process, which has torch already, its output captured."""
+    out, err = io.StringIO(), io.StringIO()
+    words = ["fastdiss", *map(str, args)]
+    lines = io.TextIOWrapper(io.BytesIO(stdin.encode()), encoding="utf-8")
+    before = sys.argv, sys.stdin
+    sys.argv, sys.stdin = words, lines
+    code = 0
+    try:
+        with redirect_stdout(out), redirect_stderr(err):
+            main()
+    except SystemExit as stop:
+        code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    finally:
+        sys.argv, sys.stdin = before
+    return subprocess.CompletedProcess(words, code, out.getvalue(), err.getvalue())
+
+
+def run_process(*args: str | Path) -> subprocess.CompletedProcess[str]:
     """Run ``fastdiss ARGS`` in a process of its own, its output captured as text."""
     return subprocess.run(
         [sys.executable, "-m", "fastdiss_cli", *map(str, args)],

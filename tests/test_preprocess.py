@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from conftest import run_cli, write_pairs
+from conftest import run_process, write_pairs
 
 from fastdiss_cli.__main__ import main
 from fastdiss_cli.commands.preprocess import CHUNK
@@ -339,11 +339,11 @@ def test_into_the_working_folder_or_behind_a_link(
 
 
 def test_in_a_process_of_its_own(corpus: Path, tmp_path: Path, small: tuple) -> None:
-    made = run_cli("preprocess", *LANGUAGES, *small, "--destdir", tmp_path / "d", "--verify")
+    made = run_process("preprocess", *LANGUAGES, *small, "--destdir", tmp_path / "d", "--verify")
     assert (made.returncode, made.stdout) == (0, "")
     assert "200 sentence pairs intact" in made.stderr
     shutil.copy(corpus / "train.de", tmp_path / "x.de")
     prefix = ("--trainpref", tmp_path / "x")
-    failed = run_cli("preprocess", *LANGUAGES, *prefix, "--destdir", tmp_path / "d")
+    failed = run_process("preprocess", *LANGUAGES, *prefix, "--destdir", tmp_path / "d")
     assert_fails(Outcome(failed.returncode, failed.stdout, failed.stderr), "x.en: no such file")
-    assert run_cli("preprocess", "--destdir", tmp_path / "d").returncode == 2
+    assert run_process("preprocess", "--destdir", tmp_path / "d").returncode == 2

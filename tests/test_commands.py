@@ -1,0 +1,336 @@
+"""generate, score, models and the Python API, through the command line as a user calls them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import sacrebleu
+from conftest import run_cli, run_process
+
+import fastdiss_cli
+from fastdiss_cli.errors import FastdissError
+
+NETWORK = {"model_dim": 16, "ffn_dim": 32, "heads": 2, "encoder_layers": 1, "decoder_layers": 1}
+
+
+def preprocess(corpus: Path, destdir: Path, *more: str) -> None:
+    prefs = [f"--{split}pref={corpus / split}" for split in ("train", "valid", "test")]
+    done = run_cli("preprocess", "-s", "de", "-t", "en", "--destdir", destdir, *prefs, *more)
+    assert done.returncode == 0, done.stderr
+
+
+def train(data_bin: Path, save_dir: Path, arch: str) -> Path:
+    latent = [] if arch.startswith("transformer") else ["--set=model.latent_dim=8"]
+    done = run_cli(
+        "train", data_bin, "--arch", arch, "--save-dir", save_dir, "--max-update", "5",
+        "--set=train.valid_sentences=0", *latent,
+        *(f"--set=model.{key}={value}" for key, value in NETWORK.items()),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return save_dir / "checkpoint_last.safetensors"
+
+
+@pytest.fixture(scope="module")
+def data_bin(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data") / "bin"
+    preprocess(corpus, folder, "--vocab-size", "300")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def fastdiss(data_bin: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train(data_bin, tmp_path_factory.mktemp("fastdiss"), "fastdiss_tiny")
+
+
+@pytest.fixture(scope="module")
+def transformer(data_bin: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train(data_bin, tmp_path_factory.mktemp("transformer"), "transformer_tiny")
+
+
+def lines_of(output: str, kind: str) -> list[list[str]]:
+    return [line.split("\t") for line in output.splitlines() if line.startswith(f"{kind}-")]
+
+
+def one_line_error(done: subprocess.CompletedProcess[str]) -> str:
+    assert done.returncode == 1, (done.returncode, done.stderr)
+    assert "Traceback" not in done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if "error" in line]
+    assert line.startswith("fastdiss: error: ")
+    return line
+
+
+def test_generate_prints_fairseq_lines_in_corpus_order(
+    corpus: Path, data_bin: Path, fastdiss: Path
+) -> None:
+    done = run_cli("generate", data_bin, "--path", fastdiss, "--steps", "3")
+    assert done.returncode == 0, done.stderr
+    sources = (corpus / "test.de").read_text(encoding="utf-8").splitlines()
+    targets = (corpus / "test.en").read_text(encoding="utf-8").splitlines()
+    assert lines_of(done.stdout, "S") == [[f"S-{i}", s] for i, s in enumerate(sources)]
+    assert lines_of(done.stdout, "T") == [[f"T-{i}", t] for i, t in enumerate(targets)]
+    assert lines_of(done.stdout, "I") == [[f"I-{i}", "3"] for i in range(20)]
+    for h, d, p in zip(*(lines_of(done.stdout, kind) for kind in "HDP"), strict=True):
+        scores = [float(value) for value in p[1].split()]
+        assert float(h[1]) == float(d[1]) == pytest.approx(sum(scores) / len(scores), abs=1e-3)
+        assert len(h[2].split()) in (len(scores), len(scores) - 1)  # eos has a score too
+    hypotheses = [d[2] for d in lines_of(done.stdout, "D")]
+    bleu = sacrebleu.corpus_bleu(hypotheses, [targets])
+    summary = done.stdout.splitlines()[-1]
+    assert summary.startswith("Generate test with fastdiss_tiny steps=3")
+    assert f"= {bleu.score:.2f} " in summary and "tok:13a" in summary and "NFE 3.0" in summary
+
+
+def test_several_step_counts_make_a_file_each_and_a_table(
+    data_bin: Path, fastdiss: Path, tmp_path: Path
+) -> None:
+    done = run_cli(
+        "generate", data_bin, "--path", fastdiss, "--steps", "1,2,5", "--results-path", tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    head, *rows, signature = done.stdout.splitlines()
+    assert head.split() == ["steps", "NFE", "BLEU", "sentences/s"] and "tok:13a" in signature
+    assert [row.split()[:2] for row in rows] == [["1", "1.0"], ["2", "2.0"], ["5", "5.0"]]
+    # the shared encoder pass changes no answer
+    alone = run_cli("generate", data_bin, "--path", fastdiss, "--steps", "5").stdout
+    together = (tmp_path / "generate-test.steps5.txt").read_text(encoding="utf-8")
+    assert alone.splitlines()[:-1] == together.splitlines()[:-1]
+
+
+def test_raw_text_from_stdin_needs_only_the_checkpoint(fastdiss: Path) -> None:
+    text = "drei vier\n\nneun <s> 😀\n"
+    done = run_cli("generate", "--path", fastdiss, "--input", "-", stdin=text)
+    assert done.returncode == 0, done.stderr
+    assert [line[1] for line in lines_of(done.stdout, "S")] == ["drei vier", "", "neun <s> 😀"]
+    assert len(lines_of(done.stdout, "D")) == 3 and not lines_of(done.stdout, "T")
+
+
+def test_history_shows_every_step(data_bin: Path, fastdiss: Path) -> None:
+    done = run_cli("generate", data_bin, "--path", fastdiss, "--steps", "2", "--print-history")
+    history = lines_of(done.stdout, "E")
+    assert [row[:2] for row in history[:3]] == [
+        ["E-0_1", "t=1.000"],
+        ["E-0_2", "t=0.500"],
+        ["E-1_1", "t=1.000"],
+    ]
+    pieces = lines_of(done.stdout, "H")[0][2]
+    assert history[1][2] == pieces and "\x1b" not in done.stdout
+
+
+@pytest.mark.parametrize("select", ["score", "mbr", "rerank"])
+def test_candidates_are_chosen_as_told(
+    data_bin: Path, fastdiss: Path, transformer: Path, select: str
+) -> None:
+    more = ["--rerank-path", transformer] if select == "rerank" else []
+    done = run_cli(
+        "generate", data_bin, "--path", fastdiss, "--length-beam", "2", "--noise-beam", "2",
+        "--select", select, *more,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert len(lines_of(done.stdout, "D")) == 20
+
+
+def test_beam_search_through_the_same_command(data_bin: Path, transformer: Path) -> None:
+    done = run_cli("generate", data_bin, "--path", transformer, "--beam", "2")
+    assert done.returncode == 0 and "beam=2" in done.stdout.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--steps", "0"], "at least 1"),
+        (["--steps", "2,x"], "at least 1"),
+        (["--beam", "3"], "--beam does not apply to fastdiss_tiny"),
+        (["--select", "best"], "choose from score, mbr, rerank"),
+        (["--input", "-"], "either a dataset folder or --input"),
+        (["--select", "rerank"], "go together"),
+    ],
+)
+def test_wrong_usage_exits_with_2(
+    data_bin: Path, fastdiss: Path, options: list[str], message: str
+) -> None:
+    done = run_cli("generate", data_bin, "--path", fastdiss, *options)
+    assert done.returncode == 2
+    told = " ".join(done.stderr.replace("│", " ").split())
+    assert message in told and "Traceback" not in told
+
+
+def test_steps_do_not_apply_to_beam_search(data_bin: Path, transformer: Path) -> None:
+    done = run_cli("generate", data_bin, "--path", transformer, "--steps", "5")
+    assert done.returncode == 2 and "--steps does not apply" in done.stderr
+
+
+def test_a_dataset_of_another_tokenizer_is_refused_with_both_hashes(
+    corpus: Path, fastdiss: Path, tmp_path: Path
+) -> None:
+    preprocess(corpus, tmp_path / "other", "--model-type", "char")
+    said = one_line_error(run_cli("generate", tmp_path / "other", "--path", fastdiss))
+    mine = fastdiss_cli.load(fastdiss).src_tokenizer.hash[:16]
+    assert mine in said and "tokenizer" in said
+
+
+def test_missing_things_are_named(data_bin: Path, fastdiss: Path, tmp_path: Path) -> None:
+    none = tmp_path / "none"
+    assert str(none) in one_line_error(run_cli("generate", data_bin, "--path", none))
+    assert str(none) in one_line_error(run_cli("generate", none, "--path", fastdiss))
+    assert str(none) in one_line_error(run_cli("train", none))
+    assert "'dev'; it has train, valid, test" in one_line_error(
+        run_cli("generate", data_bin, "--path", fastdiss, "--gen-subset", "dev")
+    )
+
+
+def test_train_names_what_it_does_not_know(data_bin: Path, tmp_path: Path) -> None:
+    def said(*options: str) -> str:
+        return one_line_error(run_cli("train", data_bin, "--save-dir", tmp_path, *options))
+
+    assert "did you mean 'fastdiss_tiny'" in said("--arch", "fastdiss_tny")
+    assert "model.nois_factor; did you mean 'noise_factor'" in said("--set", "model.nois_factor=2")
+    assert "train.lr must be a number" in said("--set", "train.lr=fast")
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("modle: {dropout: 0.1}\n")
+    assert "unknown section 'modle'; did you mean 'model'" in said("--config", str(recipe))
+
+
+def test_flags_override_the_recipe_and_set_overrides_flags(data_bin: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "model: {model_dim: 16, ffn_dim: 32, heads: 2, latent_dim: 8, encoder_layers: 1,\n"
+        "  decoder_layers: 1, dropout: 0.5}\n"
+        "train: {arch: difformer_tiny, lr: 1e-4, seed: 9, max_update: 1, valid_sentences: 0}\n"
+    )
+    done = run_cli(
+        "train", data_bin, "--save-dir", tmp_path / "c", "--config", recipe, "--lr", "2e-4",
+        "--seed", "8", "--set", "train.seed=7",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    from fastdiss_cli.training.checkpoint import Checkpoint
+
+    checkpoint = Checkpoint.load(tmp_path / "c" / "checkpoint_last.safetensors")
+    assert checkpoint.arch == "difformer_tiny"
+    assert (checkpoint.train_config["lr"], checkpoint.train_config["seed"]) == (2e-4, 7)
+    assert checkpoint.model_config["dropout"] == 0.5
+
+
+USER_MODULE = """
+from dataclasses import dataclass
+
+from fastdiss_cli.models.difformer import Difformer
+from fastdiss_cli.models.registry import register
+
+
+class Loud(Difformer):
+    pass
+
+
+register("loud_tiny", Loud, "a model of one's own", model_dim=16, ffn_dim=32, heads=2,
+         encoder_layers=1, decoder_layers=1, latent_dim=8)
+"""
+
+
+def test_a_model_of_ones_own(data_bin: Path, tmp_path: Path) -> None:
+    module = tmp_path / "loud.py"
+    module.write_text(USER_MODULE)
+    assert "loud_tiny" in run_process("models", "--user-module", module).stdout
+    options = ["--set=train.valid_sentences=0", "--max-update", "2", "--save-dir", tmp_path / "c"]
+    mine = ["--arch", "loud_tiny", "--user-module", module]
+    assert run_process("train", data_bin, *options, *mine).returncode == 0
+    path = ["--path", tmp_path / "c" / "checkpoint_last.safetensors"]
+    assert run_process("generate", data_bin, *path, "--user-module", module).returncode == 0
+    assert "--user-module" in one_line_error(run_process("generate", data_bin, *path))
+    module.write_text("raise RuntimeError('no')")
+    assert "RuntimeError" in one_line_error(run_process("models", "--user-module", module))
+
+
+def test_models_lists_the_registry() -> None:
+    done = run_cli("models")
+    names = [line.split()[0] for line in done.stdout.splitlines()[1:]]
+    assert {"transformer_base", "difformer_iwslt_de_en", "fastdiss_tiny"} <= set(names)
+
+
+# score
+
+
+def test_score_is_sacrebleu(tmp_path: Path) -> None:
+    hypotheses = ["the cat sat on the mat .", "a dog", "it is raining today"]
+    references = ["the cat sat on a mat .", "the dog", "it rains today"]
+    (tmp_path / "hyp").write_text("\n".join(hypotheses) + "\n")
+    (tmp_path / "ref").write_text("\n".join(references) + "\n")
+    done = run_cli("score", "--sys", tmp_path / "hyp", "--ref", tmp_path / "ref", "--json")
+    scores = {row["name"]: row for row in json.loads(done.stdout)}
+    for name, expected in (
+        ("BLEU", sacrebleu.corpus_bleu(hypotheses, [references])),
+        ("chrF2", sacrebleu.corpus_chrf(hypotheses, [references])),
+        ("TER", sacrebleu.corpus_ter(hypotheses, [references])),
+    ):
+        assert scores[name]["score"] == pytest.approx(expected.score, abs=0.01)
+    assert "tok:13a" in scores["BLEU"]["signature"]
+    plain = run_cli("score", "--sys", tmp_path / "hyp", "--ref", tmp_path / "ref").stdout
+    assert plain.startswith("BLEU|nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp|version:")
+
+
+def test_any_of_several_references_is_right(tmp_path: Path) -> None:
+    (tmp_path / "hyp").write_text("on August the third\nat half past three in the morning\n")
+    (tmp_path / "refs.tsv").write_text(
+        "on the third of August\ton August the third\nat half past three in the morning\n"
+    )
+    done = run_cli("score", "--sys", tmp_path / "hyp", "--ref", tmp_path / "refs.tsv", "--json")
+    bleu, chrf, ter = json.loads(done.stdout)
+    assert (bleu["score"], chrf["score"], ter["score"]) == (100, 100, 0)
+    assert "nrefs:var" in bleu["signature"]
+
+
+def test_score_reads_generate_files(data_bin: Path, fastdiss: Path, tmp_path: Path) -> None:
+    done = run_cli("generate", data_bin, "--path", fastdiss, "--results-path", tmp_path)
+    summary = done.stdout.strip()
+    scored = run_cli("score", "--sys", tmp_path / "generate-test.txt", "--metrics", "bleu").stdout
+    assert scored.strip() in summary
+
+
+def test_unequal_line_counts_are_an_error(tmp_path: Path) -> None:
+    (tmp_path / "hyp").write_text("one\ntwo\n")
+    (tmp_path / "ref").write_text("one\n")
+    said = one_line_error(run_cli("score", "--sys", tmp_path / "hyp", "--ref", tmp_path / "ref"))
+    assert "1 lines" in said and "2" in said
+    said = one_line_error(run_cli("score", "--sys", tmp_path / "hyp"))
+    assert "--ref" in said
+
+
+# the Python API and the front door
+
+
+def test_python_api(fastdiss: Path) -> None:
+    translator = fastdiss_cli.load(fastdiss)
+    sentences = ["drei vier", "neun"]
+    answers = translator.generate(sentences, steps=2, noise_beam=2)
+    assert len(answers) == 2 and all(isinstance(answer, str) for answer in answers)
+    assert answers == translator.generate(sentences, steps=2, noise_beam=2)
+    assert translator.generate([]) == []
+    with pytest.raises(FastdissError, match="no decoding option 'beam'"):
+        translator.generate(sentences, beam=3)
+
+
+@pytest.mark.parametrize("command", ["", "preprocess", "train", "generate", "score", "models"])
+def test_help_is_there_without_torch(command: str) -> None:
+    """Help must come at once, so it may not import torch, sacrebleu or numpy-heavy modules."""
+    code = (
+        "import sys; from fastdiss_cli.__main__ import app\n"
+        "try: app()\n"
+        "except SystemExit: pass\n"
+        "print('torch' in sys.modules, 'sacrebleu' in sys.modules)"
+    )
+    start = [sys.executable, "-c", code, *([command] if command else []), "--help"]
+    done = subprocess.run(start, capture_output=True, text=True)
+    assert "Usage:" in done.stdout and done.stdout.splitlines()[-1] == "False False"
+
+
+def test_a_closed_pipe_is_no_crash(data_bin: Path, fastdiss: Path) -> None:
+    command = [sys.executable, "-m", "fastdiss_cli", "generate", data_bin, "--path", fastdiss]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        process.stdout.close()
+        said = process.stderr.read()
+    assert "Traceback" not in said and "Exception" not in said
