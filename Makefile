@@ -8,26 +8,26 @@ VENV ?= .venv
 
 .PHONY: quickstart test install lint clean
 
-quickstart: $(VENV)/.installed
+quickstart: $(VENV)/.torch-$(TORCH)
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" bash recipes/quickstart/run.sh
 
-test: $(VENV)/.installed-dev lint
+test: $(VENV)/.dev-$(TORCH) lint
 	$(VENV)/bin/python -m pytest
 
-lint: $(VENV)/.installed-dev
+lint: $(VENV)/.dev-$(TORCH)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 
-install: $(VENV)/.installed
+install: $(VENV)/.torch-$(TORCH)
 
 # torch first and exactly: pip would otherwise choose the newest build for the largest GPU
-$(VENV)/.installed: pyproject.toml
+$(VENV)/.torch-$(TORCH): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet "torch==$(TORCH)"
 	$(VENV)/bin/python -m pip install --quiet --editable .
 	touch $@
 
-$(VENV)/.installed-dev: $(VENV)/.installed
+$(VENV)/.dev-$(TORCH): $(VENV)/.torch-$(TORCH)
 	$(VENV)/bin/python -m pip install --quiet --editable ".[dev]"
 	touch $@
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 
 import typer
@@ -39,6 +40,9 @@ def options(
 
 def main() -> None:
     """Run the command line; every expected failure ends here, as one line and exit code 1."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # whatever the locale says, text is UTF-8
+            stream.reconfigure(encoding="utf-8")
     try:
         app()
     except FastdissError as error:

@@ -11,10 +11,10 @@ from fastdiss_cli.data.tokenizer import Tokenizer
 from fastdiss_cli.decoding.generation import Run, decode
 from fastdiss_cli.decoding.output import hypothesis_text
 from fastdiss_cli.decoding.selection import by_mbr, by_score
+from fastdiss_cli.device import pick_device
 from fastdiss_cli.errors import FastdissError
 from fastdiss_cli.models.registry import Seq2SeqModel
 from fastdiss_cli.training.checkpoint import load_model
-from fastdiss_cli.training.distributed import pick_device
 
 
 @dataclasses.dataclass

@@ -56,15 +56,19 @@ class TrainConfig:
     compile: bool = False
 
     def __post_init__(self) -> None:
-        require(self, "max_tokens", self.max_tokens >= 1, "at least 1")
-        require(self, "max_positions", self.max_positions >= 1, "at least 1")
-        require(self, "update_freq", self.update_freq >= 1, "at least 1")
-        require(self, "max_update", self.max_update >= 1, "at least 1")
+        for key in (
+            "max_tokens", "max_positions", "update_freq", "max_update", "valid_steps",
+            "save_interval_updates", "log_interval", "max_skipped",
+        ):  # fmt: skip
+            require(self, key, getattr(self, key) >= 1, "at least 1")
+        for key in (
+            "max_epoch", "patience", "warmup_updates", "weight_decay", "clip_norm",
+            "validate_interval_updates", "valid_sentences", "keep_last",
+        ):  # fmt: skip
+            require(self, key, getattr(self, key) >= 0, "at least 0")
         require(self, "lr", self.lr > 0, "above 0")
-        require(self, "warmup_updates", self.warmup_updates >= 0, "at least 0")
         require(self, "ema_decay", 0 <= self.ema_decay < 1, "in [0, 1)")
-        require(self, "valid_steps", self.valid_steps >= 1, "at least 1")
-        require(self, "log_interval", self.log_interval >= 1, "at least 1")
+        require(self, "adam_betas", all(0 <= b < 1 for b in self.adam_betas), "two in [0, 1)")
         one_of(self, "lr_scheduler", ("inverse_sqrt", "cosine"))
         one_of(self, "dtype", ("auto", "float32", "bfloat16"))
 
@@ -94,7 +98,7 @@ def build(cls: type[C], values: Mapping[str, Any], section: str) -> C:
     typed = {}
     for key, value in values.items():
         if key not in known:
-            raise FastdissError(f"unknown option {section}.{key}{suggest(key, known)}")
+            raise FastdissError(f"unknown option {section}.{key}{suggest(str(key), known)}")
         typed[key] = _convert(value, hints[key], f"{section}.{key}")
     return cls(**typed)
 

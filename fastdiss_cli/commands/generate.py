@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -42,7 +43,9 @@ def generate(
     ] = None,
     buffer_size: Annotated[
         int,
-        typer.Option(help="Sentences read before decoding; 0: 1 for stdin, else 4096.", **Input),
+        typer.Option(
+            min=0, help="Sentences read before decoding; 0: 1 for stdin, else 4096.", **Input
+        ),
     ] = 0,
     ref: Annotated[
         list[Path] | None,
@@ -59,31 +62,43 @@ def generate(
     ] = False,
     steps: Annotated[
         str | None,
-        typer.Option(metavar="N[,N...]", help="Denoising steps; each is one NFE. [5]", **Diffusion),
+        typer.Option(
+            metavar="N[,N...]",
+            help="Denoising steps; each is one NFE. (default: 5)",
+            **Diffusion,
+        ),
     ] = None,
     solver: Annotated[
-        str | None, typer.Option(help="ddpm, ddim or dpm-solver++. [ddpm]", **Diffusion)
+        str | None, typer.Option(help="ddpm, ddim or dpm-solver++. (default: ddpm)", **Diffusion)
     ] = None,
     self_cond: Annotated[
         str | None,
-        typer.Option(help="reuse, none, recompute (2 NFE a step) or gold. [reuse]", **Diffusion),
+        typer.Option(
+            help="reuse, none, recompute (2 NFE a step) or gold. (default: reuse)", **Diffusion
+        ),
     ] = None,
     length_beam: Annotated[
-        int | None, typer.Option(help="Target lengths tried. [1]", **Diffusion)
+        int | None, typer.Option(help="Target lengths tried. (default: 1)", **Diffusion)
     ] = None,
     noise_beam: Annotated[
-        int | None, typer.Option(help="Noise draws for each length. [1]", **Diffusion)
+        int | None, typer.Option(help="Noise draws for each length. (default: 1)", **Diffusion)
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="Of the noise. [1]", **Diffusion)] = None,
-    beam: Annotated[int | None, typer.Option(help="1: greedy search. [5]", **Beam)] = None,
-    lenpen: Annotated[float | None, typer.Option(help="Length penalty. [1.0]", **Beam)] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Of the noise. (default: 1)", **Diffusion)
+    ] = None,
+    beam: Annotated[int | None, typer.Option(help="1: greedy search. (default: 5)", **Beam)] = None,
+    lenpen: Annotated[
+        float | None, typer.Option(help="Length penalty. (default: 1.0)", **Beam)
+    ] = None,
     max_len_a: Annotated[
-        float | None, typer.Option(help="Longest answer: a x source + b. [1.5]", **Beam)
+        float | None, typer.Option(help="Longest answer: a x source + b. (default: 1.5)", **Beam)
     ] = None,
-    max_len_b: Annotated[int | None, typer.Option(help="[20]", **Beam)] = None,
+    max_len_b: Annotated[int | None, typer.Option(help="(default: 20)", **Beam)] = None,
     select: Annotated[
         str | None,
-        typer.Option(help="score, mbr or rerank. [mbr; score after beam search]", **Selection),
+        typer.Option(
+            help="score, mbr or rerank. (default: mbr; score after beam search)", **Selection
+        ),
     ] = None,
     mbr_metric: Annotated[str, typer.Option(help="bleu or chrf.", **Selection)] = "bleu",
     rerank_path: Annotated[
@@ -120,11 +135,12 @@ def generate(
     }
 
     from fastdiss_cli.decoding.generation import WINDOW, Run
+    from fastdiss_cli.decoding.output import read_all_references
+    from fastdiss_cli.device import pick_device, pick_dtype
     from fastdiss_cli.training.checkpoint import load_model
-    from fastdiss_cli.training.distributed import pick_device
-    from fastdiss_cli.training.loop import pick_dtype
 
     on = pick_device(device)
+    autocast = pick_dtype(dtype, on)
     model, src, tgt, arch = load_model(path, on, user_module)
     runs = [Run(decoding_options(model, arch.name, {**flags, "steps": n})) for n in step_counts]
     choose = _selector(model, select, mbr_metric, rerank_path, on, user_module, (src, tgt))
@@ -133,6 +149,7 @@ def generate(
         if input is not None:
             raise typer.BadParameter("--self-cond gold needs a dataset: it is told the answers")
         logs.warn("--self-cond gold tells the model the right answers: for diagnosis only")
+    answers = read_all_references(ref, corpus.total) if ref else None
     name = gen_subset if data else "input"
     with ExitStack() as files:
         outputs = _outputs(files, runs, results_path, path, name)
@@ -141,24 +158,25 @@ def generate(
             (src, tgt),
             corpus,
             runs,
-            outputs,
+            [output.file for output in outputs],
             window=buffer_size or (1 if input == "-" else WINDOW),
             gold=self_cond == "gold",
             select=choose,
             max_tokens=max_tokens,
-            dtype=pick_dtype(dtype, on),
+            dtype=autocast,
         )
-        summaries = _summaries(runs, texts, ref, references)
+        summaries = _summaries(runs, texts, answers or [[line] for line in references])
         for summary, output in zip(summaries, outputs, strict=True):
-            if output is not sys.stdout:
-                print(summary.line(name, arch.name), file=output)
+            if output.path:
+                print(summary.line(name, arch.name), file=output.file)
+                output.finish()
     if len(runs) == 1:
         print(summaries[0].line(name, arch.name))
     else:
         _print_table(summaries)
     for output in outputs:
-        if output is not sys.stdout:
-            logs.info(f"wrote {output.name}")
+        if output.path:
+            logs.info(f"wrote {output.path}")
 
 
 @dataclasses.dataclass
@@ -196,7 +214,7 @@ def _translate(
             sources, targets = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
             first = len(texts[0])
             answers = targets if gold else None
-            if first == 0:  # thread and memory pools fill outside the clock
+            if first == 0 and window > 1:  # thread and memory pools fill outside the clock
                 warm_up = [Run(runs[0].options)]
                 decode(model, sources[:16], warm_up, first=0, gold=answers, **how)
             decode(model, sources, runs, first=first, gold=answers, done=bar.advance, **how)
@@ -296,19 +314,35 @@ def _input_pairs(input: str, src: Tokenizer) -> Source:
     return Source(((src.encode(line), None) for line in lines), None)
 
 
+@dataclasses.dataclass
+class Output:
+    """Where the lines of one run go: stdout, or a file that takes its name when it is complete."""
+
+    file: TextIO
+    path: Path | None = None
+
+    def finish(self) -> None:
+        assert self.path is not None
+        self.file.close()
+        os.replace(self.file.name, self.path)
+
+
 def _outputs(
     stack: ExitStack, runs: list[Run], results_path: Path | None, checkpoint: Path, name: str
-) -> list[TextIO]:
-    """Open stdout or a file for each run."""
+) -> list[Output]:
     if results_path is None and len(runs) == 1:
-        return [sys.stdout]
+        return [Output(sys.stdout)]
     folder = results_path or checkpoint.parent / "generate"
     folder.mkdir(parents=True, exist_ok=True)
-    endings = [f".steps{run.options.steps}" for run in runs] if len(runs) > 1 else [""]
-    return [
-        stack.enter_context(open(folder / f"generate-{name}{ending}.txt", "w", encoding="utf-8"))
-        for ending in endings
-    ]
+    outputs = []
+    for run in runs:
+        steps = f".steps{run.options.steps}" if len(runs) > 1 else ""
+        path = folder / f"generate-{name}{steps}.txt"
+        aside = path.with_name(f".{path.name}.tmp")
+        stack.callback(aside.unlink, missing_ok=True)
+        file = stack.enter_context(open(aside, "w", encoding="utf-8", newline="\n"))
+        outputs.append(Output(file, path))
+    return outputs
 
 
 @dataclasses.dataclass
@@ -338,23 +372,22 @@ class Summary:
 
 
 def _summaries(
-    runs: list[Run], texts: list[list[str]], ref: list[Path] | None, references: list[str]
+    runs: list[Run], texts: list[list[str]], references: list[list[str]]
 ) -> list[Summary]:
     from sacrebleu.metrics import BLEU
 
-    from fastdiss_cli.commands.score import read_all_references
     from fastdiss_cli.decoding.output import reference_streams
 
-    if ref:
-        answers = read_all_references(ref, len(texts[0]))
-    elif references:
-        answers = [[reference] for reference in references]
-    else:
+    if not references:
         return [Summary(run) for run in runs]
+    if len(references) != len(texts[0]):
+        raise FastdissError(
+            f"--ref has {len(references):,} lines where the input has {len(texts[0]):,} sentences"
+        )
     summaries = []
     for run, hypotheses in zip(runs, texts, strict=True):
         metric = BLEU()
-        bleu = metric.corpus_score(hypotheses, reference_streams(answers))
+        bleu = metric.corpus_score(hypotheses, reference_streams(references))
         summaries.append(Summary(run, bleu, metric.get_signature().format()))
     return summaries
 

@@ -40,11 +40,15 @@ def score(
 
     from sacrebleu.metrics import BLEU, CHRF, TER
 
-    from fastdiss_cli.decoding.output import read_system, reference_streams
+    from fastdiss_cli.decoding.output import (
+        read_all_references,
+        read_system,
+        reference_streams,
+    )
 
     system = read_system(sys)
     if ref:
-        references = read_all_references(ref, len(system.hypotheses), str(sys))
+        references = read_all_references(ref, len(system.hypotheses))
     elif system.references is not None:
         references = [[line] for line in system.references]
     else:
@@ -61,24 +65,3 @@ def score(
             print(result.format(signature=signature))
     if as_json:
         print(json.dumps(results, indent=1))
-
-
-def read_all_references(paths: list[Path], count: int, system: str = "") -> list[list[str]]:
-    """Read reference files and join their alternatives by line.
-
-    Raises:
-        FastdissError: a file does not have ``count`` lines.
-    """
-    from fastdiss_cli.data.text import read_references
-
-    joined: list[list[str]] = [[] for _ in range(count)]
-    for path in paths:
-        rows = read_references(path)
-        if len(rows) != count:
-            raise FastdissError(
-                f"{path} has {len(rows):,} lines where {system or 'the corpus'} has {count:,} "
-                "sentences: references need a line for a sentence"
-            )
-        for row, more in zip(joined, rows, strict=True):
-            row += more
-    return joined

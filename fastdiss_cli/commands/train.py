@@ -9,7 +9,7 @@ import typer
 
 from fastdiss_cli.commands.models import UserModule
 
-Optimisation = {"rich_help_panel": "Optimisation (defaults in brackets; a recipe can change them)"}
+Optimisation = {"rich_help_panel": "Optimisation (a recipe changes the defaults)"}
 Validation = {"rich_help_panel": "Validation and checkpoints"}
 Machine = {"rich_help_panel": "Machine"}
 
@@ -20,7 +20,7 @@ def train(
         "checkpoints"
     ),
     arch: Annotated[
-        str | None, typer.Option(help="See `fastdiss models`. [fastdiss_small]")
+        str | None, typer.Option(help="See `fastdiss models`. (default: fastdiss_small)")
     ] = None,
     config: Annotated[
         Path | None, typer.Option(metavar="FILE.yaml", help="A recipe; flags override it.")
@@ -34,57 +34,73 @@ def train(
         ),
     ] = None,
     user_module: UserModule = None,
-    seed: Annotated[int | None, typer.Option(help="[1]")] = None,
+    seed: Annotated[int | None, typer.Option(help="(default: 1)")] = None,
     max_tokens: Annotated[
-        int | None, typer.Option(help="Padded tokens a batch and process. [8000]", **Optimisation)
+        int | None,
+        typer.Option(help="Padded tokens a batch and process. (default: 8000)", **Optimisation),
     ] = None,
     update_freq: Annotated[
-        int | None, typer.Option(help="Batches an update. [1]", **Optimisation)
+        int | None, typer.Option(help="Batches an update. (default: 1)", **Optimisation)
     ] = None,
     max_update: Annotated[
-        int | None, typer.Option(help="Stop after so many updates. [100000]", **Optimisation)
+        int | None,
+        typer.Option(help="Stop after so many updates. (default: 100000)", **Optimisation),
     ] = None,
     max_epoch: Annotated[
-        int | None, typer.Option(help="Stop after so many epochs; 0: no limit. [0]", **Optimisation)
+        int | None,
+        typer.Option(help="Stop after so many epochs; 0: no limit. (default: 0)", **Optimisation),
     ] = None,
     lr: Annotated[
-        float | None, typer.Option(help="Peak learning rate of AdamW. [5e-4]", **Optimisation)
+        float | None,
+        typer.Option(help="Peak learning rate of AdamW. (default: 5e-4)", **Optimisation),
     ] = None,
     lr_scheduler: Annotated[
-        str | None, typer.Option(help="inverse_sqrt or cosine. [inverse_sqrt]", **Optimisation)
+        str | None,
+        typer.Option(help="inverse_sqrt or cosine. (default: inverse_sqrt)", **Optimisation),
     ] = None,
     warmup_updates: Annotated[
-        int | None, typer.Option(help="Updates of linear warm-up. [4000]", **Optimisation)
+        int | None, typer.Option(help="Updates of linear warm-up. (default: 4000)", **Optimisation)
     ] = None,
     clip_norm: Annotated[
-        float | None, typer.Option(help="Largest gradient norm; 0: any. [1.0]", **Optimisation)
+        float | None,
+        typer.Option(help="Largest gradient norm; 0: any. (default: 1.0)", **Optimisation),
     ] = None,
-    weight_decay: Annotated[float | None, typer.Option(help="[0.01]", **Optimisation)] = None,
+    weight_decay: Annotated[
+        float | None, typer.Option(help="(default: 0.01)", **Optimisation)
+    ] = None,
     dropout: Annotated[
-        float | None, typer.Option(help="[that of the architecture]", **Optimisation)
+        float | None, typer.Option(help="(default: that of the architecture)", **Optimisation)
     ] = None,
-    label_smoothing: Annotated[float | None, typer.Option(help="[0.1]", **Optimisation)] = None,
+    label_smoothing: Annotated[
+        float | None, typer.Option(help="(default: 0.1)", **Optimisation)
+    ] = None,
     ema_decay: Annotated[
         float | None,
-        typer.Option(help="Of the weights' moving average; 0: none. [0.9999]", **Optimisation),
+        typer.Option(
+            help="Of the weights' moving average; 0: none. (default: 0.9999)", **Optimisation
+        ),
     ] = None,
     validate_interval_updates: Annotated[
-        int | None, typer.Option(help="0: every epoch. [0]", **Validation)
+        int | None, typer.Option(help="0: every epoch. (default: 0)", **Validation)
     ] = None,
     valid_steps: Annotated[
-        int | None, typer.Option(help="Sampling steps for validation BLEU. [5]", **Validation)
+        int | None,
+        typer.Option(help="Sampling steps for validation BLEU. (default: 5)", **Validation),
     ] = None,
     patience: Annotated[
         int | None,
         typer.Option(
-            help="Stop after so many validations without a new best; 0: never. [0]", **Validation
+            help="Stop after so many validations without a new best; 0: never. (default: 0)",
+            **Validation,
         ),
     ] = None,
     save_interval_updates: Annotated[
-        int | None, typer.Option(help="Save checkpoint_last this often. [1000]", **Validation)
+        int | None,
+        typer.Option(help="Save checkpoint_last this often. (default: 1000)", **Validation),
     ] = None,
     keep_last: Annotated[
-        int | None, typer.Option(help="Numbered checkpoints kept besides. [1]", **Validation)
+        int | None,
+        typer.Option(help="Numbered checkpoints kept besides. (default: 1)", **Validation),
     ] = None,
     accept_changes: Annotated[
         bool,
@@ -96,7 +112,8 @@ def train(
     ] = False,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.", **Machine)] = "auto",
     dtype: Annotated[
-        str | None, typer.Option(help="auto, float32 or bfloat16 (autocast). [auto]", **Machine)
+        str | None,
+        typer.Option(help="auto, float32 or bfloat16 (autocast). (default: auto)", **Machine),
     ] = None,
     compile: Annotated[
         bool | None, typer.Option("--compile", help="Use torch.compile.", **Machine)
@@ -142,8 +159,9 @@ def train(
     from fastdiss_cli import logs
     from fastdiss_cli.config import TrainConfig, build, parse_settings, read_recipe
     from fastdiss_cli.data.binarized import BinarizedDataset
+    from fastdiss_cli.device import pick_device
     from fastdiss_cli.models.registry import architecture
-    from fastdiss_cli.training.distributed import Processes, pick_device
+    from fastdiss_cli.training.distributed import Processes
     from fastdiss_cli.training.loop import Training
 
     recipe, settings = read_recipe(config), parse_settings(set_ or [])
@@ -161,10 +179,13 @@ def train(
             f"{sentences:,} training pairs, {processes.world_size} x {processes.device.type}, "
             f"{str(training.dtype).removeprefix('torch.')}"
         )
-        training.run()
-    best = training.progress.best
-    logs.info(
-        f"done after update {training.progress.update:,}"
-        + ("" if best is None else f"; best {best:.2f} at {training.progress.best_update:,}")
-        + f"; checkpoints in {save_dir}"
-    )
+        stopped_by = training.run()
+    progress = training.progress
+    if stopped_by:
+        logs.info(f"stopped by signal {stopped_by} after update {progress.update:,}; saved")
+        raise SystemExit(128 + stopped_by)
+    best = ""
+    if progress.best is not None:
+        measure = "BLEU" if train_config.valid_sentences else "loss"
+        best = f"; best validation {measure} {abs(progress.best):.2f} at {progress.best_update:,}"
+    logs.info(f"done after update {progress.update:,}{best}; checkpoints in {save_dir}")

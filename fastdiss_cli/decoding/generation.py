@@ -13,6 +13,7 @@ import torch
 
 from fastdiss_cli.data.batching import batches_by_tokens, pad
 from fastdiss_cli.decoding.selection import Select
+from fastdiss_cli.device import autocast
 from fastdiss_cli.models.registry import Hypothesis, Seq2SeqModel
 
 WINDOW = 4096  # sentences that are sorted by length together, and held in memory
@@ -72,7 +73,7 @@ def decode(
         answers = None if gold is None else [gold[i] for i in rows]
         sentences = torch.from_numpy(rows + first).to(device)
         start = time.perf_counter()
-        with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+        with autocast(device, dtype):
             memory = model.encode(pad(batch, model.src.pad)[0].to(device))
             if device.type == "cuda":
                 torch.cuda.synchronize(device)

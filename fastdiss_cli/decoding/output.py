@@ -16,7 +16,7 @@ from pathlib import Path
 
 from rich.style import Style
 
-from fastdiss_cli.data.text import read_lines
+from fastdiss_cli.data.text import read_lines, read_references
 from fastdiss_cli.data.tokenizer import Tokenizer
 from fastdiss_cli.errors import FastdissError
 from fastdiss_cli.models.registry import Hypothesis
@@ -105,6 +105,29 @@ def read_system(path: Path) -> Generated:
         raise FastdissError(f"{path}: no D-{min(missing)} line; the file is not complete")
     references = found["T"] if found["T"].keys() == found["D"].keys() else None
     return Generated(_in_order(found["D"]), None if references is None else _in_order(references))
+
+
+def read_all_references(paths: Sequence[Path], count: int | None) -> list[list[str]]:
+    """Read reference files and join their alternatives by line.
+
+    Args:
+        paths: one or more files; see `read_references`.
+        count: how many sentences there are, if that is known.
+
+    Raises:
+        FastdissError: a file has another number of lines.
+    """
+    joined: list[list[str]] = []
+    for path in paths:
+        rows = read_references(path)
+        count = len(rows) if count is None else count
+        if len(rows) != count:
+            raise FastdissError(
+                f"{path} has {len(rows):,} lines where there are {count:,} sentences: "
+                "references need a line for a sentence"
+            )
+        joined = [a + b for a, b in zip(joined or [[]] * count, rows, strict=True)]
+    return joined
 
 
 def reference_streams(references: Sequence[Sequence[str]]) -> list[list[str | None]]:

@@ -42,6 +42,9 @@ def by_mbr(tokenizer: Tokenizer, metric: str) -> Select:
     ) -> list[Hypothesis]:
         chosen = []
         for row in candidates:
+            if len(row) == 1:
+                chosen += row
+                continue
             texts = [tokenizer.decode(h.tokens) for h in row]
             chosen.append(row[int(np.argmax(expected_utility(texts, metric)))])
         return chosen

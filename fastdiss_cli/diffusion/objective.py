@@ -63,6 +63,16 @@ class SCP:
         counts = torch.tensor(self.step_counts, device=t.device, dtype=t.dtype)
         return t + 1 / counts[torch.randint(len(counts), t.shape, device=t.device)]
 
+    def token_stale_times(self, token_t: Tensor, t: Tensor, stale: Tensor) -> Tensor:
+        """Return t'_i, float [B, T], for tokens that MANS moved from t to t_i.
+
+        A token keeps the sentence's gap, or for ``uniform`` its share of what is left, up to 1.
+        """
+        gap = (stale - t)[:, None]
+        if self.offset == "uniform":
+            gap = gap * ((1 - token_t) / (1 - t)[:, None])
+        return (token_t + gap).clamp(max=1)
+
     def later_noise(
         self, schedule: NoiseSchedule, z_0: Tensor, noise: Tensor, t: Tensor, later: Tensor
     ) -> Tensor:
@@ -165,8 +175,7 @@ def perturbed_self_conditioning(
     if told_nothing:
         return Condition(token_t, zeros)
 
-    # the gap to the step before is the sentence's; a token that MANS moved keeps it, up to t' = 1
-    later = (token_t + (stale - t)[:, None]).clamp(max=1)
+    later = scp.token_stale_times(token_t, t, stale)
     estimate = denoise(scp.later_noise(schedule, z_0, noise, token_t, later), later, zeros)
     if shared:
         moved = mans.token_times(token_t, mans.ease(confidence(estimate)))

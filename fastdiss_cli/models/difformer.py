@@ -189,6 +189,8 @@ class Difformer(Seq2SeqModel):
 
         with torch.no_grad():
             given = self.condition(denoise, z_0, noise, batch.tgt_tokens, update)
+        # before torch 2.10 autocast would go on with casts of the weights that carry no gradient
+        torch.clear_autocast_cache()
         z_t = self.schedule.add_noise(z_0, given.t, noise)
         z0_hat = denoise(z_t, given.t, given.self_cond)
         real = ~batch.tgt_pad_mask

@@ -74,8 +74,13 @@ class Seq2SeqModel(nn.Module, ABC):
 
     Class attributes:
         Config: frozen dataclass of the model's options.
-        Decoding: frozen dataclass of its decoding options; commands offer exactly these.
+        Decoding: frozen dataclass of its decoding options, with a property ``candidates``, how
+            many it makes of a sentence. A flag of ``generate`` applies to a model whose
+            ``Decoding`` has a field of that name.
         default_select: how one hypothesis is chosen among candidates unless the user says.
+
+    The parts that ``--compile`` compiles are named ``encoder`` and ``decoder``. All state is in
+    parameters: buffers are not saved. A model that can rerank has ``log_likelihood``.
     """
 
     Config: ClassVar[type]

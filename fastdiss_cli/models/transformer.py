@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -93,7 +94,9 @@ class Transformer(Seq2SeqModel):
         logits = self.logits(self.encode(batch.src_tokens), batch.tgt_tokens)[real]
         gold = batch.tgt_tokens[real]
         total = F.cross_entropy(logits, gold, label_smoothing=self.config.label_smoothing)
-        return Loss(total, {"nll": F.cross_entropy(logits.detach(), gold)})
+        with torch.no_grad():
+            nll = F.cross_entropy(logits, gold)
+        return Loss(total, {"nll": nll})
 
     def log_likelihood(self, memory: Memory, answers: Sequence[Sequence[int]]) -> Tensor:
         """Return the mean log-probability of a token of each answer, eos included; float [N].

@@ -42,6 +42,12 @@ class Progress:
     bad_validations: int = 0  # in a row
     skipped: int = 0  # updates with a non-finite gradient, in all
     skipped_in_a_row: int = 0
+    validation_due: bool = False  # stopped after an update that a validation belongs to
+
+    @property
+    def is_best(self) -> bool:
+        """Whether the present weights are those with the best validation score so far."""
+        return self.best is not None and self.best_update == self.update
 
 
 @dataclass
@@ -198,9 +204,11 @@ def prune_numbered(folder: Path, keep: int) -> None:
 
 def copy_checkpoint(source: Path, target: Path) -> None:
     """Give a checkpoint a second name without ever leaving half a file there."""
+    if target.exists() and target.samefile(source):
+        return
     aside = target.with_name(f".{target.name}.tmp")
-    aside.unlink(missing_ok=True)
     try:
+        aside.unlink(missing_ok=True)
         try:
             os.link(source, aside)
         except OSError:  # a file system without hard links

@@ -11,7 +11,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastdiss_cli import logs
-from fastdiss_cli.errors import FastdissError
 
 
 class Processes:
@@ -75,21 +74,3 @@ class Processes:
         """Wait until all ranks are here."""
         if self.world_size > 1:
             dist.barrier()
-
-
-def pick_device(name: str) -> torch.device:
-    """Return the device of a ``--device`` value; ``auto`` is a GPU where there is one.
-
-    Raises:
-        FastdissError: no such device.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError):
-        raise FastdissError(
-            f"--device {name}: no such device here; use cpu, cuda or auto"
-        ) from None
-    return device

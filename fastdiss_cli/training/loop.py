@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import signal
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -18,6 +18,7 @@ from fastdiss_cli import logs
 from fastdiss_cli.config import TrainConfig
 from fastdiss_cli.data.batching import Batch, TokenBatcher
 from fastdiss_cli.data.binarized import BinarizedDataset
+from fastdiss_cli.device import autocast, pick_dtype
 from fastdiss_cli.errors import FastdissError
 from fastdiss_cli.models.registry import Architecture
 from fastdiss_cli.randomness import seed_everything
@@ -32,6 +33,7 @@ from fastdiss_cli.training.checkpoint import (
     vocabulary,
 )
 from fastdiss_cli.training.distributed import Processes
+from fastdiss_cli.training.metrics import MetricsFile, Window
 from fastdiss_cli.training.optimizer import EMA, learning_rate, make_optimizer
 from fastdiss_cli.training.validation import better, validation_bleu, validation_loss
 
@@ -66,10 +68,11 @@ class Training:
         processes: Processes,
         accept_changes: bool = False,
     ) -> None:
-        self.arch, self.config, self.dataset = arch, config, dataset
-        self.save_dir, self.processes = save_dir, processes
+        self.arch, self.dataset, self.save_dir, self.processes = arch, dataset, save_dir, processes
         self.device = processes.device
         self.dtype = pick_dtype(config.dtype, self.device)
+        resolved = str(self.dtype).removeprefix("torch.")  # what `auto` means differs by machine
+        self.config = config = dataclasses.replace(config, dtype=resolved)
         self.model_config = arch.config(model_overrides)
         seed_everything(config.seed, "initialise")
         tokenizers = (dataset.src_tokenizer, dataset.tgt_tokenizer)
@@ -79,58 +82,84 @@ class Training:
         self.progress = Progress()
         self.batcher = self._batcher("train")
         self.valid_batcher = self._batcher("valid") if "valid" in dataset.splits else None
+        self._schedule: tuple[int, list[Any]] | None = None
         self._resume(accept_changes)
+        self.metrics = MetricsFile(
+            save_dir / "metrics.jsonl", self.progress.update, processes.rank == 0
+        )
         if config.compile:
             self.model.encoder.compile(dynamic=True)
             self.model.decoder.compile(dynamic=True)
 
-    def run(self) -> None:
-        """Train until a limit is reached, validating and saving on the way."""
-        config, progress, processes = self.config, self.progress, self.processes
+    def run(self) -> int:
+        """Train until a limit is reached, validating and saving on the way.
+
+        Returns:
+            0, or the number of the signal that stopped the training early (with all saved).
+        """
+        config, progress = self.config, self.progress
         window = Window()
         with (
             stop_on_signal() as stop,
             logs.progress("training", config.max_update, progress.update) as bar,
         ):
+            if progress.validation_due:
+                self._validate_and_save()
             while not self._finished():
-                micro_batches, epoch_ends = self._next_batches()
+                micro_batches = self._next_batches()
                 tokens = sum(batch.num_tgt_tokens for batch in micro_batches)
                 # one message tells the ranks the size of the update and whether to stop after it
-                all_tokens, stopping = processes.sum([tokens, float(stop.signal > 0)])
+                all_tokens, signals = self.processes.sum([tokens, stop.signal])
                 figures = self._update(micro_batches, all_tokens)
                 window.add(figures, all_tokens)
-                bar.advance(
-                    loss=f"{window.mean('loss'):.3f}", **{"tok/s": f"{window.speed():,.0f}"}
-                )
-
+                bar.advance(loss=f"{window.loss:.3f}", **{"tok/s": f"{window.speed:,.0f}"})
                 if progress.update % config.log_interval == 0:
                     self._record({"split": "train", **window.summary()})
                     window = Window()
-                interval = config.validate_interval_updates
-                validate = progress.update % interval == 0 if interval else epoch_ends
-                validate |= self._finished() and progress.update > 0
-                if validate and not stopping:
-                    self._validate()
-                    window.restart_clock()
-                if validate or stopping or progress.update % config.save_interval_updates == 0:
-                    self._save(numbered=validate and not stopping)
-                if stopping:
-                    break
-        if stop.signal:
-            logs.info(f"stopped by signal {stop.signal} after update {progress.update}; saved")
-            raise SystemExit(128 + stop.signal)
 
-    def _next_batches(self) -> tuple[list[Batch], bool]:
-        """Return this rank's batches of the next update, and whether they end the epoch."""
+                progress.validation_due = self._validation_is_due()
+                if signals:
+                    self._save()
+                    return stop.signal or signal.SIGTERM
+                if progress.validation_due:
+                    self._validate_and_save()
+                    window.restart_clock()
+                elif progress.update % config.save_interval_updates == 0:
+                    self._save()
+        return 0
+
+    def _next_batches(self) -> list[Batch]:
+        """Return this rank's batches of the next update."""
         progress = self.progress
-        schedule = self._epoch_batches(progress.epoch)
-        end = min(progress.batch + self.config.update_freq, len(schedule))
-        chosen = schedule[progress.batch : end]
-        progress.batch = end
-        epoch_ends = end == len(schedule)
-        if epoch_ends:
+        if self._epoch_is_done():
             progress.epoch, progress.batch = progress.epoch + 1, 0
-        return [self.batcher.collate(sentences) for sentences in chosen], epoch_ends
+        schedule = self._epoch_batches()
+        chosen = schedule[progress.batch : progress.batch + self.config.update_freq]
+        progress.batch += len(chosen)
+        return [self.batcher.collate(sentences) for sentences in chosen]
+
+    def _epoch_is_done(self) -> bool:
+        return self.progress.batch >= len(self._epoch_batches())
+
+    def _epoch_batches(self) -> list[Any]:
+        """This rank's batches of the present epoch, computed once an epoch."""
+        if self._schedule is None or self._schedule[0] != self.progress.epoch:
+            self._schedule = self.progress.epoch, self.batcher.epoch(self.progress.epoch)
+        return self._schedule[1]
+
+    def _finished(self) -> bool:
+        config, progress = self.config, self.progress
+        epochs_done = progress.epoch - 1 + self._epoch_is_done()
+        return (
+            progress.update >= config.max_update
+            or (config.max_epoch > 0 and epochs_done >= config.max_epoch)
+            or (config.patience > 0 and progress.bad_validations >= config.patience)
+        )
+
+    def _validation_is_due(self) -> bool:
+        interval = self.config.validate_interval_updates
+        regular = self.progress.update % interval == 0 if interval else self._epoch_is_done()
+        return regular or self._finished()
 
     def _update(self, micro_batches: list[Batch], all_tokens: float) -> dict[str, float]:
         """Do one optimizer update over micro-batches that hold ``all_tokens`` over all ranks."""
@@ -141,9 +170,7 @@ class Training:
         sums: dict[str, torch.Tensor] = {}
         for micro_step, batch in enumerate(micro_batches):
             seed_everything(config.seed, "train", update, self.processes.rank, micro_step)
-            with torch.autocast(
-                self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16
-            ):
+            with autocast(self.device, self.dtype):
                 loss = self.model.loss(batch.to(self.device), update)
             share = batch.num_tgt_tokens / all_tokens
             (loss.total * share).backward()
@@ -165,12 +192,9 @@ class Training:
         else:
             self._skip()
         progress.update = update
-        means = self.processes.sum([float(value) for value in sums.values()])
-        return {
-            **dict(zip(sums, means, strict=True)),
-            "grad_norm": float(grad_norm),
-            "lr": rate,
-        }
+        means = self.processes.sum(torch.stack([*sums.values()]).tolist())
+        figures = dict(zip(sums, means, strict=True))
+        return {**figures, "grad_norm": float(grad_norm), "lr": rate, "skipped": progress.skipped}
 
     def _skip(self) -> None:
         progress = self.progress
@@ -184,15 +208,20 @@ class Training:
                 f"the last checkpoint in {self.save_dir} is intact"
             )
 
-    def _validate(self) -> None:
-        if self.valid_batcher is None:
-            return
+    def _validate_and_save(self) -> None:
+        if self.valid_batcher is not None:
+            self._validate(self.valid_batcher)
+        self.progress.validation_due = False
+        self._save(numbered=True)
+
+    def _validate(self, batcher: TokenBatcher) -> None:
+        """Score the averaged weights on the validation split."""
         config, progress = self.config, self.progress
         if self.ema:
             self.ema.swap(self.model)
         self.model.eval()
         figures = validation_loss(
-            self.model, self.valid_batcher, config, self.processes, progress.update, self.dtype
+            self.model, batcher, config, self.processes, progress.update, self.dtype
         )
         score = -figures["loss"]
         if config.valid_sentences:
@@ -211,20 +240,6 @@ class Training:
             + "  ".join(f"valid {name} {value:.3f}" for name, value in figures.items())
             + ("  (best)" if progress.best_update == progress.update else "")
         )
-
-    def _finished(self) -> bool:
-        config, progress = self.config, self.progress
-        return (
-            progress.update >= config.max_update
-            or (config.max_epoch > 0 and progress.epoch > config.max_epoch)
-            or (config.patience > 0 and progress.bad_validations >= config.patience)
-        )
-
-    def _epoch_batches(self, epoch: int) -> list[Any]:
-        """The batches of an epoch, computed once an epoch."""
-        if getattr(self, "_epoch", None) != epoch:
-            self._epoch, self._schedule = epoch, self.batcher.epoch(epoch)
-        return self._schedule
 
     def _batcher(self, split: str) -> TokenBatcher:
         files, dataset = self.dataset[split], self.dataset
@@ -248,18 +263,17 @@ class Training:
 
     def _record(self, figures: dict[str, Any]) -> None:
         """Append a line to ``metrics.jsonl``."""
-        if self.processes.rank == 0:
-            line = {"update": self.progress.update, "epoch": self.progress.epoch, **figures}
-            with open(self.save_dir / "metrics.jsonl", "a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+        self.metrics.write(
+            {"update": self.progress.update, "epoch": self.progress.epoch, **figures}
+        )
 
-    def _save(self, numbered: bool) -> None:
+    def _save(self, numbered: bool = False) -> None:
         """Write ``checkpoint_last``, and its other names where they are due."""
         if self.processes.rank == 0:
             last = self.save_dir / "checkpoint_last.safetensors"
             self._checkpoint().save(last)
             progress, keep = self.progress, self.config.keep_last
-            if progress.best is not None and progress.best_update == progress.update:
+            if progress.is_best:
                 copy_checkpoint(last, self.save_dir / "checkpoint_best.safetensors")
             if numbered and keep:
                 name = f"checkpoint_{progress.epoch}_{progress.update}.safetensors"
@@ -304,7 +318,8 @@ class Training:
                 self.ema.weights[name].copy_(value)
         unpack_optimizer(self.model, self.optimizer, checkpoint.group("optimizer"))
         self.progress = checkpoint.progress
-        _drop_later_metrics(self.save_dir / "metrics.jsonl", self.progress.update)
+        if self.progress.is_best and self.processes.rank == 0:  # a kill may have come in between
+            copy_checkpoint(path, self.save_dir / "checkpoint_best.safetensors")
         logs.info(f"resuming {path} after update {self.progress.update:,}")
 
     def _changes(self, checkpoint: Checkpoint) -> list[str]:
@@ -336,37 +351,6 @@ class Training:
         ]
 
 
-class Window:
-    """Means and speed over the updates since the last line of the log."""
-
-    def __init__(self) -> None:
-        self.sums: dict[str, float] = {}
-        self.updates, self.tokens = 0, 0.0
-        self.seconds, self._since = 0.0, time.monotonic()
-
-    def add(self, figures: dict[str, float], tokens: float) -> None:
-        now = time.monotonic()
-        self.seconds, self._since = self.seconds + now - self._since, now
-        for name, value in figures.items():
-            self.sums[name] = self.sums.get(name, 0.0) + value
-        self.updates, self.tokens = self.updates + 1, self.tokens + tokens
-
-    def restart_clock(self) -> None:
-        """Do not count the time since the last update."""
-        self._since = time.monotonic()
-
-    def mean(self, name: str) -> float:
-        return self.sums[name] / self.updates
-
-    def speed(self) -> float:
-        """Return target tokens a second."""
-        return self.tokens / max(self.seconds, 1e-9)
-
-    def summary(self) -> dict[str, float]:
-        means = {name: self.mean(name) for name in self.sums}
-        return {**means, "tokens_per_second": self.speed(), "seconds": self.seconds}
-
-
 @contextmanager
 def stop_on_signal() -> Iterator[Stop]:
     """Catch SIGINT and SIGTERM: the first asks to stop, a second stops at once."""
@@ -385,20 +369,3 @@ def stop_on_signal() -> Iterator[Stop]:
     finally:
         for number, handler in zip(caught, before, strict=True):
             signal.signal(number, handler)
-
-
-def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """Return the autocast type of ``--dtype``; ``auto`` is bfloat16 on GPUs that have it."""
-    if name == "auto":
-        name = "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
-    return getattr(torch, name)
-
-
-def _drop_later_metrics(path: Path, update: int) -> None:
-    """Remove the lines of updates that a resumed run will do again."""
-    if path.exists():
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        kept = [
-            line for line in lines if line.endswith("\n") and json.loads(line)["update"] <= update
-        ]
-        path.write_text("".join(kept), encoding="utf-8")

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
-import numpy as np
 import sacrebleu
 import torch
 
@@ -13,6 +13,7 @@ from fastdiss_cli.data.batching import TokenBatcher
 from fastdiss_cli.data.binarized import BinarizedDataset
 from fastdiss_cli.decoding.generation import Run, decode
 from fastdiss_cli.decoding.selection import by_score
+from fastdiss_cli.device import autocast
 from fastdiss_cli.models.registry import Seq2SeqModel
 from fastdiss_cli.randomness import seed_everything
 from fastdiss_cli.training.distributed import Processes
@@ -33,7 +34,7 @@ def validation_loss(
     device = processes.device
     for number, batch in enumerate(batcher.batches(epoch=0)):
         seed_everything(config.seed, "valid", processes.rank, number)
-        with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+        with autocast(device, dtype):
             loss = model.loss(batch.to(device), update)
         for name, value in {"loss": loss.total, **loss.parts}.items():
             sums[name] = sums.get(name, 0.0) + float(value) * batch.num_tgt_tokens
@@ -52,15 +53,13 @@ def validation_bleu(
     """Return sacreBLEU of the first ``valid_sentences`` sentences, decoded without beams."""
     split = dataset["valid"]
     count = min(config.valid_sentences, len(split["src"]))
-    mine = range(processes.rank, count, processes.world_size)
-    options = quick_decoding(model, config.valid_steps)
-    run = Run(options)
-    sources = [split["src"][i].tolist() for i in mine]
-    if sources:
-        decode(model, sources, [run], by_score, config.max_tokens, dtype=dtype)
+    first, end = (count * r // processes.world_size for r in (processes.rank, processes.rank + 1))
+    run = Run(quick_decoding(model, config.valid_steps))
+    if first < end:
+        sources = [split["src"][i].tolist() for i in range(first, end)]
+        decode(model, sources, [run], by_score, config.max_tokens, first, dtype=dtype)
     text = dataset.tgt_tokenizer.decode
-    answers = [(i, text(h.tokens)) for i, h in zip(mine, run.best, strict=True)]
-    hypotheses = [answer for _, answer in sorted(processes.gather(answers))]
+    hypotheses = processes.gather([text(h.tokens) for h in run.best])
     references = [text(split["tgt"][i].tolist()) for i in range(count)]
     return sacrebleu.corpus_bleu(hypotheses, [references]).score
 
@@ -74,4 +73,4 @@ def quick_decoding(model: Seq2SeqModel, steps: int) -> object:
 
 def better(score: float, best: float | None) -> bool:
     """Tell whether a validation score (higher is better) is a new best."""
-    return best is None or (not np.isnan(score) and score > best)
+    return not math.isnan(score) and (best is None or score > best)

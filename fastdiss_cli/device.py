@@ -1,0 +1,45 @@
+"""Where to compute and in which type."""
+
+from __future__ import annotations
+
+import torch
+
+from fastdiss_cli.errors import FastdissError
+
+DTYPES = ("auto", "float32", "bfloat16")
+
+
+def pick_device(name: str) -> torch.device:
+    """Return the device of a ``--device`` value; ``auto`` is a GPU where there is one.
+
+    Raises:
+        FastdissError: no such device.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError):
+        raise FastdissError(
+            f"--device {name}: no such device here; use cpu, cuda or auto"
+        ) from None
+    return device
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """Return the autocast type of ``--dtype``; ``auto`` is bfloat16 on GPUs that have it.
+
+    Raises:
+        FastdissError: no such type.
+    """
+    if name not in DTYPES:
+        raise FastdissError(f"--dtype {name}: choose from {', '.join(DTYPES)}")
+    if name == "auto":
+        name = "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
+    return getattr(torch, name)
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    """Return the context in which a model computes in ``dtype``."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
