@@ -2,11 +2,29 @@
 
 from __future__ import annotations
 
+import ctypes
+
 import torch
 
 from fastdiss_cli.errors import FastdissError
 
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3  # of <malloc.h>
 DTYPES = ("auto", "float32", "bfloat16")
+
+
+def keep_freed_memory() -> None:
+    """Tell glibc to keep the memory of freed tensors, instead of returning it after every use.
+
+    Without it a fifth of a small model's training on a CPU is the kernel clearing fresh pages.
+    Other C libraries go on as they are.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return
+    mallopt(_M_MMAP_THRESHOLD, 32 << 20)  # the largest value that glibc takes
+    mallopt(_M_TRIM_THRESHOLD, 1 << 30)
+    mallopt(_M_TOP_PAD, 64 << 20)
 
 
 def pick_device(name: str) -> torch.device:
@@ -15,6 +33,7 @@ def pick_device(name: str) -> torch.device:
     Raises:
         FastdissError: no such device.
     """
+    keep_freed_memory()
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -250,6 +250,23 @@ def test_models_lists_the_registry() -> None:
     assert {"transformer_base", "difformer_iwslt_de_en", "fastdiss_tiny"} <= set(names)
 
 
+def test_a_failure_leaves_older_results(data_bin: Path, fastdiss: Path, tmp_path: Path) -> None:
+    generate = ["generate", data_bin, "--path", fastdiss, "--results-path", tmp_path]
+    assert run_cli(*generate).returncode == 0
+    before = (tmp_path / "generate-test.txt").read_bytes()
+    (tmp_path / "short").write_text("one line\n")
+    for wrong in (
+        ["--ref", tmp_path / "none"],
+        ["--ref", tmp_path / "short"],
+        ["--dtype", "float16"],
+        ["--device", "none"],
+        ["--gen-subset", "none"],
+    ):
+        one_line_error(run_cli(*generate, *wrong))
+        assert (tmp_path / "generate-test.txt").read_bytes() == before
+    assert not list(tmp_path.glob(".*"))
+
+
 # score
 
 
@@ -324,6 +341,13 @@ def test_help_is_there_without_torch(command: str) -> None:
     start = [sys.executable, "-c", code, *([command] if command else []), "--help"]
     done = subprocess.run(start, capture_output=True, text=True)
     assert "Usage:" in done.stdout and done.stdout.splitlines()[-1] == "False False"
+    shown = " ".join(done.stdout.replace("│", " ").split())
+    for default in {
+        "train": ["inverse_sqrt)", "5e-4)", "fastdiss_small)"],
+        "generate": ["(default: ddpm)", "(default: 5)", "[default: bleu]"],
+        "preprocess": ["[default: 8000]", "[default: unigram]"],
+    }.get(command, []):
+        assert default in shown
 
 
 def test_a_closed_pipe_is_no_crash(data_bin: Path, fastdiss: Path) -> None:

@@ -164,6 +164,14 @@ def test_mans_gives_easy_tokens_more_noise() -> None:
     torch.testing.assert_close(second[1], (expected + 0.2).clamp(max=1)[:, None].expand(B, T))
 
 
+def test_uniform_stale_times_stay_uniform_above_the_time_of_the_token() -> None:
+    """A token that MANS moved to t_i keeps its share of what is left: no pile at t' = 1."""
+    t, stale = torch.tensor([0.2]), torch.tensor([0.6])  # half of the way from t to 1
+    token_t = torch.tensor([[0.2, 0.6, 0.9]])
+    later = scp(offset="uniform").token_stale_times(token_t, t, stale)
+    torch.testing.assert_close(later, torch.tensor([[0.6, 0.8, 0.95]]))
+
+
 def test_mans_by_probability_has_its_anchors_the_other_way_round() -> None:
     mans = MANS(0.5, "probability", (0.9, 0.1), 0, False)
     assert mans.ease(torch.tensor([0.0, 0.1, 0.5, 0.9, 1.0])).tolist() == pytest.approx(

@@ -116,6 +116,66 @@ def test_a_signal_saves_and_a_second_run_goes_on(data_bin: Path, tmp_path: Path)
     assert f"after update {update:,}" in more.stderr
 
 
+def test_a_stop_where_a_validation_is_due_does_not_lose_it(
+    data_bin: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped in the very last update, and resumed: as if nothing had happened."""
+    start(data_bin, tmp_path / "whole", max_update=4).run()
+    stopped = start(data_bin, tmp_path / "parts", max_update=4)
+    right = stopped._update
+
+    def signalled(micro_batches, all_tokens):
+        if stopped.progress.update == 2:  # the ranks are told before the next, the last, update
+            os.kill(os.getpid(), signal.SIGTERM)
+        return right(micro_batches, all_tokens)
+
+    monkeypatch.setattr(stopped, "_update", signalled)
+    assert stopped.run() == signal.SIGTERM
+    assert not (tmp_path / "parts" / "checkpoint_best.safetensors").exists()
+    resumed = start(data_bin, tmp_path / "parts", max_update=4)
+    assert resumed.progress.update == 4 and resumed.progress.validation_due
+    assert resumed.run() == 0
+    assert metrics(tmp_path / "parts") == metrics(tmp_path / "whole")
+    assert (tmp_path / "parts" / "checkpoint_best.safetensors").exists()
+
+
+def test_an_epoch_is_named_when_it_ends(data_bin: Path, tmp_path: Path) -> None:
+    training = start(data_bin, tmp_path, max_epoch=2, max_update=1000, keep_last=9)
+    training.run()
+    per_epoch = training.progress.update // 2
+    names = {path.name for path in tmp_path.glob("checkpoint_*_*.safetensors")}
+    assert names == {
+        f"checkpoint_1_{per_epoch}.safetensors",
+        f"checkpoint_2_{2 * per_epoch}.safetensors",
+    }
+
+
+def test_resuming_with_fewer_batches_an_epoch_goes_on_in_the_next(
+    data_bin: Path, tmp_path: Path
+) -> None:
+    start(data_bin, tmp_path, max_tokens=60, max_update=20).run()
+    dataset = BinarizedDataset(data_bin)
+    config = build(
+        TrainConfig, {"max_tokens": 100_000, "max_update": 22, "valid_sentences": 0}, "train"
+    )
+    network = dict(NETWORK, latent_dim=8)
+    training = Training(
+        architecture("fastdiss_tiny"), network, config, dataset, tmp_path, Processes(CPU),
+        accept_changes=True,
+    )  # fmt: skip
+    assert training.run() == 0 and training.progress.epoch == 3
+
+
+@pytest.mark.parametrize("arch", ["transformer_tiny", "difformer_tiny", "fastdiss_tiny"])
+def test_bfloat16_gives_every_weight_a_gradient(data_bin: Path, tmp_path: Path, arch: str) -> None:
+    training = start(data_bin, tmp_path, arch, dtype="bfloat16")
+    batches = training._next_batches()
+    training._update(batches, sum(batch.num_tgt_tokens for batch in batches))
+    missing = [n for n, p in training.model.named_parameters() if p.grad is None]
+    # without self-conditioning in this batch nothing is missing either: zeros are an input too
+    assert not missing
+
+
 def test_two_processes_train_on_all_sentences(data_bin: Path, tmp_path: Path) -> None:
     done = subprocess.run(
         [

@@ -340,7 +340,7 @@ def _outputs(
         path = folder / f"generate-{name}{steps}.txt"
         aside = path.with_name(f".{path.name}.tmp")
         stack.callback(aside.unlink, missing_ok=True)
-        file = stack.enter_context(open(aside, "w", encoding="utf-8", newline="\n"))
+        file = stack.enter_context(aside.open("w", encoding="utf-8", newline="\n"))
         outputs.append(Output(file, path))
     return outputs
 

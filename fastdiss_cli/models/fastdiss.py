@@ -34,11 +34,11 @@ class FastDiSSConfig(DiffusionConfig):
     scp_coupling: str = "markov"
     scp_gap: float = 0.2
     scp_step_counts: tuple[int, ...] = (2, 3, 5, 10, 20)
-    mans_strength: float = 0.5
+    mans_strength: float = 0.25
     mans_confidence: str = "distance"
     mans_anchors: tuple[float, ...] = ()  # (easy, hard); empty: `DEFAULT_ANCHORS`
     mans_start_update: int = 0
-    mans_shared_pass: bool = False
+    mans_shared_pass: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -8,7 +8,7 @@ work=${1:-work/quickstart}
 if [ ! -e "$work/data-bin/manifest.json" ]; then
     python "$here/../../data/make_corpus.py" "$work/text"
     fastdiss preprocess -s de -t en --trainpref "$work/text/train" --validpref "$work/text/valid" \
-        --testpref "$work/text/test" --vocab-size 1000 --destdir "$work/data-bin"
+        --testpref "$work/text/test" --vocab-size 800 --model-type bpe --destdir "$work/data-bin"
 fi
 fastdiss train "$work/data-bin" --config "$here/config.yaml" --save-dir "$work/checkpoints"
 fastdiss generate "$work/data-bin" --path "$work/checkpoints/checkpoint_best.safetensors" \
