@@ -118,15 +118,14 @@ def pick(rng: Random, items: Sequence[T]) -> T:
     return items[draw(rng, 0, len(items) - 1)]
 
 
-# --- numbers in words: 0..9999, ordinals 1..99
+# --- numbers in words: 0..999, ordinals 1..99
 
 
 def german(n: int, one: str = "ein") -> str:
-    """einundzwanzig; `one` is for the 1 before a leading hundert or tausend: "ein" or nothing."""
-    for size, name in ((1000, "tausend"), (100, "hundert")):
-        if n >= size:
-            head, rest = divmod(n, size)
-            return (one if head == 1 else german(head)) + name + (german(rest) if rest else "")
+    """einundzwanzig; `one` is for the 1 before a leading hundert: "ein" or nothing."""
+    if n >= 100:
+        head, rest = divmod(n, 100)
+        return (one if head == 1 else DE[head]) + "hundert" + (german(rest) if rest else "")
     if n < 20 or n % 10 == 0:
         return DE[n] if n < 20 else DE_TENS[n // 10]
     return ("ein" if n % 10 == 1 else DE[n % 10]) + "und" + DE_TENS[n // 10]
@@ -134,11 +133,14 @@ def german(n: int, one: str = "ein") -> str:
 
 def english(n: int) -> list[str]:
     """three hundred and five, three hundred five."""
-    if n < 100:
-        return [EN[n] if n < 20 else EN_TENS[n // 10] + (f"-{EN[n % 10]}" if n % 10 else "")]
-    digits = ((n // 1000, "thousand"), (n // 100 % 10, "hundred"))
-    head = " ".join(f"{EN[digit]} {name}" for digit, name in digits if digit)
-    return [f"{head}{joint}{word(n % 100)}" for joint in (" and ", " ")] if n % 100 else [head]
+    head, rest = divmod(n, 100)
+    last = (
+        EN[rest] if rest < 20 else EN_TENS[rest // 10] + (f"-{EN[rest % 10]}" if rest % 10 else "")
+    )
+    if not head:
+        return [last]
+    hundreds = f"{EN[head]} hundred"
+    return [f"{hundreds} and {last}", f"{hundreds} {last}"] if rest else [hundreds]
 
 
 def word(n: int) -> str:
@@ -237,12 +239,10 @@ SLOTS: dict[str, Callable[[Random], Phrase]] = {
 
 
 def sentence(rng: Random) -> Phrase:
-    """A row of GRAMMAR with its slots filled, no two of them alike."""
+    """A row of GRAMMAR with its slots filled."""
     de, sides = pick(rng, GRAMMAR_ROWS)
     names = re.findall(r"{(\w+)}", de)
-    fills: list[Phrase] = []
-    while not fills or len({phrase[0] for phrase in fills}) < len(fills):
-        fills = [SLOTS[name.rstrip("2")](rng) for name in names]
+    fills = [SLOTS[name](rng) for name in names]
     source, *choices = (
         dict(zip(names, words, strict=True))
         for words in ([phrase[0] for phrase in fills], *product(*(phrase[1] for phrase in fills)))

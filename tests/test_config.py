@@ -1,0 +1,73 @@
+"""Configuration: types, ranges, YAML's ways, and suggestions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from fastdiss_cli.config import TrainConfig, build, parse_settings, read_recipe
+from fastdiss_cli.errors import FastdissError
+
+
+def test_values_of_yaml_become_the_types_of_the_fields() -> None:
+    values = parse_settings(["train.lr=5e-4", "train.adam_betas=[0.9, 0.95]", "train.compile=true"])
+    config = build(TrainConfig, values["train"], "train")
+    assert (config.lr, config.adam_betas, config.compile) == (5e-4, (0.9, 0.95), True)
+
+
+@pytest.mark.parametrize(
+    ("item", "message"),
+    [
+        ("train.lr=fast", "train.lr must be a number"),
+        ("train.max_update=1.5", "train.max_update must be a whole number"),
+        ("train.max_update=true", "train.max_update must be a whole number"),
+        ("train.compile=2", "train.compile must be true or false"),
+        ("train.adam_betas=0.9", "train.adam_betas must be a list of 2"),
+        ("train.adam_betas=[1.5, 1]", "adam_betas must be two in"),
+        ("train.max_updat=3", "did you mean 'max_update'"),
+        ("train.1=3", "unknown option train.1"),
+        ("train.lr_scheduler=cosin", "did you mean 'cosine'"),
+        ("train.save_interval_updates=0", "at least 1"),
+        ("train.keep_last=-1", "at least 0"),
+        ("train.dtype=fp16", "auto, float32, bfloat16"),
+    ],
+)
+def test_what_is_wrong_is_named(item: str, message: str) -> None:
+    with pytest.raises(FastdissError, match=message):
+        build(TrainConfig, parse_settings([item])["train"], "train")
+
+
+@pytest.mark.parametrize("item", ["lr=3", "train.lr", "optim.lr=3", "train.lr=[1"])
+def test_settings_have_a_form(item: str) -> None:
+    with pytest.raises(FastdissError, match="--set"):
+        parse_settings([item])
+
+
+@pytest.mark.parametrize(
+    "content", ["train: [1, 2]", "- train", "trian: {}", "train: {lr: [", "\x00"]
+)
+def test_a_recipe_that_is_none_is_one_line(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(content)
+    with pytest.raises(FastdissError, match=str(path)) as refused:
+        read_recipe(path)
+    assert "\n" not in str(refused.value)
+
+
+def test_nothing_in_a_recipe_is_executed(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(f"train: {{arch: !!python/object/apply:os.mkdir ['{tmp_path}/made']}}")
+    with pytest.raises(FastdissError):
+        read_recipe(path)
+    assert not (tmp_path / "made").exists()
+
+
+@pytest.mark.parametrize("name", ["quickstart", "multi30k_de_en"])
+def test_the_recipes_here_are_valid(name: str) -> None:
+    from fastdiss_cli.models.registry import architecture
+
+    path = Path(__file__).parent.parent / "recipes" / name / "config.yaml"
+    recipe = read_recipe(path)
+    config = build(TrainConfig, recipe["train"], "train")
+    architecture(config.arch).config(recipe["model"])

@@ -1,0 +1,120 @@
+"""fairseq's lines, written and read back; references; the choice among candidates."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastdiss_cli.data.tokenizer import Tokenizer, train_tokenizer
+from fastdiss_cli.decoding.output import (
+    format_lines,
+    read_all_references,
+    read_system,
+    reference_streams,
+)
+from fastdiss_cli.decoding.selection import by_mbr, by_reranking, by_score
+from fastdiss_cli.errors import FastdissError
+from fastdiss_cli.models.registry import HistoryStep, Hypothesis
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return train_tokenizer(["ein Hund läuft", "a dog runs", "the dog ran"] * 9, "word", 300)
+
+
+def hypothesis(tokenizer: Tokenizer, text: str, score: float = -0.5) -> Hypothesis:
+    tokens = tokenizer.encode(text)[:-1]
+    return Hypothesis(tokens, score, [score] * (len(tokens) + 1), nfe=5)
+
+
+def test_what_is_written_is_read_back(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    texts = ["a dog runs", "", "T-0\ta tab\u2028and a separator", "\ta dog"]
+    path = tmp_path / "out.txt"
+    lines = [
+        format_lines(i, "ein Hund", hypothesis(tokenizer, text), tokenizer, reference=text + "!")
+        for i, text in enumerate(texts)
+    ]
+    path.write_text("".join(reversed(lines)) + "Generate test: summary\n", encoding="utf-8")
+    read = read_system(path)
+    assert read.hypotheses == texts
+    assert read.references == [text + "!" for text in texts]
+
+
+def test_a_line_break_that_a_model_writes_shifts_no_line(tokenizer: Tokenizer) -> None:
+    text = format_lines(0, "x", hypothesis(tokenizer, "a\ndog"), tokenizer)
+    assert [line[:2] for line in text.splitlines()] == ["S-", "H-", "D-", "P-", "I-"]
+
+
+def test_plain_text_is_read_as_it_is(tmp_path: Path) -> None:
+    path = tmp_path / "plain"
+    path.write_text("one\n\nthree\n")
+    assert read_system(path).hypotheses == ["one", "", "three"]
+    assert read_system(path).references is None
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "empty"),
+        ("D-0\t0\ta\nD-2\t0\tb\n", "no D-1"),
+        ("D-0\t0\ta\nD-0\t0\tb\n", "twice"),
+    ],
+)
+def test_incomplete_files_are_refused(tmp_path: Path, content: str, message: str) -> None:
+    path = tmp_path / "out"
+    path.write_text(content)
+    with pytest.raises(FastdissError, match=message):
+        read_system(path)
+
+
+def test_history_is_coloured_by_confidence_in_a_terminal(tokenizer: Tokenizer) -> None:
+    h = hypothesis(tokenizer, "a dog runs")
+    h.history = [HistoryStep(0.4, h.tokens, [0.2, 0.7, 0.95, 0.9])]
+    plain = format_lines(3, "x", h, tokenizer).splitlines()[1]
+    assert plain == "E-3_1\tt=0.400\t▁a ▁dog ▁runs"
+    colours = format_lines(3, "x", h, tokenizer, colour=True).splitlines()[1]
+    assert "\x1b[31m▁a\x1b[0m \x1b[33m▁dog\x1b[0m ▁runs" in colours
+
+
+def test_references_of_several_files_are_alternatives(tmp_path: Path) -> None:
+    (tmp_path / "a.tsv").write_text("one\tuno\ntwo\n")
+    (tmp_path / "b").write_text("eins\nzwei\n")
+    rows = read_all_references([tmp_path / "a.tsv", tmp_path / "b"], 2)
+    assert rows == [["one", "uno", "eins"], ["two", "zwei"]]
+    assert reference_streams(rows) == [["one", "two"], ["uno", "zwei"], ["eins", None]]
+
+
+def test_selection_by_score_and_by_agreement(tokenizer: Tokenizer) -> None:
+    row = [
+        hypothesis(tokenizer, "a dog runs", -0.9),
+        hypothesis(tokenizer, "the dog runs", -0.8),
+        hypothesis(tokenizer, "ein Hund läuft", -0.1),
+    ]
+    assert by_score([[2]], [row]) == [row[2]]
+    assert by_mbr(tokenizer, "bleu")([[2]], [row])[0] in row[:2]  # the outlier agrees with none
+    assert by_mbr(tokenizer, "chrf")([[2]], [row[:1]]) == row[:1]
+
+
+def test_reranking_takes_what_the_reranker_finds_most_likely(tokenizer: Tokenizer) -> None:
+    class Prefers:
+        """Likes short answers."""
+
+        class src:
+            pad = 1
+
+        def encode(self, tokens: torch.Tensor) -> torch.Tensor:
+            return tokens
+
+        def log_likelihood(self, memory: torch.Tensor, answers: list[list[int]]) -> torch.Tensor:
+            return torch.tensor([-float(len(answer)) for answer in answers])
+
+    rows = [
+        [hypothesis(tokenizer, text) for text in ("a dog runs", "a", "the dog")],
+        [hypothesis(tokenizer, "a dog")],  # fewer candidates than the other sentence
+    ]
+    chosen = by_reranking(Prefers(), torch.device("cpu"))([[5, 2], [2]], rows)
+    assert chosen == [rows[0][1], rows[1][0]]
+    with pytest.raises(FastdissError, match="--rerank-path"):
+        by_reranking(torch.nn.Linear(1, 1), torch.device("cpu"))
