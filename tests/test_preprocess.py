@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import pytest
 from conftest import run_process, write_pairs
+from sentencepiece import SentencePieceTrainer
 
 from fastdiss_cli.__main__ import main
 from fastdiss_cli.commands.preprocess import CHUNK
@@ -133,6 +134,30 @@ def test_given_tokenizers(preprocess: Command, corpus: Path, tmp_path: Path) -> 
         assert dataset.manifest.joined == (names is german)
         assert text_of(dataset, "test") == lines_of(corpus / "test")
         assert list(dataset.splits) == ["test"]
+
+
+def test_a_foreign_tokenizer_that_changes_text_is_reported(
+    preprocess: Command, tmp_path: Path
+) -> None:
+    """SentencePiece's own defaults normalise: here a ligature and two blanks."""
+    model = tmp_path / "spm"
+    words = iter(["der hund", "the dog"] * 20)
+    SentencePieceTrainer.train(
+        sentence_iterator=words, model_prefix=str(model), vocab_size=20, minloglevel=3,
+        hard_vocab_limit=False,
+    )  # fmt: skip
+    for language, text in (("de", "der hund\nder  hund\nder ﬁsch\n"), ("en", "the dog\n" * 3)):
+        (tmp_path / f"text.{language}").write_text(text, encoding="utf-8")
+    outcome = preprocess(
+        "--testpref",
+        tmp_path / "text",
+        "--tokenizer",
+        f"{model}.model",
+        "--destdir",
+        tmp_path / "d",
+    )
+    assert outcome.code == 0
+    assert "test: 2 pairs decode to other text" in outcome.err
 
 
 def test_workers_do_not_change_a_byte(tmp_path: Path, corpus: Path, preprocess: Command) -> None:

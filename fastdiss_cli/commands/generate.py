@@ -136,6 +136,7 @@ def generate(
 
     from fastdiss_cli.decoding.generation import WINDOW, Run
     from fastdiss_cli.decoding.output import read_all_references
+    from fastdiss_cli.decoding.report import summarise, table
     from fastdiss_cli.device import pick_device, pick_dtype
     from fastdiss_cli.training.checkpoint import load_model
 
@@ -165,7 +166,7 @@ def generate(
             max_tokens=max_tokens,
             dtype=autocast,
         )
-        summaries = _summaries(runs, texts, answers or [[line] for line in references])
+        summaries = summarise(runs, texts, answers or [[line] for line in references])
         for summary, output in zip(summaries, outputs, strict=True):
             if output.path:
                 print(summary.line(name, arch.name), file=output.file)
@@ -173,7 +174,7 @@ def generate(
     if len(runs) == 1:
         print(summaries[0].line(name, arch.name))
     else:
-        _print_table(summaries)
+        print(table(summaries))
     for output in outputs:
         if output.path:
             logs.info(f"wrote {output.path}")
@@ -343,60 +344,3 @@ def _outputs(
         file = stack.enter_context(aside.open("w", encoding="utf-8", newline="\n"))
         outputs.append(Output(file, path))
     return outputs
-
-
-@dataclasses.dataclass
-class Summary:
-    """The figures of one run."""
-
-    run: Run
-    bleu: Any = None  # sacreBLEU's score, where there are references
-    signature: str = ""
-
-    @property
-    def speed(self) -> float:
-        return self.run.sentences / max(self.run.seconds, 1e-9)
-
-    @property
-    def nfe(self) -> float:
-        return self.run.nfe / max(self.run.sentences, 1)
-
-    def line(self, name: str, arch: str) -> str:
-        shown = {k: v for k, v in vars(self.run.options).items() if k != "history"}
-        how = " ".join(f"{key}={value}" for key, value in shown.items())
-        quality = f"{self.bleu.format(signature=self.signature)} | " if self.bleu else ""
-        return (
-            f"Generate {name} with {arch} {how}: {quality}{self.run.sentences:,} sentences in "
-            f"{self.run.seconds:.1f} s, {self.speed:.1f} sentences/s, NFE {self.nfe:.1f}"
-        )
-
-
-def _summaries(
-    runs: list[Run], texts: list[list[str]], references: list[list[str]]
-) -> list[Summary]:
-    from sacrebleu.metrics import BLEU
-
-    from fastdiss_cli.decoding.output import reference_streams
-
-    if not references:
-        return [Summary(run) for run in runs]
-    if len(references) != len(texts[0]):
-        raise FastdissError(
-            f"--ref has {len(references):,} lines where the input has {len(texts[0]):,} sentences"
-        )
-    summaries = []
-    for run, hypotheses in zip(runs, texts, strict=True):
-        metric = BLEU()
-        bleu = metric.corpus_score(hypotheses, reference_streams(references))
-        summaries.append(Summary(run, bleu, metric.get_signature().format()))
-    return summaries
-
-
-def _print_table(summaries: list[Summary]) -> None:
-    print(f"{'steps':>5}  {'NFE':>6}  {'BLEU':>6}  {'sentences/s':>11}")
-    for summary in summaries:
-        bleu = f"{summary.bleu.score:.2f}" if summary.bleu else "-"
-        steps = summary.run.options.steps
-        print(f"{steps:>5}  {summary.nfe:>6.1f}  {bleu:>6}  {summary.speed:>11.1f}")
-    if summaries[0].bleu:
-        print(f"BLEU signature: {summaries[0].signature}")

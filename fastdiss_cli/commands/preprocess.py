@@ -101,7 +101,11 @@ def preprocess(
         try:
             corpus = Corpus(prefixes, source_lang, target_lang, format)
             tokenizers = _tokenizers(corpus, tokenizer, joined, model_type, vocab_size)
-            made_with = {"model_type": model_type, "vocab_size": vocab_size, "format": format}
+            made_with = {"prefixes": prefixes, "format": format}
+            if tokenizer is not None:
+                made_with["tokenizer"] = tokenizer
+            else:
+                made_with |= {"model_type": model_type, "vocab_size": vocab_size}
             _binarize(corpus, tokenizers, aside, workers or os.cpu_count() or 1, made_with)
             replace_folder(aside, final)
         finally:
@@ -211,14 +215,14 @@ def _binarize(
     )
     for side, tokenizer in (("src", src), ("tgt", tgt)):
         (folder / f"tokenizer.{side}").write_bytes(tokenizer.model)
-    models = (src.model, tgt.model)
+    models, foreign = (src.model, tgt.model), "tokenizer" in made_with
     for split in corpus.prefixes:
         sentences = empty = altered = 0
         with ExitStack() as stack:
             stems = [folder / f"{split}.{side}" for side in ("src", "tgt")]
             writers = [stack.enter_context(TokenWriter(stem, dtype)) for stem in stems]
             bar = stack.enter_context(logs.progress(split))
-            for chunk in _encode_all(corpus.pairs(split), models, workers):
+            for chunk in _encode_all(corpus.pairs(split), models, foreign, workers):
                 for side, writer in enumerate(writers):
                     writer.add(chunk.sizes[side], chunk.tokens[side], chunk.unknown[side])
                 sentences += len(chunk.sizes[0])
@@ -233,17 +237,19 @@ def _binarize(
 
 
 def _encode_all(
-    pairs: Iterator[tuple[str, str]], models: tuple[bytes, bytes], workers: int
+    pairs: Iterator[tuple[str, str]], models: tuple[bytes, bytes], foreign: bool, workers: int
 ) -> Iterator[Encoded]:
     """Encode chunks in order, in parallel, with a bounded number of them under way."""
     chunks = iter(lambda: list(islice(pairs, CHUNK)), [])
     first = next(chunks)
     if workers == 1 or len(first) < CHUNK:  # too little text to start processes for
-        _start_worker(*models)
+        _start_worker(models, foreign)
         yield _encode(first)
         yield from map(_encode, chunks)
         return
-    with ProcessPoolExecutor(workers, initializer=_start_worker, initargs=models) as pool:
+    with ProcessPoolExecutor(
+        workers, initializer=_start_worker, initargs=(models, foreign)
+    ) as pool:
         under_way: deque[Future[Encoded]] = deque([pool.submit(_encode, first)])
         for chunk in chunks:
             under_way.append(pool.submit(_encode, chunk))
@@ -253,9 +259,10 @@ def _encode_all(
             yield under_way.popleft().result()
 
 
-def _start_worker(*models: bytes) -> None:
-    global _worker_tokenizers
+def _start_worker(models: tuple[bytes, bytes], foreign: bool) -> None:
+    global _worker_tokenizers, _worker_checks_decoding
     _worker_tokenizers = [Tokenizer(model) for model in models]
+    _worker_checks_decoding = foreign
 
 
 def _encode(pairs: list[tuple[str, str]]) -> Encoded:
@@ -268,8 +275,20 @@ def _encode(pairs: list[tuple[str, str]]) -> Encoded:
         encoded.tokens.append(flat)
         encoded.unknown.append(int((flat == tokenizer.unk).sum()))
     encoded.empty = sum(1 for src, tgt in pairs if not src.strip() or not tgt.strip())
-    encoded.altered = sum(1 for src, tgt in pairs if "\u2581" in src or "\u2581" in tgt)
+    encoded.altered = sum(map(_is_altered, pairs))
     return encoded
+
+
+def _is_altered(pair: tuple[str, str]) -> bool:
+    """Tell whether decoding will not give back the text of a pair.
+
+    Our own tokenizers lose one character only, SentencePiece's mark for a blank; a foreign one
+    may normalise anything.
+    """
+    if not _worker_checks_decoding:
+        return any("\u2581" in text for text in pair)
+    sides = zip(_worker_tokenizers, pair, strict=True)
+    return any(tokenizer.decode(tokenizer.encode(text)) != text for tokenizer, text in sides)
 
 
 def _report(split: str, sentences: int, infos: Iterable, empty: int, altered: int) -> None:
@@ -282,4 +301,6 @@ def _report(split: str, sentences: int, infos: Iterable, empty: int, altered: in
     if empty:
         logs.warn(f"{split}: {empty:,} pairs have an empty side; they are kept")
     if altered:
-        logs.warn(f"{split}: {altered:,} pairs hold U+2581, which decodes as a blank")
+        logs.warn(
+            f"{split}: {altered:,} pairs decode to other text (a mark U+2581, or a normaliser)"
+        )

@@ -1,0 +1,81 @@
+"""The figures of a generate run: quality and speed, as a line or as a table by step count."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from sacrebleu.metrics import BLEU
+from sacrebleu.metrics.bleu import BLEUScore
+
+from fastdiss_cli.decoding.generation import Run
+from fastdiss_cli.decoding.output import reference_streams
+from fastdiss_cli.errors import FastdissError
+
+
+@dataclass
+class Summary:
+    """The figures of one run; there is a score where there are references."""
+
+    run: Run
+    bleu: BLEUScore | None = None
+    signature: str = ""
+
+    @property
+    def speed(self) -> float:
+        """Sentences a second, over encoder, sampling and selection."""
+        return self.run.sentences / max(self.run.seconds, 1e-9)
+
+    @property
+    def nfe(self) -> float:
+        """Decoder evaluations a sentence."""
+        return self.run.nfe / max(self.run.sentences, 1)
+
+    def line(self, name: str, arch: str) -> str:
+        """Return the summary line of a split, or of raw text, under ``name``."""
+        shown = {k: v for k, v in vars(self.run.options).items() if k != "history"}
+        how = " ".join(f"{key}={value}" for key, value in shown.items())
+        quality = f"{self.bleu.format(signature=self.signature)} | " if self.bleu else ""
+        return (
+            f"Generate {name} with {arch} {how}: {quality}{self.run.sentences:,} sentences in "
+            f"{self.run.seconds:.1f} s, {self.speed:.1f} sentences/s, NFE {self.nfe:.1f}"
+        )
+
+
+def summarise(
+    runs: Sequence[Run], texts: Sequence[Sequence[str]], references: Sequence[Sequence[str]]
+) -> list[Summary]:
+    """Score the hypotheses of each run.
+
+    Args:
+        runs: what was run.
+        texts: the hypotheses of each run, in corpus order.
+        references: the right answers of each sentence, or nothing.
+
+    Raises:
+        FastdissError: there are not as many references as sentences.
+    """
+    if not references:
+        return [Summary(run) for run in runs]
+    if len(references) != len(texts[0]):
+        raise FastdissError(
+            f"--ref has {len(references):,} lines where the input has {len(texts[0]):,} sentences"
+        )
+    summaries = []
+    for run, hypotheses in zip(runs, texts, strict=True):
+        metric = BLEU()
+        score = metric.corpus_score(hypotheses, reference_streams(references))
+        summaries.append(Summary(run, score, metric.get_signature().format()))
+    return summaries
+
+
+def table(summaries: Sequence[Summary]) -> str:
+    """Return the table of quality and speed by step count."""
+    lines = [f"{'steps':>5}  {'NFE':>6}  {'BLEU':>6}  {'sentences/s':>11}"]
+    for summary in summaries:
+        bleu = f"{summary.bleu.score:.2f}" if summary.bleu else "-"
+        steps = summary.run.options.steps
+        lines.append(f"{steps:>5}  {summary.nfe:>6.1f}  {bleu:>6}  {summary.speed:>11.1f}")
+    if summaries[0].bleu:
+        lines.append(f"BLEU signature: {summaries[0].signature}")
+    return "\n".join(lines)
