@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -180,6 +181,20 @@ def test_missing_things_are_named(data_bin: Path, fastdiss: Path, tmp_path: Path
     assert "'dev'; it has train, valid, test" in one_line_error(
         run_cli("generate", data_bin, "--path", fastdiss, "--gen-subset", "dev")
     )
+
+
+def test_a_truncated_dataset_is_one_line(data_bin: Path, fastdiss: Path, tmp_path: Path) -> None:
+    for name, cut in (("train.tgt.bin", 2), ("test.src.idx", 5), ("manifest.json", 40)):
+        folder = tmp_path / name
+        shutil.copytree(data_bin, folder)
+        content = (folder / name).read_bytes()
+        (folder / name).write_bytes(content[:-cut])
+        for command in (
+            ["train", folder, "--save-dir", tmp_path / "c"],
+            ["generate", folder, "--path", fastdiss],
+        ):
+            assert name.split(".")[0] in one_line_error(run_cli(*command))
+    assert not (tmp_path / "c").exists()
 
 
 def test_train_names_what_it_does_not_know(data_bin: Path, tmp_path: Path) -> None:

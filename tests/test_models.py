@@ -136,6 +136,33 @@ def test_every_embedding_has_norm_sqrt_d() -> None:
     torch.testing.assert_close(norms, torch.full_like(norms, math.sqrt(16)), rtol=1e-3, atol=0)
 
 
+def test_all_step_counts_share_one_encoder_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, sources = make_model("difformer"), random_sentences(8)
+    right, calls = model.encode, []
+
+    def counted(src_tokens: torch.Tensor):
+        calls.append(len(src_tokens))
+        return right(src_tokens)
+
+    monkeypatch.setattr(model, "encode", counted)
+    runs = [Run(model.Decoding(steps=n)) for n in (1, 2, 5)]
+    decode(model, sources, runs, by_score, max_tokens=40)
+    assert len(calls) > 1 and sum(calls) == 8  # each sentence once, in several batches
+    assert [run.nfe for run in runs] == [8, 16, 40]
+
+
+def test_solvers_are_told_apart() -> None:
+    model, sources = make_model("difformer"), random_sentences(4)
+    memory = model.encode(pad(sources, VOCAB.pad)[0])
+
+    def scores(solver: str, steps: int) -> list[float]:
+        options = model.Decoding(solver=solver, steps=steps)
+        return [h[0].score for h in model.decode(memory, torch.arange(4), options)]
+
+    assert len({tuple(scores(solver, 4)) for solver in ("ddpm", "ddim", "dpm-solver++")}) == 3
+    assert scores("ddpm", 1) == scores("ddim", 1)  # one step has no move to make
+
+
 def test_beams_give_that_many_candidates_best_first() -> None:
     model, sources = make_model("difformer"), random_sentences(3)
     memory = model.encode(pad(sources, VOCAB.pad)[0])

@@ -50,6 +50,7 @@ def generate(
     ref: Annotated[
         list[Path] | None,
         typer.Option(
+            metavar="FILE",
             help="References for BLEU instead of the dataset's; .tsv has alternatives. Repeatable.",
             **Input,
         ),
