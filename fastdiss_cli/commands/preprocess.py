@@ -232,7 +232,7 @@ def _binarize(
             infos = [writer.finish() for writer in writers]
         manifest.sentences[split] = sentences
         manifest.splits[split] = dict(zip(("src", "tgt"), infos, strict=True))
-        _report(split, sentences, infos, empty, altered)
+        _report(split, sentences, infos, empty, altered, foreign)
     manifest.write(folder)
 
 
@@ -291,7 +291,9 @@ def _is_altered(pair: tuple[str, str]) -> bool:
     return any(tokenizer.decode(tokenizer.encode(text)) != text for tokenizer, text in sides)
 
 
-def _report(split: str, sentences: int, infos: Iterable, empty: int, altered: int) -> None:
+def _report(
+    split: str, sentences: int, infos: Iterable, empty: int, altered: int, foreign: bool
+) -> None:
     src, tgt = infos
     logs.info(
         f"{split}: {sentences:,} pairs, {src.tokens:,} source and {tgt.tokens:,} target tokens "
@@ -301,6 +303,5 @@ def _report(split: str, sentences: int, infos: Iterable, empty: int, altered: in
     if empty:
         logs.warn(f"{split}: {empty:,} pairs have an empty side; they are kept")
     if altered:
-        logs.warn(
-            f"{split}: {altered:,} pairs decode to other text (a mark U+2581, or a normaliser)"
-        )
+        why = "the tokenizer normalises" if foreign else "U+2581, SentencePiece's blank, is in them"
+        logs.warn(f"{split}: {altered:,} pairs decode to other text: {why}")
