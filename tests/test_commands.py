@@ -135,7 +135,7 @@ def test_candidates_are_chosen_as_told(
 
 
 def test_beam_search_through_the_same_command(data_bin: Path, transformer: Path) -> None:
-    done = run_cli("generate", data_bin, "--path", transformer, "--beam", "2")
+    done = run_cli("generate", data_bin, "--path", transformer, "--beam", "2", "--max-len-b", "9")
     assert done.returncode == 0 and "beam=2" in done.stdout.splitlines()[-1]
 
 

@@ -15,6 +15,7 @@ from fastdiss_cli.decoding.generation import Run, decode
 from fastdiss_cli.decoding.selection import by_score
 from fastdiss_cli.errors import FastdissError
 from fastdiss_cli.models.registry import Seq2SeqModel, Vocabulary, architecture, architectures
+from fastdiss_cli.models.transformer import Transformer
 
 VOCAB = Vocabulary(size=23, bos=0, pad=1, eos=2)
 SMALL = {"model_dim": 32, "ffn_dim": 64, "heads": 2, "encoder_layers": 2, "decoder_layers": 2}
@@ -49,7 +50,8 @@ def make_batch(sources: Sequence[Sequence[int]], targets: Sequence[Sequence[int]
 
 
 def answers(model: Seq2SeqModel, sources: list[list[int]], max_tokens: int, **options: object):
-    run = Run(model.Decoding(**options))
+    limit = {"max_len_b": 12} if isinstance(model, Transformer) else {}
+    run = Run(model.Decoding(**limit, **options))
     decode(model, sources, [run], by_score, max_tokens)
     return [(h.tokens, pytest.approx(h.score, abs=1e-4)) for h in run.best]
 
@@ -65,7 +67,7 @@ def test_a_hypothesis_does_not_depend_on_its_batch(family: str, max_tokens: int)
 def test_a_hypothesis_does_not_depend_on_the_order_of_the_corpus(family: str) -> None:
     """Noise belongs to a sentence's number, so here the numbers move along with the sentences."""
     model, sources = make_model(family), random_sentences(12)
-    options = model.Decoding()
+    options = model.Decoding(**({"max_len_b": 12} if isinstance(model, Transformer) else {}))
     memory = model.encode(pad(sources, VOCAB.pad)[0])
     forward = model.decode(memory, torch.arange(12), options)
     backward = model.decode(
@@ -220,7 +222,7 @@ def test_wide_beam_search_finds_the_best_of_all_answers() -> None:
     model = arch.family(arch.config(SMALL), vocab, vocab).eval()
     for p in model.parameters():
         p.mul_(1.5)  # less uniform than at initialisation
-    options = model.Decoding(beam=64, max_len_a=0, max_len_b=4)
+    options = model.Decoding(beam=64, max_len_b=3, min_len=0)
     memory = model.encode(torch.tensor([[4, 5, 2]]))
     ((best, *_),) = model.decode(memory, torch.arange(1), options)
     words = (3, 4, 5)
@@ -241,22 +243,31 @@ def test_wide_beam_search_finds_the_best_of_all_answers() -> None:
 def test_greedy_search_follows_the_most_likely_token() -> None:
     model, sources = make_model("transformer"), random_sentences(5)
     memory = model.encode(pad(sources, VOCAB.pad)[0])
-    found = model.decode(memory, torch.arange(5), model.Decoding(beam=1))
+    found = model.decode(memory, torch.arange(5), model.Decoding(beam=1, min_len=0, max_len_b=12))
     for b, (h,) in enumerate(found):
         tokens = torch.tensor([[*h.tokens, VOCAB.eos]])
         logits = model.logits(memory.select(torch.tensor([b])), tokens)
         logits[..., [VOCAB.pad, VOCAB.bos]] = float("-inf")
-        free = len(h.tokens) + 1 < int(1.5 * len(sources[b]) + 20)  # eos may be forced at the end
+        free = len(h.tokens) < 12  # at the limit eos is forced
         assert logits[0].argmax(-1).tolist()[: len(h.tokens) + free] == [
             *h.tokens,
             *([VOCAB.eos] if free else []),
         ]
 
 
+def test_lengths_are_bounded_as_told() -> None:
+    model, sources = make_model("transformer"), random_sentences(6)
+    memory = model.encode(pad(sources, VOCAB.pad)[0])
+    for low, high in ((1, 3), (4, 4), (2, 7)):
+        options = model.Decoding(beam=3, min_len=low, max_len_b=high)
+        found = model.decode(memory, torch.arange(6), options)
+        assert all(low <= len(h.tokens) <= high for row in found for h in row)
+
+
 def test_log_likelihood_is_the_score_of_beam_search() -> None:
     model, sources = make_model("transformer"), random_sentences(4)
     memory = model.encode(pad(sources, VOCAB.pad)[0])
-    found = model.decode(memory, torch.arange(4), model.Decoding(beam=3))
+    found = model.decode(memory, torch.arange(4), model.Decoding(beam=3, max_len_b=12))
     likelihood = model.log_likelihood(memory, [h.tokens for row in found for h in row])
     scores = torch.tensor([h.score for row in found for h in row])
     # beam search cannot choose bos or pad, whose small share of the probability it spreads

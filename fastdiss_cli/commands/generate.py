@@ -92,9 +92,10 @@ def generate(
         float | None, typer.Option(help="Length penalty. (default: 1.0)", **Beam)
     ] = None,
     max_len_a: Annotated[
-        float | None, typer.Option(help="Longest answer: a x source + b. (default: 1.5)", **Beam)
+        float | None, typer.Option(help="Longest answer: a x source + b. (default: 0)", **Beam)
     ] = None,
-    max_len_b: Annotated[int | None, typer.Option(help="(default: 20)", **Beam)] = None,
+    max_len_b: Annotated[int | None, typer.Option(help="(default: 200)", **Beam)] = None,
+    min_len: Annotated[int | None, typer.Option(help="(default: 1)", **Beam)] = None,
     select: Annotated[
         str | None,
         typer.Option(
@@ -132,6 +133,7 @@ def generate(
         "lenpen": lenpen,
         "max_len_a": max_len_a,
         "max_len_b": max_len_b,
+        "min_len": min_len,
         "history": print_history or None,
     }
 

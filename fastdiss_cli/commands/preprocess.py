@@ -11,6 +11,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import islice
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Annotated
 
@@ -247,9 +248,8 @@ def _encode_all(
         yield _encode(first)
         yield from map(_encode, chunks)
         return
-    with ProcessPoolExecutor(
-        workers, initializer=_start_worker, initargs=(models, foreign)
-    ) as pool:
+    fresh = get_context("spawn")  # a forked copy of a process that has threads may hang
+    with ProcessPoolExecutor(workers, fresh, _start_worker, (models, foreign)) as pool:
         under_way: deque[Future[Encoded]] = deque([pool.submit(_encode, first)])
         for chunk in chunks:
             under_way.append(pool.submit(_encode, chunk))

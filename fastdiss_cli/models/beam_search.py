@@ -20,8 +20,8 @@ def beam_search(step: Step, memory: Memory, eos: int, options: Any) -> list[list
     """Search for the most likely answers.
 
     As in fairseq: decoding starts from eos, a hypothesis ends when eos is among the K best
-    continuations, a sentence is done when K hypotheses have ended, and eos is forced at the length
-    limit.
+    continuations, a sentence is done when K hypotheses have ended, a hypothesis has at least
+    ``min_len`` tokens, and eos is forced at the length limit (eos itself not counted in either).
 
     Args:
         step: the decoder.
@@ -49,9 +49,11 @@ def beam_search(step: Step, memory: Memory, eos: int, options: Any) -> list[list
         log_probs, caches = step(tokens[:, :, -1].reshape(B * K, 1), position, memory, caches)
         V = log_probs.shape[-1]
         log_probs = log_probs.view(B, K, V)
-        at_limit = limits <= position + 1
+        at_limit = limits <= position
         not_eos = torch.arange(V, device=device) != eos
         log_probs = log_probs.masked_fill(at_limit[:, None, None] & not_eos, float("-inf"))
+        if position < options.min_len:
+            log_probs = log_probs.masked_fill(~at_limit[:, None, None] & ~not_eos, float("-inf"))
 
         totals, flat = (running[:, :, -1:] + log_probs).flatten(1).topk(min(2 * K, K * V))
         parents, best = flat // V, flat % V

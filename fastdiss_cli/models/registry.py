@@ -181,7 +181,7 @@ def architecture(name: str, user_module: Path | None = None) -> Architecture:
 
 
 def _import_user_module(path: Path) -> None:
-    name = f"fastdiss_user_{path.stem}"
+    name = f"fastdiss_user_module:{path.resolve()}"
     if name in sys.modules:
         return
     spec = importlib.util.spec_from_file_location(name, path)
@@ -191,10 +191,10 @@ def _import_user_module(path: Path) -> None:
     sys.modules[name] = module
     try:
         spec.loader.exec_module(module)
-    except FastdissError:
-        raise
     except Exception as error:
         del sys.modules[name]
+        if isinstance(error, FastdissError):
+            raise
         raise FastdissError(
             f"--user-module {path}: {type(error).__name__} while importing it: {error}"
         ) from error

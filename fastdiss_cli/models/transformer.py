@@ -42,13 +42,15 @@ class BeamDecoding:
 
     beam: int = 5
     lenpen: float = 1.0  # hypotheses are compared by log-probability / length ** lenpen
-    max_len_a: float = 1.5  # a hypothesis has at most max_len_a * S + max_len_b tokens
-    max_len_b: int = 20
+    max_len_a: float = 0.0  # a hypothesis has at most max_len_a * S + max_len_b tokens
+    max_len_b: int = 200
+    min_len: int = 1
 
     def __post_init__(self) -> None:
         require(self, "beam", self.beam >= 1, "at least 1")
         require(self, "max_len_a", self.max_len_a >= 0, "at least 0")
         require(self, "max_len_b", self.max_len_b >= 1, "at least 1")
+        require(self, "min_len", self.min_len >= 0, "at least 0")
 
     @property
     def candidates(self) -> int:
