@@ -123,37 +123,29 @@ def train(
 
     Defaults < --config < flags < --set. The same line under torchrun uses all its processes.
     """
-    flags: dict[str, dict[str, Any]] = {
-        "train": {
-            key: value
-            for key, value in {
-                "arch": arch,
-                "seed": seed,
-                "max_tokens": max_tokens,
-                "update_freq": update_freq,
-                "max_update": max_update,
-                "max_epoch": max_epoch,
-                "lr": lr,
-                "lr_scheduler": lr_scheduler,
-                "warmup_updates": warmup_updates,
-                "clip_norm": clip_norm,
-                "weight_decay": weight_decay,
-                "ema_decay": ema_decay,
-                "validate_interval_updates": validate_interval_updates,
-                "valid_steps": valid_steps,
-                "patience": patience,
-                "save_interval_updates": save_interval_updates,
-                "keep_last": keep_last,
-                "dtype": dtype,
-                "compile": compile,
-            }.items()
-            if value is not None
-        },
-        "model": {
-            key: value
-            for key, value in {"dropout": dropout, "label_smoothing": label_smoothing}.items()
-            if value is not None
-        },
+    flags = {
+        "train": _given(
+            arch=arch,
+            seed=seed,
+            max_tokens=max_tokens,
+            update_freq=update_freq,
+            max_update=max_update,
+            max_epoch=max_epoch,
+            lr=lr,
+            lr_scheduler=lr_scheduler,
+            warmup_updates=warmup_updates,
+            clip_norm=clip_norm,
+            weight_decay=weight_decay,
+            ema_decay=ema_decay,
+            validate_interval_updates=validate_interval_updates,
+            valid_steps=valid_steps,
+            patience=patience,
+            save_interval_updates=save_interval_updates,
+            keep_last=keep_last,
+            dtype=dtype,
+            compile=compile,
+        ),
+        "model": _given(dropout=dropout, label_smoothing=label_smoothing),
     }
 
     from fastdiss_cli import logs
@@ -189,3 +181,8 @@ def train(
         measure = "BLEU" if train_config.valid_sentences else "loss"
         best = f"; best validation {measure} {abs(progress.best):.2f} at {progress.best_update:,}"
     logs.info(f"done after update {progress.update:,}{best}; checkpoints in {save_dir}")
+
+
+def _given(**flags: Any) -> dict[str, Any]:
+    """Return the flags that the user gave; the others leave the recipe's value alone."""
+    return {name: value for name, value in flags.items() if value is not None}

@@ -201,7 +201,7 @@ class Difformer(Seq2SeqModel):
             label_smoothing=config.label_smoothing,
         )
         limit = config.max_length_offset
-        offset = (~batch.tgt_pad_mask).sum(1) - (~batch.src_pad_mask).sum(1)
+        offset = real.sum(1) - (~batch.src_pad_mask).sum(1)
         length = F.nll_loss(self.predict_lengths(memory), offset.clamp(-limit, limit) + limit)
         total = mse + anchor + config.length_loss * length
         return Loss(total, {"mse": mse, "anchor": anchor, "length": length})
