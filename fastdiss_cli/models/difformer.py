@@ -53,7 +53,7 @@ class DiffusionConfig(NetworkConfig):
 
     latent_dim: int = 128
     noise_schedule: str = "sqrt"
-    noise_factor: float = 8.0
+    noise_factor: float = 16.0
     self_cond_rate: float = 0.5  # share of batches with standard self-conditioning
     length_loss: float = 0.1
     max_length_offset: int = 128  # target length - source length, at most, either way
