@@ -15,9 +15,8 @@ import torch
 
 from fastdiss_cli.__main__ import main
 
-torch.set_num_threads(
-    1
-)  # models this small gain nothing from more, and lose much on a busy machine
+# models this small gain nothing from more threads, and lose much on a busy machine
+torch.set_num_threads(1)
 
 GERMAN = ["null", "eins", "zwei", "drei", "vier", "fünf", "sechs", "sieben", "acht", "neun"]
 ENGLISH = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
