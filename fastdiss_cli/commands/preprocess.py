@@ -13,22 +13,17 @@ from dataclasses import dataclass, field
 from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import numpy as np
 import typer
 
 from fastdiss_cli import logs
-from fastdiss_cli.data.binarized import (
-    BinarizedDataset,
-    Manifest,
-    TokenWriter,
-    replace_folder,
-    token_dtype,
-)
 from fastdiss_cli.data.text import FORMATS, read_pairs
 from fastdiss_cli.data.tokenizer import MODEL_TYPES, Tokenizer, load_tokenizer, train_tokenizer
 from fastdiss_cli.errors import FastdissError, suggest
+
+if TYPE_CHECKING:
+    import numpy as np
 
 Text = {"rich_help_panel": "Text"}
 Vocabulary = {"rich_help_panel": "Tokenizer"}
@@ -87,6 +82,8 @@ def preprocess(
 
     With no text given, --verify checks the dataset that is there.
     """
+    from fastdiss_cli.data.binarized import BinarizedDataset, replace_folder
+
     _check_choice("--format", format, FORMATS)
     _check_choice("--model-type", model_type, MODEL_TYPES)
     prefixes = _splits(trainpref, validpref, testpref)
@@ -201,6 +198,8 @@ def _binarize(
     made_with: dict[str, object],
 ) -> None:
     """Encode all splits into a folder, and write its manifest."""
+    from fastdiss_cli.data.binarized import Manifest, TokenWriter, token_dtype
+
     src, tgt = tokenizers
     dtype = token_dtype(max(src.vocab_size, tgt.vocab_size))
     manifest = Manifest(
@@ -266,6 +265,8 @@ def _start_worker(models: tuple[bytes, bytes], foreign: bool) -> None:
 
 
 def _encode(pairs: list[tuple[str, str]]) -> Encoded:
+    import numpy as np
+
     encoded = Encoded()
     for side, tokenizer in enumerate(_worker_tokenizers):
         ids = [tokenizer.encode(pair[side]) for pair in pairs]
