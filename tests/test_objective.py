@@ -47,6 +47,10 @@ def scp(**changes: object) -> SCP:
     )
 
 
+def as_it_is(z0_hat: Tensor) -> Tensor:
+    return z0_hat
+
+
 def condition(
     denoise: Callable,
     t: Tensor,
@@ -58,7 +62,7 @@ def condition(
     torch.manual_seed(0)
     z_0, noise = torch.randn(B, T, D), torch.randn(B, T, D)
     given = perturbed_self_conditioning(
-        denoise, lambda _: confidence, SCHEDULE, perturbation, mans, z_0, noise, t, update
+        denoise, as_it_is, lambda _: confidence, SCHEDULE, perturbation, mans, z_0, noise, t, update
     )
     return given, z_0, noise
 
@@ -74,7 +78,7 @@ def test_times_cover_the_unit_interval_evenly() -> None:
 def test_standard_self_conditioning_estimates_at_the_same_noise() -> None:
     z_t, t = torch.randn(B, T, D), torch.rand(B, T)
     denoise = Recorder()
-    given = standard_self_conditioning(denoise, z_t, t, rate=1.0)
+    given = standard_self_conditioning(denoise, as_it_is, z_t, t, rate=1.0)
     (seen,) = denoise.calls
     assert torch.equal(seen[0], z_t) and torch.equal(seen[1], t) and not seen[2].any()
     assert (given.self_cond == 7).all() and torch.equal(given.t, t)
@@ -84,7 +88,7 @@ def test_rates_are_shares_of_batches() -> None:
     torch.manual_seed(0)
     z_t, t = torch.randn(B, T, D), torch.rand(B, T)
     told = [
-        standard_self_conditioning(Recorder(), z_t, t, rate=0.25).self_cond.any().item()
+        standard_self_conditioning(Recorder(), as_it_is, z_t, t, rate=0.25).self_cond.any().item()
         for _ in range(400)
     ]
     assert sum(told) / 400 == pytest.approx(0.25, abs=0.06)
@@ -92,7 +96,7 @@ def test_rates_are_shares_of_batches() -> None:
     denoise = Recorder()
     for _ in range(400):
         perturbed_self_conditioning(
-            denoise, lambda _: None, SCHEDULE, scp(rate=0.25), OFF,
+            denoise, as_it_is, lambda _: None, SCHEDULE, scp(rate=0.25), OFF,
             z_t, z_t, torch.full((B,), 0.5), 1,
         )  # fmt: skip
     assert len(denoise.calls) / 400 == pytest.approx(0.25, abs=0.06)

@@ -73,5 +73,5 @@ def test_noising_further_from_pure_noise_changes_nothing() -> None:
 
 
 def test_grid_of_n_steps_has_n_steps() -> None:
-    assert time_grid(1) == [1, 0]
-    assert time_grid(4) == [1, 0.75, 0.5, 0.25, 0]
+    assert time_grid(1).tolist() == [1, 0]
+    assert time_grid(4).tolist() == [1, 0.75, 0.5, 0.25, 0]

@@ -72,6 +72,10 @@ def generate(
     solver: Annotated[
         str | None, typer.Option(help="ddpm, ddim or dpm-solver++. (default: ddpm)", **Diffusion)
     ] = None,
+    time_grid: Annotated[
+        str | None,
+        typer.Option(help="uniform, quadratic or log-snr. (default: uniform)", **Diffusion),
+    ] = None,
     self_cond: Annotated[
         str | None,
         typer.Option(
@@ -125,6 +129,7 @@ def generate(
     step_counts = _step_counts(steps)
     flags = {
         "solver": solver,
+        "time_grid": time_grid,
         "self_cond": self_cond,
         "length_beam": length_beam,
         "noise_beam": noise_beam,

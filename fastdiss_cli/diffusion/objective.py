@@ -15,12 +15,14 @@ from torch import Tensor
 
 from fastdiss_cli.diffusion.schedule import NoiseSchedule
 
-SCP_OFFSETS = ("step-matched", "uniform", "fixed")
+SCP_OFFSETS = ("step-matched", "uniform", "fixed", "none")
 SCP_COUPLINGS = ("markov", "shared", "independent")
 MANS_CONFIDENCES = ("distance", "probability")
 
 # (z_t [B, T, D], t [B, T], self_cond [B, T, D]) -> z0_hat [B, T, D]
 Denoise = Callable[[Tensor, Tensor, Tensor], Tensor]
+# z0_hat -> the form in which the network is told it, both [B, T, D]
+Tell = Callable[[Tensor], Tensor]
 
 
 @dataclass
@@ -37,7 +39,8 @@ class SCP:
 
     Attributes:
         offset: ``step-matched``: t' = t + 1/K with K drawn from ``step_counts``, the time of the
-            step before in a K-step run; ``uniform``: t' uniform on (t, 1]; ``fixed``: t + gap.
+            step before in a K-step run; ``uniform``: t' uniform on (t, 1]; ``fixed``: t + gap;
+            ``none``: t' = t, the standard self-conditioning.
         coupling: how z_t' depends on z_t. ``markov``: noised further from it; ``shared``: the
             same noise at a higher level; ``independent``: fresh noise.
         rate: the share of batches that have a first pass at all; the others are told zeros.
@@ -60,6 +63,8 @@ class SCP:
             return t + (1 - t) * torch.rand_like(t)
         if self.offset == "fixed":
             return t + self.gap
+        if self.offset == "none":
+            return t
         counts = torch.tensor(self.step_counts, device=t.device, dtype=t.dtype)
         return t + 1 / counts[torch.randint(len(counts), t.shape, device=t.device)]
 
@@ -129,19 +134,22 @@ def draw_times(batch: int, device: torch.device) -> Tensor:
     return (torch.randperm(batch, device=device) + offset) / batch
 
 
-def standard_self_conditioning(denoise: Denoise, z_t: Tensor, t: Tensor, rate: float) -> Condition:
+def standard_self_conditioning(
+    denoise: Denoise, tell: Tell, z_t: Tensor, t: Tensor, rate: float
+) -> Condition:
     """Tell the network, in a share ``rate`` of batches, its own first estimate at the same z_t.
 
     Source: Chen et al. 2023, Analog bits, section 2.2.
     """
     told = torch.zeros_like(z_t)
     if float(torch.rand(())) < rate:
-        told = denoise(z_t, t, told)
+        told = tell(denoise(z_t, t, told))
     return Condition(t, told)
 
 
 def perturbed_self_conditioning(
     denoise: Denoise,
+    tell: Tell,
     confidence: Callable[[Tensor], Tensor],
     schedule: NoiseSchedule,
     scp: SCP,
@@ -155,6 +163,7 @@ def perturbed_self_conditioning(
 
     Args:
         denoise: the network, for the passes without gradient.
+        tell: the form in which it is told its estimate.
         confidence: maps z0_hat [B, T, D] to what `MANS` measures, [B, T].
         schedule, scp, mans: the process and the two repairs.
         z_0, noise: clean embeddings and standard normal, float [B, T, D].
@@ -181,4 +190,4 @@ def perturbed_self_conditioning(
         moved = mans.token_times(token_t, mans.ease(confidence(estimate)))
         token_t = torch.minimum(moved, later)
     in_first_step = (stale > 1)[:, None, None]
-    return Condition(token_t, estimate.masked_fill(in_first_step, 0))
+    return Condition(token_t, tell(estimate).masked_fill(in_first_step, 0))

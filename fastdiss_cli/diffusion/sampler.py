@@ -22,7 +22,9 @@ def sample(
     solver: str = "ddpm",
     self_cond: str = "reuse",
     gold: Tensor | None = None,
-    watch: Callable[[float, Tensor], None] | None = None,
+    grid: str = "uniform",
+    tell: Callable[[Tensor], Tensor] = lambda z0_hat: z0_hat,
+    watch: Callable[[Tensor, Tensor, Tensor], None] | None = None,
 ) -> tuple[Tensor, int]:
     """Sample with exactly ``steps`` steps.
 
@@ -36,32 +38,35 @@ def sample(
             zeros in the first; ``none``: zeros; ``recompute``: an estimate at the present step
             by a second evaluation; ``gold``: the true embeddings (for diagnosis).
         gold: float [N, T, D], needed for ``gold``.
-        watch: called with (t, z0_hat) at every step.
+        grid: one of `TIME_GRIDS`.
+        tell: maps an estimate z0_hat to the form in which the network is told it.
+        watch: called at every step with its t (0-d), z and z0_hat.
 
     Returns:
         The last z0_hat, float [N, T, D], and the number of denoiser evaluations.
     """
     z = noise(0)
     device = z.device
-    times = torch.tensor(time_grid(steps), device=device)
+    times = time_grid(steps, grid, schedule).to(device)
     z = z * schedule.sigma(times[0])
     move = SOLVERS[solver](schedule)
     zeros = torch.zeros_like(z)
-    z0_hat, nfe = zeros, 0
+    z0_hat, earlier, nfe = zeros, zeros, 0
     for k in range(steps):
         t = times[k].expand(len(z))
         if self_cond == "recompute":
-            told = denoise(z, t, zeros)
+            told = tell(denoise(z, t, zeros))
             nfe += 1
         elif self_cond == "gold":
             assert gold is not None
             told = gold
         else:
-            told = z0_hat if self_cond == "reuse" else zeros
+            told = earlier if self_cond == "reuse" else zeros
         z0_hat = denoise(z, t, told)
         nfe += 1
         if watch is not None:
-            watch(float(times[k]), z0_hat)
+            watch(times[k], z, z0_hat)
         if k + 1 < steps:
+            earlier = tell(z0_hat)
             z = move(z, z0_hat, times[k], times[k + 1], lambda draw=k + 1: noise(draw))
     return z0_hat, nfe

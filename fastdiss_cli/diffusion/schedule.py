@@ -79,6 +79,29 @@ def _column(level: Tensor, like: Tensor) -> Tensor:
     return level.reshape(level.shape + (1,) * (like.dim() - level.dim()))
 
 
-def time_grid(steps: int) -> list[float]:
-    """Return the N + 1 times 1 = tau_0 > ... > tau_N = 0 of an N-step run, uniform in t."""
-    return [1 - k / steps for k in range(steps + 1)]
+TIME_GRIDS = ("uniform", "quadratic", "log-snr")
+
+
+def time_grid(steps: int, kind: str = "uniform", schedule: NoiseSchedule | None = None) -> Tensor:
+    """Return the N + 1 times 1 = tau_0 > ... > tau_N = 0 of an N-step run, float [N + 1].
+
+    Args:
+        steps: N, at least 1.
+        kind: ``uniform`` in t; ``quadratic``: uniform in sqrt(t), more steps at low noise;
+            ``log-snr``: the times between the ends uniform in log(alpha/sigma).
+        schedule: needed for ``log-snr``.
+    """
+    u = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
+    if kind == "quadratic":
+        u = u**2
+    elif kind == "log-snr":
+        assert schedule is not None
+        # the logarithm is infinite at both ends: cut there, and inverted by interpolation
+        t = torch.linspace(1e-3, 1 - 1e-3, 10_000, dtype=torch.float64)
+        log_snr = torch.log(schedule.alpha(t) / schedule.sigma(t))
+        wanted = torch.lerp(log_snr[0], log_snr[-1], u)
+        right = torch.searchsorted(-log_snr, -wanted).clamp(1, len(t) - 1)
+        share = (wanted - log_snr[right - 1]) / (log_snr[right] - log_snr[right - 1])
+        u = torch.lerp(t[right - 1], t[right], share)
+        u[0], u[-1] = 1, 0
+    return u.float()

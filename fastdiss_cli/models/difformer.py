@@ -8,6 +8,7 @@ generation" (arXiv 2212.09412); the noise schedule and losses are those of the R
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -24,7 +25,7 @@ from fastdiss_cli.diffusion.objective import (
     standard_self_conditioning,
 )
 from fastdiss_cli.diffusion.sampler import SELF_COND_MODES, sample
-from fastdiss_cli.diffusion.schedule import ABAR, NoiseSchedule
+from fastdiss_cli.diffusion.schedule import ABAR, TIME_GRIDS, NoiseSchedule
 from fastdiss_cli.diffusion.solvers import SOLVERS
 from fastdiss_cli.models.layers import (
     SIZES,
@@ -46,6 +47,8 @@ from fastdiss_cli.models.registry import (
 )
 from fastdiss_cli.randomness import counter_normal
 
+SELF_COND_FORMS = ("raw", "nearest", "expected")
+
 
 @dataclass(frozen=True)
 class DiffusionConfig(NetworkConfig):
@@ -55,12 +58,15 @@ class DiffusionConfig(NetworkConfig):
     noise_schedule: str = "sqrt"
     noise_factor: float = 16.0
     self_cond_rate: float = 0.5  # share of batches with standard self-conditioning
+    self_cond_form: str = "raw"  # how an estimate is told: raw, nearest or expected embedding
+    embedding_scale: bool = False  # learn a common scale of the target embeddings
     length_loss: float = 0.1
     max_length_offset: int = 128  # target length - source length, at most, either way
 
     def __post_init__(self) -> None:
         super().__post_init__()
         one_of(self, "noise_schedule", tuple(ABAR))
+        one_of(self, "self_cond_form", SELF_COND_FORMS)
         require(self, "latent_dim", self.latent_dim >= 1, "at least 1")
         require(self, "noise_factor", self.noise_factor > 0, "above 0")
         require(self, "self_cond_rate", 0 <= self.self_cond_rate <= 1, "in [0, 1]")
@@ -75,15 +81,18 @@ class DiffusionDecoding:
     length_beam: int = 1
     noise_beam: int = 1
     solver: str = "ddpm"
+    time_grid: str = "uniform"
     self_cond: str = "reuse"
     seed: int = 1
     history: bool = False
+    diagnose: bool = False  # history with the gap between told and fresh estimates
 
     def __post_init__(self) -> None:
         require(self, "steps", self.steps >= 1, "at least 1")
         require(self, "length_beam", self.length_beam >= 1, "at least 1")
         require(self, "noise_beam", self.noise_beam >= 1, "at least 1")
         one_of(self, "solver", tuple(SOLVERS))
+        one_of(self, "time_grid", TIME_GRIDS)
         one_of(self, "self_cond", SELF_COND_MODES)
 
     @property
@@ -94,22 +103,35 @@ class DiffusionDecoding:
 class LatentEmbedding(nn.Module):
     """The target embeddings and the output layer tied to them.
 
-    Every embedding has norm sqrt(D), so that a schedule means the same for all tokens.
+    Every embedding has norm sqrt(D), so that a schedule means the same for all tokens; with a
+    learned scale, a common multiple of it.
     """
 
-    def __init__(self, vocab: Vocabulary, dim: int) -> None:
+    def __init__(self, vocab: Vocabulary, dim: int, scaled: bool = False) -> None:
         super().__init__()
         self.table = nn.Embedding(vocab.size, dim)
         self.bias = nn.Parameter(torch.zeros(vocab.size))
+        self.scale = nn.Parameter(torch.ones(1)) if scaled else None
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Embed int64 [...] to float [..., D]."""
-        return F.layer_norm(self.table(tokens), self.table.weight.shape[-1:])
+        return self._normalise(self.table(tokens))
 
     def logits(self, z0_hat: Tensor) -> Tensor:
         """Score all tokens for estimates [..., D]; float32 [..., V]."""
-        normalised = F.layer_norm(self.table.weight, self.table.weight.shape[-1:])
-        return F.linear(z0_hat, normalised, self.bias).float()
+        return F.linear(z0_hat, self._normalise(self.table.weight), self.bias).float()
+
+    def nearest(self, z0_hat: Tensor) -> Tensor:
+        """Replace estimates by the embeddings of their best tokens; float [..., D] both."""
+        return self(self.logits(z0_hat).argmax(-1))
+
+    def expected(self, z0_hat: Tensor) -> Tensor:
+        """Replace estimates by the mean embedding under their softmax; float [..., D] both."""
+        return self.logits(z0_hat).softmax(-1) @ self._normalise(self.table.weight).float()
+
+    def _normalise(self, rows: Tensor) -> Tensor:
+        unit = F.layer_norm(rows, rows.shape[-1:])
+        return unit if self.scale is None else unit * self.scale
 
 
 class Difformer(Seq2SeqModel):
@@ -125,7 +147,7 @@ class Difformer(Seq2SeqModel):
         self.schedule = NoiseSchedule(config.noise_schedule, config.noise_factor)
         self.encoder = Encoder(src.size, src.pad, config)
         self.decoder = Decoder(config)
-        self.embedding = LatentEmbedding(tgt, D)
+        self.embedding = LatentEmbedding(tgt, D, config.embedding_scale)
         self.latent_in = nn.Linear(2 * D, H)
         self.time_in = nn.Sequential(nn.Linear(H, H), nn.SiLU(), nn.Linear(H, H))
         self.latent_out = nn.Linear(H, D)
@@ -155,6 +177,14 @@ class Difformer(Seq2SeqModel):
         x = x + positions(x.shape[1], x.shape[2], x.device)
         return self.latent_out(self.decoder(x, memory, pad_mask)).float()
 
+    def tell(self, z0_hat: Tensor) -> Tensor:
+        """Return the form in which the network is told an estimate; float [N, T, D] both."""
+        if self.config.self_cond_form == "nearest":
+            return self.embedding.nearest(z0_hat)
+        if self.config.self_cond_form == "expected":
+            return self.embedding.expected(z0_hat)
+        return z0_hat
+
     def predict_lengths(self, memory: Memory) -> Tensor:
         """Return log-probabilities of target length - source length + max_length_offset."""
         kept = (~memory.pad_mask).unsqueeze(-1)
@@ -176,7 +206,7 @@ class Difformer(Seq2SeqModel):
         """
         t = draw_times(len(z_0), z_0.device)[:, None].expand(z_0.shape[:2])
         z_t = self.schedule.add_noise(z_0, t, noise)
-        return standard_self_conditioning(denoise, z_t, t, self.config.self_cond_rate)
+        return standard_self_conditioning(denoise, self.tell, z_t, t, self.config.self_cond_rate)
 
     def loss(self, batch: Batch, update: int) -> Loss:
         config: DiffusionConfig = self.config
@@ -234,31 +264,37 @@ class Difformer(Seq2SeqModel):
         if options.self_cond == "gold":
             told = self.embedding(pad(gold, self.tgt.pad)[0].to(device))
             told = told.repeat_interleave(per_sentence, dim=0)
-        frames: list[tuple[float, list[list[int]], list[list[float]]]] = []
+        frames: list[list[HistoryStep]] = []
 
-        def watch(time: float, z0_hat: Tensor) -> None:
-            scores, tokens = self._read(z0_hat)
-            frames.append((time, tokens.tolist(), scores.exp().tolist()))
+        def denoise(z: Tensor, t: Tensor, told: Tensor) -> Tensor:
+            return self.denoise(z, t, told, memory, pad_mask)
+
+        def watch(t: Tensor, z: Tensor, z0_hat: Tensor) -> None:
+            fresh = None
+            if options.diagnose:
+                at = t.expand(len(z))
+                fresh = denoise(z, at, self.tell(denoise(z, at, torch.zeros_like(z))))
+            frames.append(self._history(float(t), z0_hat, fresh, lengths))
 
         z0_hat, nfe = sample(
-            lambda z, t, told: self.denoise(z, t, told, memory, pad_mask),
+            denoise,
             self.schedule,
             lambda draw: counter_normal(options.seed, rows, candidates, draw, T, D),
             options.steps,
             options.solver,
-            options.self_cond,
+            # who was never told anything in training is told nothing
+            options.self_cond if self.config.self_cond_rate else "none",
             told,
-            watch if options.history else None,
+            options.time_grid,
+            self.tell,
+            watch if options.history or options.diagnose else None,
         )
         scores, tokens = (x.tolist() for x in self._read(z0_hat))
         answers = []
         for row, length in enumerate(lengths.tolist()):
             ids, token_scores = self._trim(tokens[row][:length], scores[row])
             score = sum(token_scores) / len(token_scores)
-            history = [
-                HistoryStep(time, *self._trim(ids[row][:length], values[row]))
-                for time, ids, values in frames
-            ]
+            history = [frame[row] for frame in frames]
             answers.append(Hypothesis(ids, score, token_scores, nfe, history))
         return [
             sorted(answers[b * per_sentence : (b + 1) * per_sentence], key=lambda h: -h.score)
@@ -281,6 +317,24 @@ class Difformer(Seq2SeqModel):
         logits[..., [self.tgt.bos, self.tgt.pad]] = float("-inf")
         best, tokens = logits.max(dim=-1)
         return best - logits.logsumexp(dim=-1), tokens
+
+    def _history(
+        self, time: float, z0_hat: Tensor, fresh: Tensor | None, lengths: Tensor
+    ) -> list[HistoryStep]:
+        """Return what each row looks like at one step; means are over its own positions."""
+        scores, tokens = self._read(z0_hat)
+        own = torch.arange(z0_hat.shape[1], device=z0_hat.device) < lengths[:, None]
+
+        def mean(squares: Tensor) -> list[float]:
+            return ((squares.mean(-1) * own).sum(1) / lengths).tolist()
+
+        norms = mean(z0_hat.square())
+        gaps = [math.nan] * len(norms) if fresh is None else mean((z0_hat - fresh).square())
+        rows = zip(lengths.tolist(), tokens.tolist(), scores.exp().tolist(), strict=True)
+        return [
+            HistoryStep(time, *self._trim(ids[:length], values), norm, gap)
+            for (length, ids, values), norm, gap in zip(rows, norms, gaps, strict=True)
+        ]
 
     def _trim(self, tokens: list[int], values: list[float]) -> tuple[list[int], list[float]]:
         """Cut a row at its first eos; the values keep that of the eos."""

@@ -53,6 +53,13 @@ class FastDiSSConfig(DiffusionConfig):
             "step counts of at least 1",
         )
         require(self, "mans_strength", 0 <= self.mans_strength <= 1, "in [0, 1]")
+        shared = self.mans_strength > 0 and self.mans_shared_pass
+        require(
+            self,
+            "mans_shared_pass",
+            not shared or self.scp_offset != "none",
+            "false with scp_offset none: there is no pass at a higher noise to share",
+        )
         anchors = self.mans_anchors
         valid = not anchors or (len(anchors) == 2 and anchors[0] != anchors[1])
         require(self, "mans_anchors", valid, "two different values (easy, hard), or empty")
@@ -90,8 +97,9 @@ class FastDiSS(Difformer):
             return log_probs.gather(-1, tgt_tokens[..., None]).squeeze(-1).exp()
 
         t = draw_times(len(z_0), z_0.device)
+        repairs = (self.schedule, self.scp, self.mans)
         return perturbed_self_conditioning(
-            denoise, confidence, self.schedule, self.scp, self.mans, z_0, noise, t, update
+            denoise, self.tell, confidence, *repairs, z_0, noise, t, update
         )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import math
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -43,11 +44,21 @@ class Loss:
 
 @dataclass
 class HistoryStep:
-    """What a candidate looked like at one step of sampling."""
+    """What a candidate looked like at one step of sampling.
+
+    Attributes:
+        time: noise time of the step.
+        tokens, confidences: the best token of each position and its probability.
+        norm: mean square of a coordinate of z0_hat; that of the true embeddings is 1.
+        gap: mean squared difference of a coordinate to the z0_hat that the network gives when it
+            is told a fresh estimate of this step; only measured for a diagnosis.
+    """
 
     time: float
     tokens: list[int]
     confidences: list[float]
+    norm: float = math.nan
+    gap: float = math.nan
 
 
 @dataclass

@@ -1,0 +1,48 @@
+#!/usr/bin/env bash
+# Do SCP and MANS make five steps as good as many? Train the matrix, sample, score, write RESULTS.md.
+# usage: run.sh CORPUS [TEXT] [WORK]
+#   CORPUS   embedded, cmudict_g2p or multi30k
+#   TEXT     the folder with the corpus; not needed for the embedded one
+# Run again, it goes on where it was stopped; JOBS=2 trains two models at a time.
+set -euo pipefail
+here=$(cd "$(dirname "$0")" && pwd)
+corpus=${1:?usage: run.sh CORPUS [TEXT] [WORK]}
+text=${2:-}
+work=${3:-work/ablation}/$corpus
+
+if [ "$corpus" != embedded ] && [ -z "$text" ]; then
+    echo "run.sh: $corpus needs the folder with its text" >&2
+    exit 2
+fi
+mkdir -p "$work/text"
+if [ ! -e "$work/data-bin/manifest.json" ]; then
+    case $corpus in
+    embedded)
+        python "$here/../../data/make_corpus.py" "$work/text"
+        options=(-s de -t en --vocab-size 800 --model-type bpe)
+        ;;
+    cmudict_g2p)  # its 2,000 validation words: the first half to choose on, the second to report
+        for side in src trg refs.tsv; do
+            head -n 1000 "$text/valid.$side" > "$work/text/valid.$side"
+            tail -n 1000 "$text/valid.$side" > "$work/text/test.$side"
+        done
+        cp "$text/train.src" "$text/train.trg" "$work/text"
+        options=(--model-type word --separate --vocab-size 1000)
+        ;;
+    multi30k)
+        for side in de en; do
+            cp "$text/train.$side" "$text/valid.$side" "$work/text"
+            cp "$text/test2016.$side" "$work/text/test.$side"
+        done
+        options=(-s de -t en --vocab-size 6000)
+        ;;
+    *)
+        echo "run.sh: no corpus $corpus: embedded, cmudict_g2p or multi30k" >&2
+        exit 2
+        ;;
+    esac
+    fastdiss preprocess "${options[@]}" --trainpref "$work/text/train" \
+        --validpref "$work/text/valid" --testpref "$work/text/test" --destdir "$work/data-bin"
+fi
+python "$here/trials.py" "$corpus" "$work" --jobs "${JOBS:-1}"
+python "$here/report.py" "$corpus" "$work"

@@ -1,0 +1,209 @@
+"""Train every model of the ablation and sample from it; what is finished is skipped.
+
+Each trial has a folder WORK/NAME/seedK with its checkpoints and, for each way of sampling, a folder
+of `fastdiss generate` files.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+
+HERE = Path(__file__).parent
+ALL_STEPS = "1,2,3,5,10,20,50,100"
+FEW_STEPS = "1,2,5,20"
+
+# The network is the same in all of them.
+VARIANTS: dict[str, dict[str, str]] = {
+    "no self-conditioning": {"arch": "difformer_tiny", "self_cond_rate": "0"},
+    "difformer": {"arch": "difformer_tiny"},
+    "+SCP": {"arch": "fastdiss_tiny", "mans_strength": "0"},
+    "+MANS": {
+        "arch": "fastdiss_tiny",
+        "scp_offset": "none",
+        "self_cond_rate": "0.5",
+        "mans_shared_pass": "false",
+    },
+    "fastdiss": {"arch": "fastdiss_tiny"},
+}
+
+# What every setting of a sweep starts from: the defaults of fastdiss_tiny before the sweeps.
+SWEEP_BASE = {
+    "noise_factor": "16",
+    "noise_schedule": "sqrt",
+    "self_cond_rate": "1",
+    "self_cond_form": "raw",
+    "embedding_scale": "false",
+    "latent_dim": "64",
+    "scp_offset": "step-matched",
+    "scp_coupling": "markov",
+    "mans_strength": "0.25",
+    "mans_confidence": "distance",
+    "mans_anchors": "[0.1,1.0]",
+    "mans_shared_pass": "true",
+}
+# Group: setting -> options of fastdiss_tiny that differ from `SWEEP_BASE`.
+SWEEPS: dict[str, dict[str, dict[str, str]]] = {
+    "Noise": {
+        "factor 4": {"noise_factor": "4"},
+        "factor 8": {"noise_factor": "8"},
+        "factor 32": {"noise_factor": "32"},
+        "factor 64": {"noise_factor": "64"},
+        "schedule linear": {"noise_schedule": "linear"},
+        "schedule cosine": {"noise_schedule": "cosine"},
+    },
+    "SCP: t'": {
+        "uniform on (t, 1]": {"scp_offset": "uniform"},
+        "t + 0.05": {"scp_offset": "fixed", "scp_gap": "0.05"},
+        "t + 0.2": {"scp_offset": "fixed", "scp_gap": "0.2"},
+        "t + 0.5": {"scp_offset": "fixed", "scp_gap": "0.5"},
+        "step-matched, K 2 to 5": {"scp_step_counts": "[2,3,5]"},
+    },
+    "SCP: coupling": {
+        "shared noise": {"scp_coupling": "shared"},
+        "independent": {"scp_coupling": "independent"},
+    },
+    "SCP: rate": {"0.5": {"self_cond_rate": "0.5"}},
+    "MANS": {
+        "off": {"mans_strength": "0"},
+        "strength 0.5": {"mans_strength": "0.5"},
+        "strength 1": {"mans_strength": "1"},
+        "own pass": {"mans_shared_pass": "false"},
+        "own pass, strength 0.5": {"mans_shared_pass": "false", "mans_strength": "0.5"},
+        "by probability": {"mans_confidence": "probability", "mans_anchors": "[0.9,0.1]"},
+        "anchors 0.02 and 0.5": {"mans_anchors": "[0.02,0.5]"},
+        "anchors 0.1 and 0.5": {"mans_anchors": "[0.1,0.5]"},
+        "from half of the updates on": {"mans_start_update": "500"},
+    },
+    "Told as": {
+        "nearest embedding": {"self_cond_form": "nearest"},
+        "expected embedding": {"self_cond_form": "expected"},
+    },
+    "Embedding": {
+        "learned scale": {"embedding_scale": "true"},
+        "dimension 32": {"latent_dim": "32"},
+        "dimension 128": {"latent_dim": "128"},
+    },
+}
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One model: how it is trained, and how it is sampled (folder -> flags of generate)."""
+
+    folder: Path
+    arch: str
+    seed: int
+    updates: int
+    settings: dict[str, str]
+    split: str
+    sampling: dict[str, list[str]] = field(default_factory=dict)
+
+    def run(self, corpus: Path, data: Path) -> None:
+        """Train and sample; needs nothing when all files are there."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        last = self.folder / "checkpoint_last.safetensors"
+        if not list(self.folder.glob(f"checkpoint_*_{self.updates}.safetensors")):
+            options = [f"train.max_update={self.updates}"]
+            options += [f"model.{key}={value}" for key, value in self.settings.items()]
+            self._fastdiss(
+                "train", data, "--config", corpus, "--arch", self.arch, "--seed", self.seed,
+                "--validate-interval-updates", self.updates, "--save-dir", self.folder,
+                *(part for option in options for part in ("--set", option)),
+            )  # fmt: skip
+        for name, flags in self.sampling.items():
+            counts = flags[flags.index("--steps") + 1].split(",") if "--steps" in flags else [""]
+            ends = [f".steps{count}" if len(counts) > 1 else "" for count in counts]
+            results = self.folder / name
+            if all((results / f"generate-{self.split}{end}.txt").exists() for end in ends):
+                continue
+            self._fastdiss(
+                "generate", data, "--path", last, "--gen-subset", self.split,
+                "--results-path", results, *flags,
+            )  # fmt: skip
+
+    def _fastdiss(self, *arguments: object) -> None:
+        with open(self.folder / "log.txt", "a", encoding="utf-8") as log:
+            command = [sys.executable, "-m", "fastdiss_cli", *map(str, arguments)]
+            environment = {"OMP_NUM_THREADS": "1", **os.environ}
+            done = subprocess.run(command, stdout=log, stderr=log, env=environment)
+        if done.returncode:
+            raise SystemExit(f"{' '.join(command)}: exit {done.returncode}, see {log.name}")
+
+
+def variant_trials(work: Path, plan: dict[str, int]) -> Iterator[Trial]:
+    """Yield the variants and the autoregressive reference, seed by seed."""
+    for seed in range(1, plan["seeds"] + 1):
+        for name, settings in VARIANTS.items():
+            if name not in plan.get("variants", VARIANTS):
+                continue
+            mbr = ["--length-beam", "5", "--noise-beam", "3", "--select", "mbr"]
+            sampling = {
+                "reuse": ["--steps", ALL_STEPS],
+                "ddim": ["--steps", ALL_STEPS, "--solver", "ddim"],
+                **{
+                    mode: ["--steps", FEW_STEPS, "--self-cond", mode]
+                    for mode in ("none", "recompute", "gold")
+                },
+                "mbr": ["--steps", FEW_STEPS, *mbr],
+                "diagnosis": ["--steps", "5,20", "--diagnose"],
+            }
+            arch, options = _split(settings)
+            folder = work / name / f"seed{seed}"
+            yield Trial(folder, arch, seed, plan["updates"], options, "test", sampling)
+        sampling = {"greedy": ["--beam", "1"], "beam": ["--beam", "5"]}
+        folder = work / "transformer" / f"seed{seed}"
+        yield Trial(folder, "transformer_tiny", seed, plan["updates"], {}, "test", sampling)
+
+
+def sweep_trials(work: Path, plan: dict[str, int]) -> Iterator[Trial]:
+    """Yield the open choices, each against the defaults, on validation data."""
+    settings: dict[tuple[str, str], dict[str, str]] = {("base", "base"): {}}
+    settings |= {(group, name): s for group, sweep in SWEEPS.items() for name, s in sweep.items()}
+    sampling = {"reuse": ["--steps", FEW_STEPS]}
+    grids = {grid: ["--steps", "2,5,20", "--time-grid", grid] for grid in ("quadratic", "log-snr")}
+    for seed in range(1, plan["sweep_seeds"] + 1):
+        for (group, name), options in settings.items():
+            folder = work / "sweep" / f"{group} {name}".replace("/", "-") / f"seed{seed}"
+            yield Trial(
+                folder, "fastdiss_tiny", seed, plan["sweep_updates"], SWEEP_BASE | options,
+                "valid", sampling | grids if group == "base" else sampling,
+            )  # fmt: skip
+
+
+def _split(settings: dict[str, str]) -> tuple[str, dict[str, str]]:
+    return settings["arch"], {key: value for key, value in settings.items() if key != "arch"}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("corpus")
+    parser.add_argument("work", type=Path)
+    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--only", choices=("sweep", "variants"))
+    arguments = parser.parse_args()
+    config = HERE / f"{arguments.corpus}.yaml"
+    plan = yaml.safe_load((HERE / "plan.yaml").read_text())[arguments.corpus]
+    work = arguments.work
+    trials = []
+    if arguments.only != "variants" and plan["sweep_seeds"]:
+        trials += sweep_trials(work, plan)
+    if arguments.only != "sweep":
+        trials += variant_trials(work, plan)
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        done = [pool.submit(trial.run, config, work / "data-bin") for trial in trials]
+        for trial, future in zip(trials, done, strict=True):
+            future.result()
+            print(f"{trial.folder}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
