@@ -282,6 +282,30 @@ def test_a_failure_leaves_older_results(data_bin: Path, fastdiss: Path, tmp_path
     assert not list(tmp_path.glob(".*"))
 
 
+def test_diagnosis_is_written_beside_the_hypotheses(
+    data_bin: Path, fastdiss: Path, tmp_path: Path
+) -> None:
+    done = run_cli(
+        "generate", data_bin, "--path", fastdiss, "--steps", "2,4", "--diagnose",
+        "--results-path", tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0 and "told nothing" in done.stdout
+    for steps in (2, 4):
+        path = tmp_path / f"generate-test.steps{steps}.diagnosis.json"
+        tables = json.loads(path.read_text())
+        assert [row["t"] for row in tables["by_step"]] == [1 - k / steps for k in range(steps)]
+        assert all(row["gap"] > 0 and row["norm"] > 0 for row in tables["by_step"])
+        assert [row["t"] for row in tables["by_time"]] == [k / 20 for k in range(1, 20, 2)]
+        assert all(row["mse_fresh"] > 0 < row["anchor_stale"] for row in tables["by_time"])
+    done = run_cli("generate", "--path", fastdiss, "--input", corpus_line(tmp_path), "--diagnose")
+    assert done.returncode == 2 and "needs a dataset" in done.stderr
+
+
+def corpus_line(folder: Path) -> Path:
+    (folder / "line.de").write_text("eins zwei\n", encoding="utf-8")
+    return folder / "line.de"
+
+
 # score
 
 
@@ -373,3 +397,21 @@ def test_a_closed_pipe_is_no_crash(data_bin: Path, fastdiss: Path) -> None:
         process.stdout.close()
         said = process.stderr.read()
     assert "Traceback" not in said and "Exception" not in said
+
+
+def test_paired_test_compares_two_systems(tmp_path: Path) -> None:
+    lines = [f"the {n} small cats sat on {n} mats" for n in range(30)]
+    (tmp_path / "ref").write_text("\n".join(lines) + "\n")
+    (tmp_path / "good").write_text("\n".join(lines) + "\n")
+    poor = [line.replace("small", "big") if n % 2 else line for n, line in enumerate(lines)]
+    (tmp_path / "poor").write_text("\n".join(poor) + "\n")
+    command = ["score", "--sys", tmp_path / "good", "--ref", tmp_path / "ref"]
+    done = run_cli(*command, "--paired", tmp_path / "poor", "--metrics", "bleu,ser", "--json")
+    bleu, ser = json.loads(done.stdout)
+    assert bleu["system"] == pytest.approx(100) and bleu["p_value"] < 0.01
+    assert (ser["baseline"], ser["system"]) == (50, 0)
+    plain = run_cli(*command, "--paired", tmp_path / "poor", "--paired-test", "ar").stdout
+    assert "ar:10000" in plain and plain.splitlines()[0].split()[:2] == ["metric", "baseline"]
+    (tmp_path / "short").write_text("one line\n")
+    said = one_line_error(run_cli(*command, "--paired", tmp_path / "short"))
+    assert "1 sentences" in said and "30" in said

@@ -314,3 +314,66 @@ def test_options_are_checked() -> None:
     ):
         with pytest.raises(FastdissError):
             build(family.Config, wrong, "model")
+
+
+def test_an_estimate_is_told_raw_nearest_or_expected() -> None:
+    z0_hat = torch.randn(2, 3, 16)
+    for form in ("raw", "nearest", "expected"):
+        model = make_model("fastdiss", self_cond_form=form)
+        told = model.tell(z0_hat)
+        logits = model.embedding.logits(z0_hat)
+        rows = model.embedding(torch.arange(VOCAB.size))
+        wanted = {
+            "raw": z0_hat,
+            "nearest": rows[logits.argmax(-1)],
+            "expected": torch.einsum("btv,vd->btd", logits.softmax(-1), rows),
+        }[form]
+        torch.testing.assert_close(told, wanted)
+
+
+def test_a_learned_scale_scales_embeddings_and_logits() -> None:
+    model, plain = (make_model("difformer", embedding_scale=scaled) for scaled in (True, False))
+    model.embedding.scale.fill_(3.0)
+    model.embedding.table.weight.copy_(plain.embedding.table.weight)
+    tokens, z0_hat = torch.arange(VOCAB.size), torch.randn(4, 16)
+    torch.testing.assert_close(model.embedding(tokens), 3 * plain.embedding(tokens))
+    torch.testing.assert_close(model.embedding.logits(z0_hat), 3 * plain.embedding.logits(z0_hat))
+
+
+def test_who_was_never_told_anything_is_told_nothing() -> None:
+    model, sources = make_model("difformer", self_cond_rate=0.0), random_sentences(5)
+    memory = model.encode(pad(sources, VOCAB.pad)[0])
+    modes = [
+        model.decode(memory, torch.arange(5), model.Decoding(steps=3, self_cond=mode))
+        for mode in ("none", "reuse", "recompute")
+    ]
+    for (first,), *others in zip(*modes, strict=True):
+        assert all(h.tokens == first.tokens and h.nfe == 3 for (h,) in others)
+
+
+def test_a_diagnosis_measures_the_gap_to_a_fresh_estimate() -> None:
+    """An estimate that was told a fresh one has no gap; a stale one has."""
+    model, sources = make_model("difformer"), random_sentences(5)
+    memory = model.encode(pad(sources, VOCAB.pad)[0])
+    for mode, exact in (("recompute", True), ("reuse", False)):
+        options = model.Decoding(steps=3, self_cond=mode, diagnose=True)
+        for (h,) in model.decode(memory, torch.arange(5), options):
+            assert h.nfe == (6 if exact else 3) and len(h.history) == 3
+            assert all((step.gap < 1e-9) == exact and step.norm > 0 for step in h.history)
+
+
+def test_losses_at_a_time_are_those_of_training() -> None:
+    """Told nothing at a fixed time, the losses are those of `loss` there."""
+    model, sentences = make_model("difformer", self_cond_rate=0.0), random_sentences(6)
+    batch = make_batch(sentences, sentences[::-1])
+    at = torch.full((6,), 0.3)
+    torch.manual_seed(1)
+    mse, anchor = model.losses_at(batch, 0.3, None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fastdiss_cli.models.difformer.draw_times", lambda *_: at)
+        torch.manual_seed(1)
+        parts = model.loss(batch, update=1).parts
+    torch.testing.assert_close((mse, anchor), (parts["mse"], parts["anchor"]))
+    told = model.losses_at(batch, 0.3, 0.9)[0]  # beyond t = 1 there is nothing to tell
+    torch.manual_seed(1)
+    assert model.losses_at(batch, 0.3, 0.9)[0] == mse != told

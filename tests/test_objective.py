@@ -208,3 +208,20 @@ def test_passes_without_scp() -> None:
     given, *_ = condition(denoise, torch.full((B,), 0.4), scp(rate=0.0), mans, torch.zeros(B, T))
     assert len(denoise.calls) == 1
     assert not given.self_cond.any() and (given.t > 0.4).all()
+
+
+def test_without_an_offset_scp_is_standard_self_conditioning() -> None:
+    denoise, t = Recorder(), torch.rand(B)
+    given, z_0, noise = condition(denoise, t, scp(offset="none"))
+    (seen,) = denoise.calls
+    torch.testing.assert_close(seen[0], SCHEDULE.add_noise(z_0, given.t, noise))
+    assert torch.equal(seen[1], given.t) and (given.self_cond == 7).all()
+
+
+def test_the_network_is_told_its_estimate_in_the_form_asked_for() -> None:
+    z, t = torch.randn(B, T, D), torch.full((B,), 0.1)
+    given = perturbed_self_conditioning(
+        Recorder(), lambda z0_hat: -z0_hat, lambda _: None, SCHEDULE,
+        scp(offset="fixed", gap=0.2), OFF, z, z, t, 1,
+    )  # fmt: skip
+    assert (given.self_cond == -7).all()

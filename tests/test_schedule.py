@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastdiss_cli.diffusion.schedule import ABAR, NoiseSchedule, time_grid
+from fastdiss_cli.diffusion.schedule import ABAR, TIME_GRIDS, NoiseSchedule, time_grid
 
 SCHEDULES = sorted(ABAR)
 
@@ -75,3 +75,25 @@ def test_noising_further_from_pure_noise_changes_nothing() -> None:
 def test_grid_of_n_steps_has_n_steps() -> None:
     assert time_grid(1).tolist() == [1, 0]
     assert time_grid(4).tolist() == [1, 0.75, 0.5, 0.25, 0]
+
+
+@pytest.mark.parametrize("name", sorted(ABAR))
+@pytest.mark.parametrize("kind", TIME_GRIDS)
+@pytest.mark.parametrize("steps", [1, 2, 5, 100])
+def test_grids_fall_from_one_to_zero(name: str, kind: str, steps: int) -> None:
+    grid = time_grid(steps, kind, NoiseSchedule(name, factor=4.0))
+    assert len(grid) == steps + 1 and grid[0] == 1 and grid[-1] == 0
+    assert (grid.diff() < 0).all()
+
+
+def test_quadratic_grid_is_uniform_in_the_root() -> None:
+    roots = time_grid(10, "quadratic").sqrt()
+    torch.testing.assert_close(roots, torch.linspace(1, 0, 11))
+
+
+@pytest.mark.parametrize("name", sorted(ABAR))
+def test_log_snr_grid_is_uniform_in_log_snr(name: str) -> None:
+    schedule = NoiseSchedule(name, factor=4.0)
+    inner = time_grid(8, "log-snr", schedule)[1:-1].double()
+    gaps = torch.log(schedule.alpha(inner) / schedule.sigma(inner)).diff()
+    torch.testing.assert_close(gaps, gaps.mean().expand(6), rtol=1e-3, atol=0)

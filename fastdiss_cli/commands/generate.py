@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import sys
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from fastdiss_cli.commands.models import UserModule
 from fastdiss_cli.errors import FastdissError
 
 if TYPE_CHECKING:
+    from fastdiss_cli.data.binarized import TokenFile
     from fastdiss_cli.data.tokenizer import Tokenizer
     from fastdiss_cli.decoding.generation import Run
     from fastdiss_cli.models.registry import Seq2SeqModel
@@ -60,6 +62,14 @@ def generate(
     ] = None,
     print_history: Annotated[
         bool, typer.Option("--print-history", help="Show every step of sampling.", **Input)
+    ] = False,
+    diagnose: Annotated[
+        bool,
+        typer.Option(
+            "--diagnose",
+            help="Measure stale against fresh self-conditioning by step, and losses by time.",
+            **Input,
+        ),
     ] = False,
     steps: Annotated[
         str | None,
@@ -140,8 +150,10 @@ def generate(
         "max_len_b": max_len_b,
         "min_len": min_len,
         "history": print_history or None,
+        "diagnose": diagnose or None,
     }
 
+    from fastdiss_cli.decoding.diagnosis import describe, diagnosis_of
     from fastdiss_cli.decoding.generation import WINDOW, Run
     from fastdiss_cli.decoding.output import read_all_references
     from fastdiss_cli.decoding.report import summarise, table
@@ -158,17 +170,23 @@ def generate(
         if input is not None:
             raise typer.BadParameter("--self-cond gold needs a dataset: it is told the answers")
         logs.warn("--self-cond gold tells the model the right answers: for diagnosis only")
+    if diagnose and corpus.split is None:
+        raise typer.BadParameter("--diagnose needs a dataset: it measures losses on the answers")
     answers = read_all_references(ref, corpus.total) if ref else None
     name = gen_subset if data else "input"
     with ExitStack() as files:
-        outputs = _outputs(files, runs, results_path, path, name)
+        folder = results_path
+        if folder is None and (len(runs) > 1 or diagnose):
+            folder = path.parent / "generate"
+        outputs = _outputs(files, runs, folder, name)
         texts, references = _translate(
             model,
             (src, tgt),
             corpus,
             runs,
             [output.file for output in outputs],
-            window=buffer_size or (1 if input == "-" else WINDOW),
+            # a diagnosis is over all sentences at once
+            window=corpus.total if diagnose else buffer_size or (1 if input == "-" else WINDOW),
             gold=self_cond == "gold",
             select=choose,
             max_tokens=max_tokens,
@@ -186,14 +204,28 @@ def generate(
     for output in outputs:
         if output.path:
             logs.info(f"wrote {output.path}")
+    if diagnose:
+        for run, output in zip(runs, outputs, strict=True):
+            tables = diagnosis_of(run, model, corpus.split, max_tokens, autocast)
+            print(describe(run.options.steps, tables))
+            beside = output.path.with_suffix(".diagnosis.json")
+            beside.write_text(json.dumps(tables, indent=1) + "\n", encoding="utf-8")
+            logs.info(f"wrote {beside}")
 
 
 @dataclasses.dataclass
 class Source:
-    """What is to be translated: (source, target or None) ids, and how many if that is known."""
+    """What is to be translated.
+
+    Attributes:
+        pairs: (source, target or None) ids.
+        total: how many, if that is known.
+        split: the two sides of a dataset's split, if it is one.
+    """
 
     pairs: Iterator[tuple[list[int], list[int] | None]]
-    total: int | None
+    total: int | None = None
+    split: dict[str, TokenFile] | None = None
 
 
 def _translate(
@@ -249,8 +281,8 @@ def decoding_options(model: Seq2SeqModel, arch: str, flags: dict[str, Any]) -> A
     given = {key: value for key, value in flags.items() if value is not None}
     for key in given:
         if key not in known:
-            flag = "--print-history" if key == "history" else f"--{key.replace('_', '-')}"
-            raise typer.BadParameter(f"{flag} does not apply to {arch}")
+            flag = {"history": "print-history"}.get(key, key.replace("_", "-"))
+            raise typer.BadParameter(f"--{flag} does not apply to {arch}")
     return model.Decoding(**given)
 
 
@@ -313,14 +345,14 @@ def _dataset_pairs(folder: Path, split: str, src: Tokenizer, tgt: Tokenizer) -> 
     for side, file in files.items():
         file.verify(dataset.manifest.splits[split][side], dataset.manifest.vocab_sizes[side])
     pairs = zip(files["src"], files["tgt"], strict=True)
-    return Source(((s.tolist(), t.tolist()) for s, t in pairs), len(files["src"]))
+    return Source(((s.tolist(), t.tolist()) for s, t in pairs), len(files["src"]), files)
 
 
 def _input_pairs(input: str, src: Tokenizer) -> Source:
     from fastdiss_cli.data.text import decode_lines, read_lines
 
     lines = decode_lines(sys.stdin.buffer, "stdin") if input == "-" else read_lines(Path(input))
-    return Source(((src.encode(line), None) for line in lines), None)
+    return Source((src.encode(line), None) for line in lines)
 
 
 @dataclasses.dataclass
@@ -336,12 +368,9 @@ class Output:
         os.replace(self.file.name, self.path)
 
 
-def _outputs(
-    stack: ExitStack, runs: list[Run], results_path: Path | None, checkpoint: Path, name: str
-) -> list[Output]:
-    if results_path is None and len(runs) == 1:
+def _outputs(stack: ExitStack, runs: list[Run], folder: Path | None, name: str) -> list[Output]:
+    if folder is None:
         return [Output(sys.stdout)]
-    folder = results_path or checkpoint.parent / "generate"
     folder.mkdir(parents=True, exist_ok=True)
     outputs = []
     for run in runs:

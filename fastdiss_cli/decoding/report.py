@@ -33,7 +33,7 @@ class Summary:
 
     def line(self, name: str, arch: str) -> str:
         """Return the summary line of a split, or of raw text, under ``name``."""
-        shown = {k: v for k, v in vars(self.run.options).items() if k != "history"}
+        shown = {k: v for k, v in vars(self.run.options).items() if not isinstance(v, bool)}
         how = " ".join(f"{key}={value}" for key, value in shown.items())
         quality = f"{self.bleu.format(signature=self.signature)} | " if self.bleu else ""
         return (

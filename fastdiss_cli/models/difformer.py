@@ -221,20 +221,45 @@ class Difformer(Seq2SeqModel):
             given = self.condition(denoise, z_0, noise, batch.tgt_tokens, update)
         # before torch 2.10 autocast would go on with casts of the weights that carry no gradient
         torch.clear_autocast_cache()
-        z_t = self.schedule.add_noise(z_0, given.t, noise)
-        z0_hat = denoise(z_t, given.t, given.self_cond)
+        z0_hat = denoise(self.schedule.add_noise(z_0, given.t, noise), given.t, given.self_cond)
+        mse, anchor = self._token_losses(z0_hat, z_0, batch)
         real = ~batch.tgt_pad_mask
-        mse = F.mse_loss(z0_hat[real], z_0[real])
-        anchor = F.cross_entropy(
-            self.embedding.logits(z0_hat[real]),
-            batch.tgt_tokens[real],
-            label_smoothing=config.label_smoothing,
-        )
         limit = config.max_length_offset
         offset = real.sum(1) - (~batch.src_pad_mask).sum(1)
         length = F.nll_loss(self.predict_lengths(memory), offset.clamp(-limit, limit) + limit)
         total = mse + anchor + config.length_loss * length
         return Loss(total, {"mse": mse, "anchor": anchor, "length": length})
+
+    def losses_at(self, batch: Batch, t: float, gap: float | None) -> tuple[Tensor, Tensor]:
+        """Return the mean losses (mse, anchor) of a token at one time, for a diagnosis.
+
+        Args:
+            batch: sentence pairs.
+            t: noise time of all tokens.
+            gap: the network is told its estimate at t + gap, noised further from the same z_t;
+                zeros where that exceeds 1. None: it is told nothing.
+        """
+        memory = self.encode(batch.src_tokens)
+        z_0 = self.embedding(batch.tgt_tokens)
+        now = torch.full((len(z_0), 1), t, device=z_0.device).expand(z_0.shape[:2])
+        z_t = self.schedule.add_noise(z_0, now, torch.randn_like(z_0))
+        told = torch.zeros_like(z_0)
+        if gap is not None and t + gap <= 1:
+            later = now + gap
+            stale = self.schedule.add_more_noise(z_t, now, later, torch.randn_like(z_0))
+            told = self.tell(self.denoise(stale, later, told, memory, batch.tgt_pad_mask))
+        z0_hat = self.denoise(z_t, now, told, memory, batch.tgt_pad_mask)
+        return self._token_losses(z0_hat, z_0, batch)
+
+    def _token_losses(self, z0_hat: Tensor, z_0: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return the diffusion and the anchor loss, means over the tokens that are no padding."""
+        real = ~batch.tgt_pad_mask
+        anchor = F.cross_entropy(
+            self.embedding.logits(z0_hat[real]),
+            batch.tgt_tokens[real],
+            label_smoothing=self.config.label_smoothing,
+        )
+        return F.mse_loss(z0_hat[real], z_0[real]), anchor
 
     # decoding
 

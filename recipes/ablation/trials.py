@@ -95,6 +95,13 @@ SWEEPS: dict[str, dict[str, dict[str, str]]] = {
 }
 
 
+MBR = ["--length-beam", "5", "--noise-beam", "3", "--select", "mbr"]
+
+
+def trial_folder(work: Path, name: str, seed: int) -> Path:
+    return work / name / f"seed{seed}"
+
+
 @dataclass(frozen=True)
 class Trial:
     """One model: how it is trained, and how it is sampled (folder -> flags of generate)."""
@@ -114,29 +121,48 @@ class Trial:
         if not list(self.folder.glob(f"checkpoint_*_{self.updates}.safetensors")):
             options = [f"train.max_update={self.updates}"]
             options += [f"model.{key}={value}" for key, value in self.settings.items()]
-            self._fastdiss(
-                "train", data, "--config", corpus, "--arch", self.arch, "--seed", self.seed,
-                "--validate-interval-updates", self.updates, "--save-dir", self.folder,
+            fastdiss(
+                self.folder, "train", data, "--config", corpus, "--arch", self.arch,
+                "--seed", self.seed, "--validate-interval-updates", self.updates,
+                "--save-dir", self.folder,
                 *(part for option in options for part in ("--set", option)),
             )  # fmt: skip
         for name, flags in self.sampling.items():
-            counts = flags[flags.index("--steps") + 1].split(",") if "--steps" in flags else [""]
-            ends = [f".steps{count}" if len(counts) > 1 else "" for count in counts]
-            results = self.folder / name
-            if all((results / f"generate-{self.split}{end}.txt").exists() for end in ends):
-                continue
-            self._fastdiss(
-                "generate", data, "--path", last, "--gen-subset", self.split,
-                "--results-path", results, *flags,
-            )  # fmt: skip
+            sample(data, last, self.split, self.folder / name, flags)
 
-    def _fastdiss(self, *arguments: object) -> None:
-        with open(self.folder / "log.txt", "a", encoding="utf-8") as log:
-            command = [sys.executable, "-m", "fastdiss_cli", *map(str, arguments)]
-            environment = {"OMP_NUM_THREADS": "1", **os.environ}
-            done = subprocess.run(command, stdout=log, stderr=log, env=environment)
-        if done.returncode:
-            raise SystemExit(f"{' '.join(command)}: exit {done.returncode}, see {log.name}")
+
+def sample(data: Path, checkpoint: Path, split: str, results: Path, flags: list[str]) -> None:
+    """Generate a split unless its files are there."""
+    counts = flags[flags.index("--steps") + 1].split(",") if "--steps" in flags else [""]
+    ends = [f".steps{count}" if len(counts) > 1 else "" for count in counts]
+    if not all((results / f"generate-{split}{end}.txt").exists() for end in ends):
+        fastdiss(
+            checkpoint.parent, "generate", data, "--path", checkpoint, "--gen-subset", split,
+            "--results-path", results, *flags,
+        )  # fmt: skip
+
+
+def fastdiss(log_folder: Path, *arguments: object) -> None:
+    """Run a command, its output appended to ``log.txt``."""
+    command = [sys.executable, "-m", "fastdiss_cli", *map(str, arguments)]
+    with open(log_folder / "log.txt", "a", encoding="utf-8") as log:
+        done = subprocess.run(command, stdout=log, stderr=log)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)}: exit {done.returncode}, see {log.name}")
+
+
+def measure_speed(work: Path, data: Path, plan: dict[str, int]) -> None:
+    """Sample once more from the models of seed 1, one run at a time and with all cores."""
+    counts = ALL_STEPS + (",2000" if plan.get("many_steps") else "")
+    ways = {
+        "single": ("fastdiss", ["--steps", counts]),
+        "mbr": ("fastdiss", ["--steps", FEW_STEPS, *MBR]),
+        "greedy": ("transformer", ["--beam", "1"]),
+        "beam": ("transformer", ["--beam", "5"]),
+    }
+    for way, (name, flags) in ways.items():
+        checkpoint = trial_folder(work, name, 1) / "checkpoint_last.safetensors"
+        sample(data, checkpoint, "test", work / "speed" / way, flags)
 
 
 def variant_trials(work: Path, plan: dict[str, int]) -> Iterator[Trial]:
@@ -145,7 +171,6 @@ def variant_trials(work: Path, plan: dict[str, int]) -> Iterator[Trial]:
         for name, settings in VARIANTS.items():
             if name not in plan.get("variants", VARIANTS):
                 continue
-            mbr = ["--length-beam", "5", "--noise-beam", "3", "--select", "mbr"]
             sampling = {
                 "reuse": ["--steps", ALL_STEPS],
                 "ddim": ["--steps", ALL_STEPS, "--solver", "ddim"],
@@ -153,14 +178,14 @@ def variant_trials(work: Path, plan: dict[str, int]) -> Iterator[Trial]:
                     mode: ["--steps", FEW_STEPS, "--self-cond", mode]
                     for mode in ("none", "recompute", "gold")
                 },
-                "mbr": ["--steps", FEW_STEPS, *mbr],
+                "mbr": ["--steps", FEW_STEPS, *MBR],
                 "diagnosis": ["--steps", "5,20", "--diagnose"],
             }
             arch, options = _split(settings)
-            folder = work / name / f"seed{seed}"
+            folder = trial_folder(work, name, seed)
             yield Trial(folder, arch, seed, plan["updates"], options, "test", sampling)
         sampling = {"greedy": ["--beam", "1"], "beam": ["--beam", "5"]}
-        folder = work / "transformer" / f"seed{seed}"
+        folder = trial_folder(work, "transformer", seed)
         yield Trial(folder, "transformer_tiny", seed, plan["updates"], {}, "test", sampling)
 
 
@@ -172,7 +197,7 @@ def sweep_trials(work: Path, plan: dict[str, int]) -> Iterator[Trial]:
     grids = {grid: ["--steps", "2,5,20", "--time-grid", grid] for grid in ("quadratic", "log-snr")}
     for seed in range(1, plan["sweep_seeds"] + 1):
         for (group, name), options in settings.items():
-            folder = work / "sweep" / f"{group} {name}".replace("/", "-") / f"seed{seed}"
+            folder = trial_folder(work, f"sweep/{group} {name}", seed)
             yield Trial(
                 folder, "fastdiss_tiny", seed, plan["sweep_updates"], SWEEP_BASE | options,
                 "valid", sampling | grids if group == "base" else sampling,
@@ -188,21 +213,26 @@ def main() -> None:
     parser.add_argument("corpus")
     parser.add_argument("work", type=Path)
     parser.add_argument("--jobs", type=int, default=1)
-    parser.add_argument("--only", choices=("sweep", "variants"))
+    parser.add_argument("--only", choices=("sweep", "variants", "speed"))
     arguments = parser.parse_args()
     config = HERE / f"{arguments.corpus}.yaml"
     plan = yaml.safe_load((HERE / "plan.yaml").read_text())[arguments.corpus]
     work = arguments.work
     trials = []
-    if arguments.only != "variants" and plan["sweep_seeds"]:
+    if arguments.only in (None, "sweep"):
         trials += sweep_trials(work, plan)
-    if arguments.only != "sweep":
+    if arguments.only in (None, "variants"):
         trials += variant_trials(work, plan)
+    if arguments.jobs > 1:
+        os.environ["OMP_NUM_THREADS"] = str(max((os.cpu_count() or 1) // arguments.jobs, 1))
     with ThreadPoolExecutor(arguments.jobs) as pool:
         done = [pool.submit(trial.run, config, work / "data-bin") for trial in trials]
         for trial, future in zip(trials, done, strict=True):
             future.result()
-            print(f"{trial.folder}", file=sys.stderr)
+            print(trial.folder, file=sys.stderr)
+    os.environ.pop("OMP_NUM_THREADS", None)
+    if arguments.only in (None, "speed"):
+        measure_speed(work, work / "data-bin", plan)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,136 @@
+"""Why more steps help or do not: what `generate --diagnose` measures, as tables and as JSON.
+
+By step of sampling: how far the estimate is from the one that the network would give if it were
+told a fresh estimate of the same step instead of the stale one of the step before. By time: the
+loss on the right answers, told nothing, a fresh estimate, or a stale one, as sampling has it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import fmean
+from typing import Any
+
+import torch
+
+from fastdiss_cli.data.batching import TokenBatcher
+from fastdiss_cli.data.binarized import TokenFile
+from fastdiss_cli.decoding.generation import Run
+from fastdiss_cli.device import autocast
+from fastdiss_cli.models.registry import HistoryStep, Hypothesis, Seq2SeqModel
+from fastdiss_cli.randomness import seed_everything
+
+BUCKETS = 10  # of time
+
+Row = dict[str, Any]
+
+
+def diagnosis_of(
+    run: Run,
+    model: Seq2SeqModel,
+    split: dict[str, TokenFile],
+    max_tokens: int,
+    dtype: torch.dtype,
+) -> dict[str, list[Row]]:
+    """Return the tables of one run over a whole split.
+
+    Args:
+        run: decoded with the option ``diagnose``.
+        model: what decoded it.
+        split: the two sides of the dataset's split.
+        max_tokens: padded size of a batch.
+        dtype: bfloat16 computes under autocast.
+    """
+    batcher = TokenBatcher(
+        split["src"], split["tgt"], model.src.pad, model.tgt.pad, max_tokens, max_positions=2**31
+    )
+    return {
+        "by_step": by_step(run.best),
+        "by_time": by_time(model, batcher, run.options.steps, dtype),
+    }
+
+
+def by_step(hypotheses: Sequence[Hypothesis]) -> list[Row]:
+    """Return a row for each step of sampling, with means over sentences.
+
+    ``gap`` and ``norm`` are those of `HistoryStep`; ``confidence`` is the mean probability of the
+    best tokens, ``changed`` the share of positions whose best token is not that of the step before.
+    """
+    rows = []
+    for k, steps in enumerate(zip(*(h.history for h in hypotheses), strict=True)):
+        row = {
+            "step": k + 1,
+            "t": round(steps[0].time, 4),
+            "gap": fmean(step.gap for step in steps),
+            "norm": fmean(step.norm for step in steps),
+            "confidence": fmean(fmean(step.confidences) for step in steps),
+        }
+        if k:
+            row["changed"] = fmean(_changed(h.history[k - 1], h.history[k]) for h in hypotheses)
+        rows.append(row)
+    return rows
+
+
+@torch.inference_mode()
+def by_time(
+    model: Seq2SeqModel,
+    batcher: TokenBatcher,
+    steps: int,
+    dtype: torch.dtype,
+) -> list[Row]:
+    """Return a row for each tenth of the times, with the mean losses of a token at its middle.
+
+    Args:
+        model: one that has ``losses_at``.
+        batcher: of the split; the means are over all of its tokens.
+        steps: a stale estimate is that of the time 1/steps earlier in sampling.
+        dtype: bfloat16 computes under autocast.
+    """
+    device = next(model.parameters()).device
+    table = []
+    for bucket in range(BUCKETS):
+        t = (bucket + 0.5) / BUCKETS
+        row: Row = {"t": round(t, 4)}
+        for told, gap in (("nothing", None), ("fresh", 0.0), ("stale", 1 / steps)):
+            seed_everything(1, "diagnose", bucket)  # the same noise, whatever is told
+            mse = anchor = tokens = 0.0
+            for batch in batcher.batches(epoch=0):
+                with autocast(device, dtype):
+                    losses = model.losses_at(batch.to(device), t, gap)
+                mse += float(losses[0]) * batch.num_tgt_tokens
+                anchor += float(losses[1]) * batch.num_tgt_tokens
+                tokens += batch.num_tgt_tokens
+            row[f"mse_{told}"], row[f"anchor_{told}"] = mse / tokens, anchor / tokens
+        table.append(row)
+    return table
+
+
+def describe(steps: int, tables: dict[str, list[Row]]) -> str:
+    """Return the tables of a run as text."""
+    return (
+        f"\n{steps} steps, by step of sampling\n{_table(tables['by_step'])}\n\n"
+        "losses by time, told nothing, a fresh estimate, or the stale one of the step before\n"
+        f"{_table(tables['by_time'])}"
+    )
+
+
+def _table(rows: Sequence[Row]) -> str:
+    columns = list(max(rows, key=len))
+    width = [max(len(column), 6) for column in columns]
+    lines = ["  ".join(f"{c:>{w}}" for c, w in zip(columns, width, strict=True))]
+    for row in rows:
+        cells = (_cell(row.get(column), w) for column, w in zip(columns, width, strict=True))
+        lines.append("  ".join(cells))
+    return "\n".join(lines)
+
+
+def _cell(value: float | int | None, width: int) -> str:
+    if value is None:
+        return f"{'-':>{width}}"
+    return f"{value:>{width}}" if isinstance(value, int) else f"{value:>{width}.4f}"
+
+
+def _changed(before: HistoryStep, after: HistoryStep) -> float:
+    longest = max(len(before.tokens), len(after.tokens))
+    same = sum(a == b for a, b in zip(before.tokens, after.tokens, strict=False))
+    return 1 - same / longest if longest else 0.0
