@@ -321,6 +321,7 @@ def test_an_estimate_is_told_raw_nearest_or_expected() -> None:
     for form in ("raw", "nearest", "expected"):
         model = make_model("fastdiss", self_cond_form=form)
         told = model.tell(z0_hat)
+        assert torch.equal(told, model.embedding.project(z0_hat, form))
         logits = model.embedding.logits(z0_hat)
         rows = model.embedding(torch.arange(VOCAB.size))
         wanted = {

@@ -86,6 +86,14 @@ def generate(
         str | None,
         typer.Option(help="uniform, quadratic or log-snr. (default: uniform)", **Diffusion),
     ] = None,
+    clamp: Annotated[
+        str | None,
+        typer.Option(
+            help="What the solver takes for z_0: raw, nearest or expected embedding. "
+            "(default: raw)",
+            **Diffusion,
+        ),
+    ] = None,
     self_cond: Annotated[
         str | None,
         typer.Option(
@@ -140,6 +148,7 @@ def generate(
     flags = {
         "solver": solver,
         "time_grid": time_grid,
+        "clamp": clamp,
         "self_cond": self_cond,
         "length_beam": length_beam,
         "noise_beam": noise_beam,

@@ -47,7 +47,8 @@ from fastdiss_cli.models.registry import (
 )
 from fastdiss_cli.randomness import counter_normal
 
-SELF_COND_FORMS = ("raw", "nearest", "expected")
+FORMS = ("raw", "nearest", "expected")  # of an estimate: see `LatentEmbedding.project`
+LOGIT_SCALES = ("rsqrt", "learned", "one")
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,7 @@ class DiffusionConfig(NetworkConfig):
     noise_factor: float = 16.0
     self_cond_rate: float = 0.5  # share of batches with standard self-conditioning
     self_cond_form: str = "raw"  # how an estimate is told: raw, nearest or expected embedding
+    logit_scale: str = "rsqrt"  # of z0_hat . embedding: 1/sqrt(D), learned from there on, or 1
     embedding_scale: bool = False  # learn a common scale of the target embeddings
     length_loss: float = 0.1
     max_length_offset: int = 128  # target length - source length, at most, either way
@@ -66,7 +68,8 @@ class DiffusionConfig(NetworkConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         one_of(self, "noise_schedule", tuple(ABAR))
-        one_of(self, "self_cond_form", SELF_COND_FORMS)
+        one_of(self, "self_cond_form", FORMS)
+        one_of(self, "logit_scale", LOGIT_SCALES)
         require(self, "latent_dim", self.latent_dim >= 1, "at least 1")
         require(self, "noise_factor", self.noise_factor > 0, "above 0")
         require(self, "self_cond_rate", 0 <= self.self_cond_rate <= 1, "in [0, 1]")
@@ -82,6 +85,7 @@ class DiffusionDecoding:
     noise_beam: int = 1
     solver: str = "ddpm"
     time_grid: str = "uniform"
+    clamp: str = "raw"  # what the solver takes for z_0: the raw, nearest or expected embedding
     self_cond: str = "reuse"
     seed: int = 1
     history: bool = False
@@ -93,6 +97,7 @@ class DiffusionDecoding:
         require(self, "noise_beam", self.noise_beam >= 1, "at least 1")
         one_of(self, "solver", tuple(SOLVERS))
         one_of(self, "time_grid", TIME_GRIDS)
+        one_of(self, "clamp", FORMS)
         one_of(self, "self_cond", SELF_COND_MODES)
 
     @property
@@ -104,14 +109,20 @@ class LatentEmbedding(nn.Module):
     """The target embeddings and the output layer tied to them.
 
     Every embedding has norm sqrt(D), so that a schedule means the same for all tokens; with a
-    learned scale, a common multiple of it.
+    learned scale, a common multiple of it. The logit of a perfect estimate is D times the logit
+    scale: with 1 that is so large that the smoothed anchor loss holds z0_hat to a fraction of the
+    embeddings' norm, and what the solver then makes of it is no z_t that training has seen.
     """
 
-    def __init__(self, vocab: Vocabulary, dim: int, scaled: bool = False) -> None:
+    def __init__(self, vocab: Vocabulary, config: DiffusionConfig) -> None:
         super().__init__()
+        dim = config.latent_dim
         self.table = nn.Embedding(vocab.size, dim)
         self.bias = nn.Parameter(torch.zeros(vocab.size))
-        self.scale = nn.Parameter(torch.ones(1)) if scaled else None
+        self.scale = nn.Parameter(torch.ones(1)) if config.embedding_scale else None
+        self.logit_scale: float | Tensor = 1.0 if config.logit_scale == "one" else dim**-0.5
+        if config.logit_scale == "learned":
+            self.logit_scale = nn.Parameter(torch.full((1,), dim**-0.5))
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Embed int64 [...] to float [..., D]."""
@@ -119,15 +130,23 @@ class LatentEmbedding(nn.Module):
 
     def logits(self, z0_hat: Tensor) -> Tensor:
         """Score all tokens for estimates [..., D]; float32 [..., V]."""
-        return F.linear(z0_hat, self._normalise(self.table.weight), self.bias).float()
+        rows = self._normalise(self.table.weight)
+        return F.linear(z0_hat * self.logit_scale, rows, self.bias).float()
 
-    def nearest(self, z0_hat: Tensor) -> Tensor:
-        """Replace estimates by the embeddings of their best tokens; float [..., D] both."""
-        return self(self.logits(z0_hat).argmax(-1))
+    def project(self, z0_hat: Tensor, form: str) -> Tensor:
+        """Return estimates in one of `FORMS`; float [..., D] both.
 
-    def expected(self, z0_hat: Tensor) -> Tensor:
-        """Replace estimates by the mean embedding under their softmax; float [..., D] both."""
-        return self.logits(z0_hat).softmax(-1) @ self._normalise(self.table.weight).float()
+        Args:
+            z0_hat: the estimates.
+            form: ``raw``: as they are; ``nearest``: the embedding of the best token (Li et al.
+                2022, Diffusion-LM, the clamping trick); ``expected``: the mean embedding under
+                the softmax (Dieleman et al. 2022, CDCD, score interpolation).
+        """
+        if form == "nearest":
+            return self(self.logits(z0_hat).argmax(-1))
+        if form == "expected":
+            return self.logits(z0_hat).softmax(-1) @ self._normalise(self.table.weight).float()
+        return z0_hat
 
     def _normalise(self, rows: Tensor) -> Tensor:
         unit = F.layer_norm(rows, rows.shape[-1:])
@@ -147,7 +166,7 @@ class Difformer(Seq2SeqModel):
         self.schedule = NoiseSchedule(config.noise_schedule, config.noise_factor)
         self.encoder = Encoder(src.size, src.pad, config)
         self.decoder = Decoder(config)
-        self.embedding = LatentEmbedding(tgt, D, config.embedding_scale)
+        self.embedding = LatentEmbedding(tgt, config)
         self.latent_in = nn.Linear(2 * D, H)
         self.time_in = nn.Sequential(nn.Linear(H, H), nn.SiLU(), nn.Linear(H, H))
         self.latent_out = nn.Linear(H, D)
@@ -179,11 +198,7 @@ class Difformer(Seq2SeqModel):
 
     def tell(self, z0_hat: Tensor) -> Tensor:
         """Return the form in which the network is told an estimate; float [N, T, D] both."""
-        if self.config.self_cond_form == "nearest":
-            return self.embedding.nearest(z0_hat)
-        if self.config.self_cond_form == "expected":
-            return self.embedding.expected(z0_hat)
-        return z0_hat
+        return self.embedding.project(z0_hat, self.config.self_cond_form)
 
     def predict_lengths(self, memory: Memory) -> Tensor:
         """Return log-probabilities of target length - source length + max_length_offset."""
@@ -312,6 +327,7 @@ class Difformer(Seq2SeqModel):
             told,
             options.time_grid,
             self.tell,
+            lambda z0_hat: self.embedding.project(z0_hat, options.clamp),
             watch if options.history or options.diagnose else None,
         )
         scores, tokens = (x.tolist() for x in self._read(z0_hat))

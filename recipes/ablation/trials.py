@@ -37,8 +37,10 @@ VARIANTS: dict[str, dict[str, str]] = {
 
 # What every setting of a sweep starts from: the defaults of fastdiss_tiny before the sweeps.
 SWEEP_BASE = {
-    "noise_factor": "16",
+    "noise_factor": "4",
     "noise_schedule": "sqrt",
+    "logit_scale": "rsqrt",
+    "label_smoothing": "0.1",
     "self_cond_rate": "1",
     "self_cond_form": "raw",
     "embedding_scale": "false",
@@ -48,24 +50,35 @@ SWEEP_BASE = {
     "mans_strength": "0.25",
     "mans_confidence": "distance",
     "mans_anchors": "[0.1,1.0]",
+    "mans_start_update": "0",
     "mans_shared_pass": "true",
 }
 # Group: setting -> options of fastdiss_tiny that differ from `SWEEP_BASE`.
 SWEEPS: dict[str, dict[str, dict[str, str]]] = {
     "Noise": {
-        "factor 4": {"noise_factor": "4"},
+        "factor 1": {"noise_factor": "1"},
+        "factor 2": {"noise_factor": "2"},
         "factor 8": {"noise_factor": "8"},
-        "factor 32": {"noise_factor": "32"},
-        "factor 64": {"noise_factor": "64"},
+        "factor 16": {"noise_factor": "16"},
         "schedule linear": {"noise_schedule": "linear"},
         "schedule cosine": {"noise_schedule": "cosine"},
     },
+    "Logits": {
+        "scale 1": {"logit_scale": "one"},
+        "scale 1, factor 16": {"logit_scale": "one", "noise_factor": "16"},
+        "scale learned": {"logit_scale": "learned"},
+        "no label smoothing": {"label_smoothing": "0"},
+    },
+    "Told as": {
+        "nearest embedding": {"self_cond_form": "nearest"},
+        "expected embedding": {"self_cond_form": "expected"},
+    },
     "SCP: t'": {
+        "t (standard), own MANS pass": {"scp_offset": "none", "mans_shared_pass": "false"},
         "uniform on (t, 1]": {"scp_offset": "uniform"},
         "t + 0.05": {"scp_offset": "fixed", "scp_gap": "0.05"},
         "t + 0.2": {"scp_offset": "fixed", "scp_gap": "0.2"},
         "t + 0.5": {"scp_offset": "fixed", "scp_gap": "0.5"},
-        "step-matched, K 2 to 5": {"scp_step_counts": "[2,3,5]"},
     },
     "SCP: coupling": {
         "shared noise": {"scp_coupling": "shared"},
@@ -80,12 +93,7 @@ SWEEPS: dict[str, dict[str, dict[str, str]]] = {
         "own pass, strength 0.5": {"mans_shared_pass": "false", "mans_strength": "0.5"},
         "by probability": {"mans_confidence": "probability", "mans_anchors": "[0.9,0.1]"},
         "anchors 0.02 and 0.5": {"mans_anchors": "[0.02,0.5]"},
-        "anchors 0.1 and 0.5": {"mans_anchors": "[0.1,0.5]"},
         "from half of the updates on": {"mans_start_update": "500"},
-    },
-    "Told as": {
-        "nearest embedding": {"self_cond_form": "nearest"},
-        "expected embedding": {"self_cond_form": "expected"},
     },
     "Embedding": {
         "learned scale": {"embedding_scale": "true"},
@@ -93,7 +101,6 @@ SWEEPS: dict[str, dict[str, dict[str, str]]] = {
         "dimension 128": {"latent_dim": "128"},
     },
 }
-
 
 MBR = ["--length-beam", "5", "--noise-beam", "3", "--select", "mbr"]
 
@@ -194,7 +201,8 @@ def sweep_trials(work: Path, plan: dict[str, int]) -> Iterator[Trial]:
     settings: dict[tuple[str, str], dict[str, str]] = {("base", "base"): {}}
     settings |= {(group, name): s for group, sweep in SWEEPS.items() for name, s in sweep.items()}
     sampling = {"reuse": ["--steps", FEW_STEPS]}
-    grids = {grid: ["--steps", "2,5,20", "--time-grid", grid] for grid in ("quadratic", "log-snr")}
+    sampling |= {form: ["--steps", FEW_STEPS, "--clamp", form] for form in ("nearest", "expected")}
+    grids = {grid: ["--steps", FEW_STEPS, "--time-grid", grid] for grid in ("quadratic", "log-snr")}
     for seed in range(1, plan["sweep_seeds"] + 1):
         for (group, name), options in settings.items():
             folder = trial_folder(work, f"sweep/{group} {name}", seed)
