@@ -57,7 +57,7 @@ class DiffusionConfig(NetworkConfig):
 
     latent_dim: int = 128
     noise_schedule: str = "sqrt"
-    noise_factor: float = 16.0
+    noise_factor: float = 4.0
     self_cond_rate: float = 0.5  # share of batches with standard self-conditioning
     self_cond_form: str = "raw"  # how an estimate is told: raw, nearest or expected embedding
     logit_scale: str = "rsqrt"  # of z0_hat . embedding: 1/sqrt(D), learned from there on, or 1

@@ -11,106 +11,23 @@ import os
 import platform
 import re
 import statistics
-from collections.abc import Callable, Iterable, Sequence
-from functools import cached_property
+from collections.abc import Iterable, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
 import torch
-import yaml
-from trials import ALL_STEPS, FEW_STEPS, HERE, SWEEPS, VARIANTS, trial_folder
+from plots import plot, plot_gap, plot_quality, plot_speed
+from results import FEW, METRIC, NAMES, STEPS, Results, speed_of
+from trials import HERE, SWEEPS, VARIANTS
 
-from fastdiss_cli.decoding.output import read_all_references, read_system, reference_streams
-from fastdiss_cli.metrics import METRICS, paired_test
-
-# corpus -> the metric of its tables, and whether a higher value is better
-METRIC = {"embedded": ("bleu", True), "multi30k": ("bleu", True), "cmudict_g2p": ("ser", False)}
-NAMES = {"bleu": "BLEU", "ser": "WER (words with a wrong pronunciation, %)", "wer": "PER"}
-STEPS = [int(steps) for steps in ALL_STEPS.split(",")]
-FEW = [int(steps) for steps in FEW_STEPS.split(",")]
-SPEED = re.compile(r"([\d,]+) sentences in ([\d.]+) s, ([\d.]+) sentences/s, NFE ([\d.]+)")
-
-Cell = str
-
-
-class Results:
-    """The generate files of a corpus, and their scores (each computed once)."""
-
-    def __init__(self, corpus: str, work: Path) -> None:
-        self.corpus, self.work = corpus, work
-        self.plan: dict[str, Any] = yaml.safe_load((HERE / "plan.yaml").read_text())[corpus]
-        self.metric, self.higher_is_better = METRIC[corpus]
-        self.seeds = range(1, self.plan["seeds"] + 1)
-        self.variants = self.plan.get("variants", list(VARIANTS))
-        self.scores: dict[str, float] = {}
-
-    @cached_property
-    def references(self) -> dict[str, list[list[str | None]]]:
-        """sacreBLEU's reference streams by split."""
-        streams = {}
-        for split in ("valid", "test"):
-            path = self.work / "text" / f"{split}.refs.tsv"
-            if not path.exists():
-                path = self.work / "text" / f"{split}.en"
-            streams[split] = reference_streams(read_all_references([path], None))
-        return streams
-
-    def file(self, name: str, seed: int, way: str, steps: int | None, split: str = "test") -> Path:
-        end = "" if steps is None else f".steps{steps}"
-        return trial_folder(self.work, name, seed) / way / f"generate-{split}{end}.txt"
-
-    def hypotheses(self, name: str, seed: int, way: str, steps: int) -> list[str]:
-        return read_system(self.file(name, seed, way, steps)).hypotheses
-
-    def score(self, path: Path, metric: str = "") -> float:
-        """Return a metric of one file."""
-        metric = metric or self.metric
-        key = f"{path.relative_to(self.work)} {metric}"
-        if key not in self.scores:
-            split = path.name.split(".")[0].removeprefix("generate-")
-            hypotheses = read_system(path).hypotheses
-            if metric == "length ratio":
-                result = METRICS["bleu"]().corpus_score(hypotheses, self.references[split])
-                self.scores[key] = result.ratio
-            else:
-                result = METRICS[metric]().corpus_score(hypotheses, self.references[split])
-                self.scores[key] = result.score
-        return self.scores[key]
-
-    def over_seeds(
-        self, name: str, way: str, steps: int | None, metric: str = ""
-    ) -> tuple[float, float] | None:
-        """Return mean and standard deviation (0 for one seed) over the seeds that there are."""
-        paths = [self.file(name, seed, way, steps) for seed in self.seeds]
-        values = [self.score(path, metric) for path in paths if path.exists()]
-        if not values:
-            return None
-        return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
-
-    def cell(self, name: str, way: str, steps: int | None, metric: str = "") -> Cell:
-        found = self.over_seeds(name, way, steps, metric)
-        if found is None:
-            return "-"
-        return f"{found[0]:.2f}" + (f" ± {found[1]:.2f}" if len(self.seeds) > 1 else "")
-
-    def mean(self, name: str, way: str, steps: int | None) -> float | None:
-        found = self.over_seeds(name, way, steps)
-        return None if found is None else found[0]
+from fastdiss_cli.metrics import paired_test
 
 
 def markdown(header: Sequence[object], rows: Iterable[Sequence[object]]) -> str:
     """Return a table."""
     lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines) + "\n"
-
-
-def speed_of(path: Path) -> tuple[float, float]:
-    """Return sentences/s and NFE, as the last line of a generate file says."""
-    match = SPEED.search(path.read_text(encoding="utf-8").rsplit("\n", 2)[-2])
-    assert match is not None, path
-    return float(match[3].replace(",", "")), float(match[4])
 
 
 def quality_by_steps(results: Results, way: str, counts: Sequence[int]) -> str:
@@ -142,12 +59,17 @@ def at_five_steps(results: Results) -> str:
 
 
 def candidates(results: Results) -> str:
+    counts = [2, 5]
     rows = [
-        [name, *(results.cell(name, "mbr", steps) for steps in FEW)] for name in results.variants
+        [name, *(results.cell(name, way, steps) for way in ("reuse", "mbr") for steps in counts)]
+        for name in results.variants
     ]
-    for way, what in (("greedy", "transformer, greedy"), ("beam", "transformer, beam 5")):
-        rows.append([what, results.cell("transformer", way, None), *[""] * (len(FEW) - 1)])
-    return markdown(["", *FEW], rows)
+    header = [f"{steps} steps{how}" for how in ("", ", MBR") for steps in counts]
+    beams = ", ".join(
+        f"{what} {results.cell('transformer', way, None)}"
+        for way, what in (("greedy", "greedy"), ("beam", "beam 5"))
+    )
+    return markdown(["", *header], rows) + f"\ntransformer of the same size: {beams}.\n"
 
 
 def significance(results: Results) -> tuple[str, dict[str, float]]:
@@ -158,10 +80,7 @@ def significance(results: Results) -> tuple[str, dict[str, float]]:
         if name == "difformer":
             continue
         pairs = [
-            [
-                read_system(results.file(system, seed, "reuse", 5)).hypotheses
-                for seed in results.seeds
-            ]
+            [results.hypotheses(system, seed, "reuse", 5) for seed in results.seeds]
             for system in ("difformer", name)
         ]
         p_values = [
@@ -227,24 +146,27 @@ def targets(results: Results, p: dict[str, float]) -> str:
 
 
 def sweeps(results: Results) -> str:
-    """Return one table a group, on validation data, best first."""
-    parts = []
+    """Return one table a group, on validation data, best at 5 steps first."""
     seeds = range(1, results.plan["sweep_seeds"] + 1)
+    clamped = [(form, steps) for form in ("nearest", "expected") for steps in (5, 20)]
 
-    def row(label: str, group: str, name: str, way: str = "reuse") -> list[Any]:
-        cells = []
-        for steps in FEW:
-            paths = [results.file(f"sweep/{group} {name}", s, way, steps, "valid") for s in seeds]
-            values = [results.score(path) for path in paths if path.exists()]
-            cells.append(f"{statistics.fmean(values):.2f}" if values else "-")
-        return [label, *cells]
+    def value(trial: str, way: str, steps: int) -> float:
+        files = (results.file(f"sweep/{trial}", seed, way, steps, "valid") for seed in seeds)
+        values = [results.score(path) for path in files if path.exists()]
+        return statistics.fmean(values) if values else float("nan")
 
-    base = row("base", "base", "base")
+    def row(label: str, trial: str, way: str = "reuse") -> list[Any]:
+        columns = [(way, steps) for steps in FEW] + (clamped if way == "reuse" else [])
+        return [label, *(f"{value(trial, *column):.2f}" for column in columns)]
+
+    base = row("base", "base base")
+    header = ["", *FEW, *(f"{form}, {steps}" for form, steps in clamped)]
+    parts = []
     for group, settings in SWEEPS.items():
-        rows = [base, *(row(name, group, name) for name in settings)]
+        rows = [base, *(row(name, f"{group} {name}") for name in settings)]
         rows.sort(key=lambda r: float(r[1 + FEW.index(5)]), reverse=results.higher_is_better)
-        parts.append(f"### {group}\n\n" + markdown(["", *FEW], rows))
-    grids = [base, *(row(grid, "base", "base", grid) for grid in ("quadratic", "log-snr"))]
+        parts.append(f"### {group}\n\n" + markdown(header, rows))
+    grids = [base[: len(FEW) + 1], *(row(g, "base base", g) for g in ("quadratic", "log-snr"))]
     parts.append("### Time grid of sampling\n\n" + markdown(["", *FEW], grids))
     return "\n".join(parts)
 
@@ -253,7 +175,7 @@ def speed(results: Results) -> str:
     """Return the table of quality and speed, measured one after the other on a quiet machine."""
     folder = results.work / "speed"
     rows: list[list[object]] = []
-    for path, what, _ in speed_files(results):
+    for path, what, _ in results.speed_files():
         if path.exists():
             sentences, nfe = speed_of(path)
             rows.append([what, f"{nfe:g}", f"{sentences:.1f}", f"{results.score(path):.2f}"])
@@ -266,106 +188,21 @@ def speed(results: Results) -> str:
     return markdown(["", "NFE", "sentences/s", NAMES[results.metric]], rows) + note
 
 
-def speed_files(results: Results) -> list[tuple[Path, str, str]]:
-    folder = results.work / "speed"
-    files = [
-        (
-            folder / "single" / f"generate-test.steps{steps}.txt",
-            f"fastdiss, {steps} steps",
-            "single",
-        )
-        for steps in [*STEPS, 2000]
-    ]
-    files += [
-        (folder / "mbr" / f"generate-test.steps{steps}.txt", f"fastdiss, {steps} steps, MBR", "mbr")
-        for steps in FEW
-    ]
-    for way in ("greedy", "beam"):
-        files.append((folder / way / "generate-test.txt", f"transformer, {way}", "transformer"))
-    return files
-
-
 def diagnosis(results: Results) -> tuple[str, str]:
-    """Return the tables by step and by time, means over seeds, for 5 steps."""
+    """Return the tables by step and by time, for 5 steps."""
     by_step, by_time = [], []
     for name in results.variants:
-        tables = [_tables(results, name, seed, 5) for seed in results.seeds]
-        for step in range(5):
-            rows = [table["by_step"][step] for table in tables]
-            cells = (
-                f"{statistics.fmean(row[key] for row in rows):.4f}"
-                for key in ("gap", "norm", "confidence")
-            )
-            by_step.append([name if step == 0 else "", step + 1, f"{rows[0]['t']:.1f}", *cells])
-        for k in range(0, 10, 2):
-            rows = [table["by_time"][k] for table in tables]
-            cells = (
-                f"{statistics.fmean(row[f'anchor_{told}'] for row in rows):.3f}"
-                for told in ("nothing", "fresh", "stale")
-            )
-            by_time.append([name if k == 0 else "", f"{rows[0]['t']:.2f}", *cells])
+        tables = results.diagnosis(name, 5)
+        for row in tables["by_step"]:
+            cells = (f"{row[key]:.4f}" for key in ("gap", "norm", "confidence"))
+            by_step.append([name if row["step"] == 1 else "", row["step"], row["t"], *cells])
+        for k, row in enumerate(tables["by_time"][::2]):
+            cells = (f"{row[f'anchor_{told}']:.3f}" for told in ("nothing", "fresh", "stale"))
+            by_time.append([name if k == 0 else "", row["t"], *cells])
     return (
         markdown(["", "step", "t", "gap", "norm", "confidence"], by_step),
         markdown(["", "t", "told nothing", "fresh", "stale"], by_time),
     )
-
-
-def _tables(results: Results, name: str, seed: int, steps: int) -> dict[str, Any]:
-    path = results.file(name, seed, "diagnosis", steps).with_suffix(".diagnosis.json")
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-def plot(path: Path, draw: Callable[[Any], None]) -> None:
-    """Draw a figure that reads on white, and write it as SVG without a date."""
-    plt.rcParams.update({"svg.hashsalt": "fastdiss", "font.size": 10, "svg.fonttype": "none"})
-    figure, axes = plt.subplots(figsize=(6.4, 4), layout="constrained")
-    draw(axes)
-    axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
-    figure.savefig(path, metadata={"Date": None}, facecolor="white")
-    plt.close(figure)
-
-
-def plot_quality(results: Results, axes: Any) -> None:
-    for name in results.variants:
-        points = [(s, results.over_seeds(name, "reuse", s)) for s in STEPS]
-        found = [(s, *p) for s, p in points if p]
-        if found:
-            steps, means, spreads = zip(*found, strict=True)
-            axes.errorbar(steps, means, spreads, marker="o", capsize=2, label=name)
-    beam = results.mean("transformer", "beam", None)
-    if beam is not None:
-        axes.axhline(beam, color="0.4", linestyle="--", label="transformer, beam 5")
-    axes.set(xscale="log", xlabel="steps", ylabel=NAMES[results.metric])
-    axes.set_xticks(STEPS, labels=map(str, STEPS))
-    axes.minorticks_off()
-
-
-def plot_speed(results: Results, axes: Any) -> None:
-    groups: dict[str, list[tuple[float, float, str]]] = {}
-    for path, what, way in speed_files(results):
-        if path.exists() and "2000" not in what:
-            point = (speed_of(path)[0], results.score(path), what.split(", ")[1])
-            groups.setdefault(way, []).append(point)
-    labels = {"single": "fastdiss", "mbr": "fastdiss, 15 candidates, MBR"}
-    for way, points in groups.items():
-        speeds, scores, _ = zip(*points, strict=True)
-        style = "s" if way == "transformer" else "o-"
-        axes.plot(speeds, scores, style, label=labels.get(way, way))
-        for x, y, name in points:
-            axes.annotate(name.split()[0], (x, y), (3, 4), textcoords="offset points", fontsize=8)
-    axes.set(xscale="log", xlabel="sentences/s", ylabel=NAMES[results.metric])
-
-
-def plot_gap(results: Results, axes: Any) -> None:
-    for name in results.variants:
-        rows = zip(
-            *(_tables(results, name, seed, 20)["by_step"] for seed in results.seeds), strict=True
-        )
-        means = [statistics.fmean(row["gap"] for row in by_seed) for by_seed in rows]
-        axes.plot(range(1, len(means) + 1), means, marker=".", label=name)
-    axes.set(yscale="log", xlabel="step of 20", ylabel="gap of stale to fresh estimate (MSE)")
 
 
 def machine() -> str:
@@ -405,21 +242,22 @@ def main() -> None:
         targets(results, p),
         "## Quality by steps\n\n![](quality_by_steps.svg)\n\nddpm:\n",
         quality_by_steps(results, "reuse", STEPS),
-        "ddim:\n",
+        "ddim, seed 1:\n",
         quality_by_steps(results, "ddim", STEPS),
         "## Other metrics at 5 steps\n",
         at_five_steps(results),
         "## Against difformer at 5 steps: paired bootstrap\n",
         paired,
         "## What the network is told, at sampling time\n\n"
-        "`gold` tells it the right answer: an upper bound for diagnosis only.\n",
+        "`recompute` spends two evaluations a step; `none` and `gold` (seed 1) are for diagnosis "
+        "only: `gold` tells the right answer.\n",
         self_conditioning(results),
         "## 15 candidates (5 lengths x 3 noises), MBR\n",
         candidates(results),
         "## Speed\n\nSeed 1, one run after the other, nothing else running.\n\n"
         "![](quality_by_speed.svg)\n",
         speed(results),
-        "## Why: by step of 5\n\n![](gap_by_step.svg)\n\n"
+        "## Why: by step of 5 (seed 1)\n\n![](gap_by_step.svg)\n\n"
         "gap: mean squared difference of a coordinate of z0_hat between the stale and a fresh "
         "self-conditioning; norm: its mean square (1 for true embeddings).\n",
         steps_table,
@@ -430,7 +268,8 @@ def main() -> None:
         sections += [
             f"## The open choices\n\nValidation data, {plan['sweep_updates']:,} updates, "
             f"{plan['sweep_seeds']} seed(s); each setting differs from the base in `trials.py` by "
-            "what its row says; best at 5 steps first.\n",
+            "what its row says; best at 5 steps first. The last columns clamp what "
+            "the solver takes.\n",
             sweeps(results),
         ]
     (folder / "RESULTS.md").write_text("\n".join(sections), encoding="utf-8")

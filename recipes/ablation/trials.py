@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -158,7 +159,7 @@ def fastdiss(log_folder: Path, *arguments: object) -> None:
         raise SystemExit(f"{' '.join(command)}: exit {done.returncode}, see {log.name}")
 
 
-def measure_speed(work: Path, data: Path, plan: dict[str, int]) -> None:
+def measure_speed(work: Path, data: Path, plan: dict[str, Any]) -> None:
     """Sample once more from the models of seed 1, one run at a time and with all cores."""
     counts = ALL_STEPS + (",2000" if plan.get("many_steps") else "")
     ways = {
@@ -172,31 +173,32 @@ def measure_speed(work: Path, data: Path, plan: dict[str, int]) -> None:
         sample(data, checkpoint, "test", work / "speed" / way, flags)
 
 
-def variant_trials(work: Path, plan: dict[str, int]) -> Iterator[Trial]:
+def variant_trials(work: Path, plan: dict[str, Any]) -> Iterator[Trial]:
     """Yield the variants and the autoregressive reference, seed by seed."""
+    every_seed = {
+        "reuse": ["--steps", ALL_STEPS],
+        "recompute": ["--steps", FEW_STEPS, "--self-cond", "recompute"],
+        "mbr": ["--steps", "2,5", *MBR],
+    }
+    first_seed = {
+        "ddim": ["--steps", ALL_STEPS, "--solver", "ddim"],
+        "none": ["--steps", FEW_STEPS, "--self-cond", "none"],
+        "gold": ["--steps", FEW_STEPS, "--self-cond", "gold"],
+        "diagnosis": ["--steps", "5,20", "--diagnose"],
+    }
+    beams = {"greedy": ["--beam", "1"], "beam": ["--beam", "5"]}
     for seed in range(1, plan["seeds"] + 1):
-        for name, settings in VARIANTS.items():
-            if name not in plan.get("variants", VARIANTS):
-                continue
-            sampling = {
-                "reuse": ["--steps", ALL_STEPS],
-                "ddim": ["--steps", ALL_STEPS, "--solver", "ddim"],
-                **{
-                    mode: ["--steps", FEW_STEPS, "--self-cond", mode]
-                    for mode in ("none", "recompute", "gold")
-                },
-                "mbr": ["--steps", FEW_STEPS, *MBR],
-                "diagnosis": ["--steps", "5,20", "--diagnose"],
-            }
-            arch, options = _split(settings)
+        sampling = every_seed | (first_seed if seed == 1 else {})
+        for name in plan.get("variants", VARIANTS):
+            options = dict(VARIANTS[name])
+            arch = options.pop("arch")
             folder = trial_folder(work, name, seed)
             yield Trial(folder, arch, seed, plan["updates"], options, "test", sampling)
-        sampling = {"greedy": ["--beam", "1"], "beam": ["--beam", "5"]}
         folder = trial_folder(work, "transformer", seed)
-        yield Trial(folder, "transformer_tiny", seed, plan["updates"], {}, "test", sampling)
+        yield Trial(folder, "transformer_tiny", seed, plan["updates"], {}, "test", beams)
 
 
-def sweep_trials(work: Path, plan: dict[str, int]) -> Iterator[Trial]:
+def sweep_trials(work: Path, plan: dict[str, Any]) -> Iterator[Trial]:
     """Yield the open choices, each against the defaults, on validation data."""
     settings: dict[tuple[str, str], dict[str, str]] = {("base", "base"): {}}
     settings |= {(group, name): s for group, sweep in SWEEPS.items() for name, s in sweep.items()}
@@ -210,10 +212,6 @@ def sweep_trials(work: Path, plan: dict[str, int]) -> Iterator[Trial]:
                 folder, "fastdiss_tiny", seed, plan["sweep_updates"], SWEEP_BASE | options,
                 "valid", sampling | grids if group == "base" else sampling,
             )  # fmt: skip
-
-
-def _split(settings: dict[str, str]) -> tuple[str, dict[str, str]]:
-    return settings["arch"], {key: value for key, value in settings.items() if key != "arch"}
 
 
 def main() -> None:

@@ -1,0 +1,60 @@
+"""The plots of an ablation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+from results import NAMES, STEPS, Results, speed_of
+
+
+def plot(path: Path, draw: Callable[[Any], None]) -> None:
+    """Draw a figure that reads on white, and write it as SVG without a date."""
+    plt.rcParams.update({"svg.hashsalt": "fastdiss", "font.size": 10, "svg.fonttype": "none"})
+    figure, axes = plt.subplots(figsize=(6.4, 4), layout="constrained")
+    draw(axes)
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    figure.savefig(path, metadata={"Date": None}, facecolor="white")
+    plt.close(figure)
+
+
+def plot_quality(results: Results, axes: Any) -> None:
+    for name in results.variants:
+        points = [(s, results.over_seeds(name, "reuse", s)) for s in STEPS]
+        found = [(s, *p) for s, p in points if p]
+        if found:
+            steps, means, spreads = zip(*found, strict=True)
+            axes.errorbar(steps, means, spreads, marker="o", capsize=2, label=name)
+    beam = results.mean("transformer", "beam", None)
+    if beam is not None:
+        axes.axhline(beam, color="0.4", linestyle="--", label="transformer, beam 5")
+    axes.set(xscale="log", xlabel="steps", ylabel=NAMES[results.metric])
+    axes.set_xticks(STEPS, labels=map(str, STEPS))
+    axes.minorticks_off()
+
+
+def plot_speed(results: Results, axes: Any) -> None:
+    groups: dict[str, list[tuple[float, float, str]]] = {}
+    for path, what, way in results.speed_files():
+        if path.exists() and "2000" not in what:
+            point = (speed_of(path)[0], results.score(path), what.split(", ")[1])
+            groups.setdefault(way, []).append(point)
+    labels = {"single": "fastdiss", "mbr": "fastdiss, 15 candidates, MBR"}
+    for way, points in groups.items():
+        speeds, scores, _ = zip(*points, strict=True)
+        style = "s" if way == "transformer" else "o-"
+        axes.plot(speeds, scores, style, label=labels.get(way, way))
+        for x, y, name in points:
+            axes.annotate(name.split()[0], (x, y), (3, 4), textcoords="offset points", fontsize=8)
+    axes.set(xscale="log", xlabel="sentences/s", ylabel=NAMES[results.metric])
+
+
+def plot_gap(results: Results, axes: Any) -> None:
+    for name in results.variants:
+        gaps = [row["gap"] for row in results.diagnosis(name, 20)["by_step"]]
+        axes.plot(range(1, len(gaps) + 1), gaps, marker=".", label=name)
+    axes.set(yscale="log", xlabel="step of 20", ylabel="gap of stale to fresh estimate (MSE)")

@@ -1,0 +1,111 @@
+"""The generate files of a corpus under WORK, and their scores."""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import yaml
+from trials import ALL_STEPS, FEW_STEPS, HERE, VARIANTS, trial_folder
+
+from fastdiss_cli.decoding.output import read_all_references, read_system, reference_streams
+from fastdiss_cli.metrics import METRICS
+
+# corpus -> the metric of its tables, and whether a higher value is better
+METRIC = {"embedded": ("bleu", True), "multi30k": ("bleu", True), "cmudict_g2p": ("ser", False)}
+NAMES = {"bleu": "BLEU", "ser": "WER (words with a wrong pronunciation, %)", "wer": "PER"}
+STEPS = [int(steps) for steps in ALL_STEPS.split(",")]
+FEW = [int(steps) for steps in FEW_STEPS.split(",")]
+SPEED = re.compile(r"([\d,]+) sentences in ([\d.]+) s, ([\d.]+) sentences/s, NFE ([\d.]+)")
+
+
+class Results:
+    """The generate files of a corpus, and their scores (each computed once)."""
+
+    def __init__(self, corpus: str, work: Path) -> None:
+        self.corpus, self.work = corpus, work
+        self.plan: dict[str, Any] = yaml.safe_load((HERE / "plan.yaml").read_text())[corpus]
+        self.metric, self.higher_is_better = METRIC[corpus]
+        self.seeds = range(1, self.plan["seeds"] + 1)
+        self.variants = self.plan.get("variants", list(VARIANTS))
+        self.scores: dict[str, float] = {}
+
+    @cached_property
+    def references(self) -> dict[str, list[list[str | None]]]:
+        """sacreBLEU's reference streams by split."""
+        streams = {}
+        for split in ("valid", "test"):
+            path = self.work / "text" / f"{split}.refs.tsv"
+            if not path.exists():
+                path = self.work / "text" / f"{split}.en"
+            streams[split] = reference_streams(read_all_references([path], None))
+        return streams
+
+    def file(self, name: str, seed: int, way: str, steps: int | None, split: str = "test") -> Path:
+        end = "" if steps is None else f".steps{steps}"
+        return trial_folder(self.work, name, seed) / way / f"generate-{split}{end}.txt"
+
+    def hypotheses(self, name: str, seed: int, way: str, steps: int) -> list[str]:
+        return read_system(self.file(name, seed, way, steps)).hypotheses
+
+    def score(self, path: Path, metric: str = "") -> float:
+        """Return a metric of one file."""
+        metric = metric or self.metric
+        key = f"{path.relative_to(self.work)} {metric}"
+        if key not in self.scores:
+            split = path.name.split(".")[0].removeprefix("generate-")
+            hypotheses = read_system(path).hypotheses
+            if metric == "length ratio":
+                result = METRICS["bleu"]().corpus_score(hypotheses, self.references[split])
+                self.scores[key] = result.ratio
+            else:
+                result = METRICS[metric]().corpus_score(hypotheses, self.references[split])
+                self.scores[key] = result.score
+        return self.scores[key]
+
+    def over_seeds(
+        self, name: str, way: str, steps: int | None, metric: str = ""
+    ) -> tuple[float, float] | None:
+        """Return mean and standard deviation (0 for one seed) over the seeds that there are."""
+        paths = [self.file(name, seed, way, steps) for seed in self.seeds]
+        values = [self.score(path, metric) for path in paths if path.exists()]
+        if not values:
+            return None
+        return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+
+    def cell(self, name: str, way: str, steps: int | None, metric: str = "") -> str:
+        found = self.over_seeds(name, way, steps, metric)
+        if found is None:
+            return "-"
+        return f"{found[0]:.2f}" + (f" ± {found[1]:.2f}" if len(self.seeds) > 1 else "")
+
+    def mean(self, name: str, way: str, steps: int | None) -> float | None:
+        found = self.over_seeds(name, way, steps)
+        return None if found is None else found[0]
+
+    def diagnosis(self, name: str, steps: int) -> dict[str, Any]:
+        """Return what `generate --diagnose` measured for seed 1."""
+        path = self.file(name, 1, "diagnosis", steps).with_suffix(".diagnosis.json")
+        return json.loads(path.read_text(encoding="utf-8"))
+
+    def speed_files(self) -> list[tuple[Path, str, str]]:
+        """Return the files of the speed measurement, what each is, and its group."""
+        folder, files = self.work / "speed", []
+        for way, counts, ending in (("single", [*STEPS, 2000], ""), ("mbr", FEW, ", MBR")):
+            for steps in counts:
+                path = folder / way / f"generate-test.steps{steps}.txt"
+                files.append((path, f"fastdiss, {steps} steps{ending}", way))
+        for way in ("greedy", "beam"):
+            files.append((folder / way / "generate-test.txt", f"transformer, {way}", "transformer"))
+        return files
+
+
+def speed_of(path: Path) -> tuple[float, float]:
+    """Return sentences/s and NFE, as the last line of a generate file says."""
+    match = SPEED.search(path.read_text(encoding="utf-8").rsplit("\n", 2)[-2])
+    assert match is not None, path
+    return float(match[3].replace(",", "")), float(match[4])

@@ -1,0 +1,77 @@
+"""The ablation recipe, from trials to report, in the small."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import run_cli
+
+RECIPE = Path(__file__).parent.parent / "recipes" / "ablation"
+SMALL = (
+    "model: {model_dim: 16, ffn_dim: 32, heads: 2, encoder_layers: 1, decoder_layers: 1}\n"
+    "train: {max_tokens: 200, valid_sentences: 5}\n"
+)
+PLAN = (
+    "embedded: {updates: 3, seeds: 2, variants: [difformer, fastdiss], "
+    "sweep_updates: 2, sweep_seeds: 1, many_steps: true}\n"
+)
+
+
+@pytest.mark.slow
+def test_trials_and_report(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("matplotlib")
+    recipe = Path(shutil.copytree(RECIPE, tmp_path / "recipe"))
+    shutil.rmtree(recipe / "results", ignore_errors=True)
+    (recipe / "embedded.yaml").write_text(SMALL)
+    (recipe / "plan.yaml").write_text(PLAN)
+    work = tmp_path / "work"
+    prefs = [f"--{split}pref={corpus / split}" for split in ("train", "valid", "test")]
+    data = ["-s", "de", "-t", "en", "--vocab-size", "300", "--destdir", work / "data-bin"]
+    assert run_cli("preprocess", *data, *prefs).returncode == 0
+    shutil.copytree(corpus, work / "text")
+
+    monkeypatch.syspath_prepend(str(recipe))
+    for name in ("trials", "results", "plots", "report"):
+        sys.modules.pop(name, None)
+    import report
+    import trials
+
+    commands: list[tuple[object, ...]] = []
+
+    def fastdiss(_: Path, *arguments: object) -> None:
+        commands.append(arguments)
+        done = run_cli(*map(str, arguments))
+        assert done.returncode == 0, done.stderr
+
+    # the same calls within this process; 100 and 2,000 steps add nothing here
+    monkeypatch.setattr(trials, "fastdiss", fastdiss)
+    monkeypatch.setattr(trials, "ALL_STEPS", "1,2,5,20")
+    monkeypatch.setattr(trials, "SWEEPS", {"SCP: rate": trials.SWEEPS["SCP: rate"]})
+    monkeypatch.setattr(report, "SWEEPS", trials.SWEEPS)
+    monkeypatch.setattr(report, "STEPS", [1, 2, 5, 20])
+    arguments = ["embedded", str(work)]
+
+    def run() -> str:
+        monkeypatch.setattr(sys, "argv", ["trials.py", *arguments])
+        trials.main()
+        monkeypatch.setattr(sys, "argv", ["report.py", *arguments])
+        report.main()
+        return (recipe / "results" / "embedded" / "RESULTS.md").read_text()
+
+    first = run()
+    trained = [command for command in commands if command[0] == "train"]
+    # 2 seeds of 2 variants and the transformer, and 1 seed of the base and one setting
+    assert len(trained) == 2 * 3 + 2
+    commands.clear()
+    assert run() == first and not commands  # finished trials are neither trained nor sampled again
+
+    figures = json.loads((recipe / "results" / "embedded" / "figures.json").read_text())
+    five = [figures[f"difformer/seed{s}/reuse/generate-test.steps5.txt bleu"] for s in (1, 2)]
+    assert f"{sum(five) / 2:.2f} ± " in first
+    for plot in ("quality_by_steps", "quality_by_speed", "gap_by_step"):
+        assert (recipe / "results" / "embedded" / f"{plot}.svg").read_text().startswith("<?xml")
+    assert "reached" in first and "nan" not in first.split("## The open choices")[0]
