@@ -90,7 +90,7 @@ def generate(
         str | None,
         typer.Option(
             help="What the solver takes for z_0: raw, nearest or expected embedding. "
-            "(default: raw)",
+            "(default: expected)",
             **Diffusion,
         ),
     ] = None,

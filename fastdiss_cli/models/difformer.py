@@ -59,7 +59,7 @@ class DiffusionConfig(NetworkConfig):
     noise_schedule: str = "sqrt"
     noise_factor: float = 4.0
     self_cond_rate: float = 0.5  # share of batches with standard self-conditioning
-    self_cond_form: str = "raw"  # how an estimate is told: raw, nearest or expected embedding
+    self_cond_form: str = "expected"  # how an estimate is told: raw, nearest or expected embedding
     logit_scale: str = "rsqrt"  # of z0_hat . embedding: 1/sqrt(D), learned from there on, or 1
     embedding_scale: bool = False  # learn a common scale of the target embeddings
     length_loss: float = 0.1
@@ -85,7 +85,7 @@ class DiffusionDecoding:
     noise_beam: int = 1
     solver: str = "ddpm"
     time_grid: str = "uniform"
-    clamp: str = "raw"  # what the solver takes for z_0: the raw, nearest or expected embedding
+    clamp: str = "expected"  # what the solver takes for z_0: the raw, nearest or expected embedding
     self_cond: str = "reuse"
     seed: int = 1
     history: bool = False

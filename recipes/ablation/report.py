@@ -14,12 +14,11 @@ import statistics
 from collections.abc import Iterable, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import torch
 from plots import plot, plot_gap, plot_quality, plot_speed
 from results import FEW, METRIC, NAMES, STEPS, Results, speed_of
-from trials import HERE, SWEEPS, VARIANTS
+from trials import GRIDS, HERE, SWEEPS, VARIANTS
 
 from fastdiss_cli.metrics import paired_test
 
@@ -146,28 +145,32 @@ def targets(results: Results, p: dict[str, float]) -> str:
 
 
 def sweeps(results: Results) -> str:
-    """Return one table a group, on validation data, best at 5 steps first."""
+    """Return one table for each open choice, on validation data, best at 5 steps first."""
     seeds = range(1, results.plan["sweep_seeds"] + 1)
-    clamped = [(form, steps) for form in ("nearest", "expected") for steps in (5, 20)]
 
-    def value(trial: str, way: str, steps: int) -> float:
-        files = (results.file(f"sweep/{trial}", seed, way, steps, "valid") for seed in seeds)
+    def value(folder: str, way: str, steps: int) -> float:
+        files = (results.file(f"sweep/{folder}", seed, way, steps, "valid") for seed in seeds)
         values = [results.score(path) for path in files if path.exists()]
         return statistics.fmean(values) if values else float("nan")
 
-    def row(label: str, trial: str, way: str = "reuse") -> list[Any]:
-        columns = [(way, steps) for steps in FEW] + (clamped if way == "reuse" else [])
-        return [label, *(f"{value(trial, *column):.2f}" for column in columns)]
-
-    base = row("base", "base base")
-    header = ["", *FEW, *(f"{form}, {steps}" for form, steps in clamped)]
+    columns = [("expected", steps) for steps in FEW] + [
+        (form, steps) for form in ("raw", "nearest") for steps in (5, 20)
+    ]
+    header = ["", *FEW, *(f"{form}, {steps}" for form, steps in columns[len(FEW) :])]
     parts = []
-    for group, settings in SWEEPS.items():
-        rows = [base, *(row(name, f"{group} {name}") for name in settings)]
-        rows.sort(key=lambda r: float(r[1 + FEW.index(5)]), reverse=results.higher_is_better)
-        parts.append(f"### {group}\n\n" + markdown(header, rows))
-    grids = [base[: len(FEW) + 1], *(row(g, "base base", g) for g in ("quadratic", "log-snr"))]
-    parts.append("### Time grid of sampling\n\n" + markdown(["", *FEW], grids))
+    for sweep in SWEEPS:
+        rows = [
+            [setting, *(f"{value(folder, *column):.2f}" for column in columns)]
+            for setting, (folder, _) in sweep.trials.items()
+        ]
+        rows.sort(key=lambda row: float(row[1 + FEW.index(5)]), reverse=results.higher_is_better)
+        told = sweep.base["self_cond_form"]
+        parts.append(f"### {sweep.name} (base: told {told})\n\n" + markdown(header, rows))
+    rows = [
+        [grid, *(f"{value('base told expected', way, steps):.2f}" for steps in FEW)]
+        for grid, way in (("uniform", "expected"), *((grid, grid) for grid in GRIDS))
+    ]
+    parts.append("### Time grid of sampling\n\n" + markdown(["", *FEW], rows))
     return "\n".join(parts)
 
 
@@ -267,9 +270,9 @@ def main() -> None:
     if plan["sweep_seeds"]:
         sections += [
             f"## The open choices\n\nValidation data, {plan['sweep_updates']:,} updates, "
-            f"{plan['sweep_seeds']} seed(s); each setting differs from the base in `trials.py` by "
-            "what its row says; best at 5 steps first. The last columns clamp what "
-            "the solver takes.\n",
+            f"{plan['sweep_seeds']} seed(s); each setting differs from its base in `trials.py` "
+            "by what its row says; best at 5 steps first. The solver takes the expected embedding, "
+            "in the last columns the raw estimate or the nearest embedding.\n",
             sweeps(results),
         ]
     (folder / "RESULTS.md").write_text("\n".join(sections), encoding="utf-8")

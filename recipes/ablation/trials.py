@@ -36,8 +36,9 @@ VARIANTS: dict[str, dict[str, str]] = {
     "fastdiss": {"arch": "fastdiss_tiny"},
 }
 
-# What every setting of a sweep starts from: the defaults of fastdiss_tiny before the sweeps.
-SWEEP_BASE = {
+# What the settings of the sweeps start from: options given in full, so that they stay what they
+# are when a default changes.
+FIRST_BASE = {
     "noise_factor": "4",
     "noise_schedule": "sqrt",
     "logit_scale": "rsqrt",
@@ -54,54 +55,109 @@ SWEEP_BASE = {
     "mans_start_update": "0",
     "mans_shared_pass": "true",
 }
-# Group: setting -> options of fastdiss_tiny that differ from `SWEEP_BASE`.
-SWEEPS: dict[str, dict[str, dict[str, str]]] = {
-    "Noise": {
-        "factor 1": {"noise_factor": "1"},
-        "factor 2": {"noise_factor": "2"},
-        "factor 8": {"noise_factor": "8"},
-        "factor 16": {"noise_factor": "16"},
-        "schedule linear": {"noise_schedule": "linear"},
-        "schedule cosine": {"noise_schedule": "cosine"},
-    },
-    "Logits": {
-        "scale 1": {"logit_scale": "one"},
-        "scale 1, factor 16": {"logit_scale": "one", "noise_factor": "16"},
-        "scale learned": {"logit_scale": "learned"},
-        "no label smoothing": {"label_smoothing": "0"},
-    },
-    "Told as": {
-        "nearest embedding": {"self_cond_form": "nearest"},
-        "expected embedding": {"self_cond_form": "expected"},
-    },
-    "SCP: t'": {
-        "t (standard), own MANS pass": {"scp_offset": "none", "mans_shared_pass": "false"},
-        "uniform on (t, 1]": {"scp_offset": "uniform"},
-        "t + 0.05": {"scp_offset": "fixed", "scp_gap": "0.05"},
-        "t + 0.2": {"scp_offset": "fixed", "scp_gap": "0.2"},
-        "t + 0.5": {"scp_offset": "fixed", "scp_gap": "0.5"},
-    },
-    "SCP: coupling": {
-        "shared noise": {"scp_coupling": "shared"},
-        "independent": {"scp_coupling": "independent"},
-    },
-    "SCP: rate": {"0.5": {"self_cond_rate": "0.5"}},
-    "MANS": {
-        "off": {"mans_strength": "0"},
-        "strength 0.5": {"mans_strength": "0.5"},
-        "strength 1": {"mans_strength": "1"},
-        "own pass": {"mans_shared_pass": "false"},
-        "own pass, strength 0.5": {"mans_shared_pass": "false", "mans_strength": "0.5"},
-        "by probability": {"mans_confidence": "probability", "mans_anchors": "[0.9,0.1]"},
-        "anchors 0.02 and 0.5": {"mans_anchors": "[0.02,0.5]"},
-        "from half of the updates on": {"mans_start_update": "500"},
-    },
-    "Embedding": {
-        "learned scale": {"embedding_scale": "true"},
-        "dimension 32": {"latent_dim": "32"},
-        "dimension 128": {"latent_dim": "128"},
-    },
-}
+SECOND_BASE = FIRST_BASE | {"self_cond_form": "expected"}
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """One open choice of fastdiss_tiny: settings, by what they change in the base."""
+
+    name: str
+    base: dict[str, str]
+    settings: dict[str, dict[str, str]]
+
+    @property
+    def trials(self) -> dict[str, tuple[str, dict[str, str]]]:
+        """Setting -> (name of its folder, its options in full); the base is one of them."""
+        trials = {}
+        for setting, changes in {"base": {}, **self.settings}.items():
+            options = self.base | changes
+            is_base = options in (FIRST_BASE, SECOND_BASE)
+            base = f"base told {options['self_cond_form']}"
+            trials[setting] = (base if is_base else f"{self.name} {setting}", options)
+        return trials
+
+
+SWEEPS = [
+    Sweep(
+        "Told as",
+        FIRST_BASE,
+        {
+            "nearest embedding": {"self_cond_form": "nearest"},
+            "expected embedding": {"self_cond_form": "expected"},
+        },
+    ),
+    Sweep(
+        "Noise",
+        FIRST_BASE,
+        {
+            "factor 1": {"noise_factor": "1"},
+            "factor 2": {"noise_factor": "2"},
+            "factor 8": {"noise_factor": "8"},
+            "factor 16": {"noise_factor": "16"},
+        },
+    ),
+    Sweep(
+        "MANS",
+        SECOND_BASE,
+        {
+            "off": {"mans_strength": "0"},
+            "own pass": {"mans_shared_pass": "false"},
+            "strength 0.5": {"mans_strength": "0.5"},
+            "own pass, strength 0.5": {"mans_shared_pass": "false", "mans_strength": "0.5"},
+            "strength 1": {"mans_strength": "1"},
+            "by probability": {"mans_confidence": "probability", "mans_anchors": "[0.9,0.1]"},
+            "anchors 0.02 and 0.5": {"mans_anchors": "[0.02,0.5]"},
+            "from half of the updates on": {"mans_start_update": "500"},
+        },
+    ),
+    Sweep(
+        "SCP: t'",
+        SECOND_BASE,
+        {
+            "t (standard), own MANS pass": {"scp_offset": "none", "mans_shared_pass": "false"},
+            "uniform on (t, 1]": {"scp_offset": "uniform"},
+            "t + 0.05": {"scp_offset": "fixed", "scp_gap": "0.05"},
+            "t + 0.2": {"scp_offset": "fixed", "scp_gap": "0.2"},
+            "t + 0.5": {"scp_offset": "fixed", "scp_gap": "0.5"},
+        },
+    ),
+    Sweep("SCP: rate", SECOND_BASE, {"0.5": {"self_cond_rate": "0.5"}}),
+    Sweep(
+        "SCP: coupling",
+        SECOND_BASE,
+        {
+            "shared noise": {"scp_coupling": "shared"},
+            "independent": {"scp_coupling": "independent"},
+        },
+    ),
+    Sweep(
+        "Logits",
+        SECOND_BASE,
+        {
+            "scale 1": {"logit_scale": "one"},
+            "scale 1, noise factor 16": {"logit_scale": "one", "noise_factor": "16"},
+            "scale learned": {"logit_scale": "learned"},
+            "no label smoothing": {"label_smoothing": "0"},
+        },
+    ),
+    Sweep(
+        "Noise schedule",
+        SECOND_BASE,
+        {"linear": {"noise_schedule": "linear"}, "cosine": {"noise_schedule": "cosine"}},
+    ),
+    Sweep(
+        "Embedding",
+        SECOND_BASE,
+        {
+            "learned scale": {"embedding_scale": "true"},
+            "dimension 32": {"latent_dim": "32"},
+            "dimension 128": {"latent_dim": "128"},
+        },
+    ),
+]
+CLAMPS = ("raw", "nearest", "expected")
+GRIDS = ("quadratic", "log-snr")
 
 MBR = ["--length-beam", "5", "--noise-beam", "3", "--select", "mbr"]
 
@@ -199,18 +255,15 @@ def variant_trials(work: Path, plan: dict[str, Any]) -> Iterator[Trial]:
 
 
 def sweep_trials(work: Path, plan: dict[str, Any]) -> Iterator[Trial]:
-    """Yield the open choices, each against the defaults, on validation data."""
-    settings: dict[tuple[str, str], dict[str, str]] = {("base", "base"): {}}
-    settings |= {(group, name): s for group, sweep in SWEEPS.items() for name, s in sweep.items()}
-    sampling = {"reuse": ["--steps", FEW_STEPS]}
-    sampling |= {form: ["--steps", FEW_STEPS, "--clamp", form] for form in ("nearest", "expected")}
-    grids = {grid: ["--steps", FEW_STEPS, "--time-grid", grid] for grid in ("quadratic", "log-snr")}
+    """Yield the open choices, on validation data."""
+    clamps = {form: ["--steps", FEW_STEPS, "--clamp", form] for form in CLAMPS}
+    grids = {grid: ["--steps", FEW_STEPS, "--time-grid", grid] for grid in GRIDS}
     for seed in range(1, plan["sweep_seeds"] + 1):
-        for (group, name), options in settings.items():
-            folder = trial_folder(work, f"sweep/{group} {name}", seed)
+        for folder, options in dict(t for sweep in SWEEPS for t in sweep.trials.values()).items():
             yield Trial(
-                folder, "fastdiss_tiny", seed, plan["sweep_updates"], SWEEP_BASE | options,
-                "valid", sampling | grids if group == "base" else sampling,
+                trial_folder(work, f"sweep/{folder}", seed), "fastdiss_tiny", seed,
+                plan["sweep_updates"], options, "valid",
+                clamps | grids if folder == "base told expected" else clamps,
             )  # fmt: skip
 
 
