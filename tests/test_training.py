@@ -125,7 +125,7 @@ def test_a_stop_where_a_validation_is_due_does_not_lose_it(
     right = stopped._update
 
     def signalled(micro_batches, all_tokens):
-        if stopped.progress.update == 2:  # the ranks are told before the next, the last, update
+        if stopped.progress.update == 3:
             os.kill(os.getpid(), signal.SIGTERM)
         return right(micro_batches, all_tokens)
 
@@ -320,5 +320,5 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_older_one(
 
     monkeypatch.setattr("fastdiss_cli.training.checkpoint.save_file", full)
     with pytest.raises(FastdissError, match="No space left on device"):
-        training._save(numbered=False)
+        training._save(final=True)
     assert path.read_bytes() == before
