@@ -49,6 +49,8 @@ class Attempt:
             return False
         if isinstance(error, FastdissError):
             self.failure = f"{self._where}{error}"
+        elif isinstance(error, OSError):
+            self.failure = f"{self._where}{error.filename or self.what}: {error.strerror or error}"
         elif out_of_memory(error):
             self.failure = f"{self._where}out of memory in {self.what}: {self.remedy}"
         else:

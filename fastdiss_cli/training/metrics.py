@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import math
 import os
@@ -88,9 +87,9 @@ class MetricsFile:
         try:
             with open(self.path, "ab", buffering=0) as file:
                 size = file.tell()
-                file.write(self._unwritten.encode())
-                if file.tell() < size + len(self._unwritten.encode()):
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                rest = self._unwritten.encode()
+                while rest:  # a disk that fills up takes a part, and refuses the next
+                    rest = rest[file.write(rest) :]
         except OSError as error:
             if size is not None:
                 with suppress(OSError):
