@@ -5,6 +5,7 @@ The faults are for `conftest.Ranks`: functions of the rank, with their options b
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -17,7 +18,7 @@ import torch
 from fastdiss_cli.config import TrainConfig, build
 from fastdiss_cli.data.binarized import BinarizedDataset
 from fastdiss_cli.models.registry import architecture
-from fastdiss_cli.training import loop, validation
+from fastdiss_cli.training import checkpoint, loop, validation
 from fastdiss_cli.training.checkpoint import Checkpoint
 from fastdiss_cli.training.distributed import Processes
 from fastdiss_cli.training.loop import Training
@@ -87,14 +88,14 @@ def signalled(rank: int, on: int, update: int, number: int = signal.SIGTERM) -> 
 
 
 def signalled_in_validation(rank: int, on: int, what: str, numbers: tuple[int, ...]) -> None:
-    """Let a rank send itself signals in its second batch of a validation's loss or BLEU."""
+    """Let a rank send itself signals in the first batch of a validation's loss or BLEU."""
     seen = []
 
     def spoil(right):
         def wrong(*args, **kwargs):
             seen.append(1)
-            assert len(seen) <= 2, "a batch was begun after the signal"
-            if len(seen) == 2 and rank == on:
+            assert len(seen) == 1, "a batch was begun after the signal"
+            if rank == on:
                 for number in numbers:
                     os.kill(os.getpid(), number)
             return right(*args, **kwargs)
@@ -105,7 +106,7 @@ def signalled_in_validation(rank: int, on: int, what: str, numbers: tuple[int, .
         validation.seed_everything = spoil(validation.seed_everything)
     else:
         validation.decode_shared = spoil(validation.decode_shared)
-        validation.CHUNK = 2
+        validation.CHUNK = 1
 
 
 def failing(rank: int, on: int, update: int, how: str) -> None:
@@ -128,3 +129,16 @@ def failing(rank: int, on: int, update: int, how: str) -> None:
 def full_disk(rank: int, size: int) -> None:
     """Let no file grow beyond a size."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+
+def read_only(rank: int, saves: tuple[int, ...]) -> None:
+    """Let the saves of these numbers find the file system read-only."""
+    right, count = checkpoint.save_file, []
+
+    def save_file(*given):
+        count.append(1)
+        if len(count) in saves:
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+        right(*given)
+
+    checkpoint.save_file = save_file

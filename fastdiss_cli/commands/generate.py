@@ -247,8 +247,9 @@ def _translate(
             first = len(texts[0])
             answers = targets if gold else None
             if first == 0 and window > 1:  # thread and memory pools fill outside the clock
-                warm_up = [Run(runs[0].options)]
-                decode(model, sources[:16], warm_up, first=0, gold=answers, **how)
+                with processes.attempt("decoding") as tried:
+                    decode(model, sources[:16], [Run(runs[0].options)], gold=answers, **how)
+                processes.agree(tried, stop)
             given = {"first": first, "gold": answers, "done": bar.advance, **how}
             signal = decode_shared(model, sources, runs, processes=processes, stop=stop, **given)
             for i, (source, target) in enumerate(pairs):

@@ -50,6 +50,7 @@ def decode(
     dtype: torch.dtype = torch.float32,
     done: Callable[[int], None] = lambda sentences: None,
     stop: Callable[[], int] = lambda: 0,
+    share: tuple[int, int] = (0, 1),
 ) -> None:
     """Decode sentences in every given way; the answers are left in ``runs``.
 
@@ -64,6 +65,7 @@ def decode(
         dtype: bfloat16 decodes under autocast.
         done: called with the number of sentences of each finished batch.
         stop: asked after each batch; if true, the sentences left over stay None in `Run.best`.
+        share: (r, n): of every n batches only the r-th; the other sentences stay None.
 
     Raises:
         FastdissError: memory ran out.
@@ -73,7 +75,8 @@ def decode(
     widest = max(run.options.candidates for run in runs)
     for run in runs:
         run.best = [None] * len(sources)  # type: ignore[list-item]
-    for rows in batches_by_tokens(order, lengths, max(max_tokens // widest, 1)):
+    batches = batches_by_tokens(order, lengths, max(max_tokens // widest, 1))
+    for rows in batches[share[0] :: share[1]]:
         try:
             _decode_batch(model, rows, sources, runs, select, first, gold, dtype)
         except Exception as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -177,7 +178,8 @@ class Processes:
         except RuntimeError as error:
             if out_of_memory(error):
                 raise
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else "no reason given"
+            # without the place in torch's sources before it and the advice behind it
+            reason = re.sub(r"^\[[^]]*] *", "", str(error).strip()).split("\n")[0].split(". ")[0]
             raise FastdissError(
                 f"rank {self.rank} of {self.world_size}: another process has ended or cannot be "
                 f"reached ({reason}); see what it said, then give the same command again"

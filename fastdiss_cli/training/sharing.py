@@ -17,17 +17,18 @@ def decode_shared(
     sources: Sequence[Sequence[int]],
     runs: Sequence[Run],
     select: Select,
+    max_tokens: int,
     processes: Processes,
     stop: Stop,
-    first: int = 0,
-    gold: Sequence[Sequence[int]] | None = None,
     done: Callable[[int], None] = lambda sentences: None,
     **how: Any,
 ) -> int:
-    """Decode this rank's share of the sentences and collect those of the others.
+    """Decode this rank's share of the batches and collect what the others have decoded.
+
+    The batches are those of one process, and so the answers are the same to the last bit.
 
     Args:
-        model, sources, runs, select, first, gold, done: as in `decode`, the same on all ranks. The
+        model, sources, runs, select, max_tokens, done: as in `decode`, the same on all ranks. The
             seconds of a run are those of its slowest rank.
         processes: this process among the others.
         stop: after a signal this rank ends with the batch at hand; what is left stays None.
@@ -39,21 +40,16 @@ def decode_shared(
     Raises:
         CommonError: memory ran out on a rank.
     """
-    start, end = (
-        len(sources) * r // processes.world_size for r in (processes.rank, processes.rank + 1)
-    )
     own = [Run(run.options) for run in runs]
+    how |= {"share": (processes.rank, processes.world_size), "stop": lambda: stop.signal}
     with processes.attempt("decoding") as tried:
-        if start < end:
-            answers = None if gold is None else gold[start:end]
-            how |= {"first": first + start, "gold": answers, "done": done}
-            decode(model, sources[start:end], own, select, stop=lambda: stop.signal, **how)
+        decode(model, sources, own, select, max_tokens, done=done, **how)
     signal = processes.agree(tried, stop)
-    of_ranks = processes.gather([own])
-    for run, parts in zip(runs, zip(*of_ranks, strict=True), strict=True):
-        run.best = [hypothesis for part in parts for hypothesis in part.best]
+    for run, parts in zip(runs, zip(*processes.gather([own]), strict=True), strict=True):
+        answers = zip(*(part.best for part in parts), strict=True)
+        run.best = [next(filter(None, found), None) for found in answers]  # type: ignore[misc]
         run.seconds += max(part.seconds for part in parts)
         run.nfe += sum(part.nfe for part in parts)
         run.sentences += sum(part.sentences for part in parts)
-    done(len(sources) - (end - start))
+    done(sum(part.sentences for part in parts) - own[-1].sentences)
     return signal

@@ -20,7 +20,7 @@ from fastdiss_cli.training.distributed import Processes
 from fastdiss_cli.training.sharing import decode_shared
 from fastdiss_cli.training.signals import Stop, Stopped
 
-CHUNK = 64  # sentences that a rank decodes before it asks whether to stop
+CHUNK = 64  # sentences, about, that a rank decodes before it asks whether to stop
 
 
 @torch.no_grad()
@@ -76,8 +76,11 @@ def validation_bleu(
     for first in range(0, count, CHUNK * processes.world_size):
         end = min(first + CHUNK * processes.world_size, count)
         sources = [split["src"][i].tolist() for i in range(first, end)]
-        how = {"max_tokens": config.max_tokens, "first": first, "dtype": dtype}
-        if signal := decode_shared(model, sources, [run], by_score, processes, stop, **how):
+        max_tokens = min(config.max_tokens, CHUNK * max(map(len, sources)))  # a batch for each rank
+        signal = decode_shared(
+            model, sources, [run], by_score, max_tokens, processes, stop, first=first, dtype=dtype
+        )
+        if signal:
             raise Stopped(signal)
         hypotheses += [text(h.tokens) for h in run.best]
     references = [text(split["tgt"][i].tolist()) for i in range(count)]
