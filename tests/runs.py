@@ -17,6 +17,7 @@ import torch
 
 from fastdiss_cli.config import TrainConfig, build
 from fastdiss_cli.data.binarized import BinarizedDataset
+from fastdiss_cli.models.difformer import Difformer
 from fastdiss_cli.models.registry import architecture
 from fastdiss_cli.training import checkpoint, loop, validation
 from fastdiss_cli.training.checkpoint import Checkpoint
@@ -142,3 +143,18 @@ def read_only(rank: int, saves: tuple[int, ...]) -> None:
         right(*given)
 
     checkpoint.save_file = save_file
+
+
+def signalled_in_batch(rank: int, on: int, number: int, signals: tuple[int, ...]) -> None:
+    """Let a rank send itself signals while it decodes the n-th batch."""
+    right, calls = Difformer.decode, []
+
+    def decode(self, *given):
+        calls.append(given)
+        assert len(calls) <= number, "a batch was begun after the signal"
+        if len(calls) == number and rank == on:
+            for one in signals:
+                os.kill(os.getpid(), one)
+        return right(self, *given)
+
+    Difformer.decode = decode

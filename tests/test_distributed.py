@@ -20,6 +20,7 @@ from runs import (
     metrics,
     newest,
     read_only,
+    signalled_in_batch,
     signalled_in_validation,
     start,
 )
@@ -86,8 +87,8 @@ def test_a_last_save_that_fails_ends_all_with_one_line(data_bin: Path, tmp_path:
     assert (second.returncode, second.stderr) == (1, "")
 
 
-@pytest.mark.parametrize("what", ["loss", "bleu"])
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR1], ids=["int", "usr1"])
+@pytest.mark.slow
+@pytest.mark.parametrize(("what", "number"), [("loss", signal.SIGINT), ("bleu", signal.SIGUSR1)])
 def test_a_signal_to_any_rank_interrupts_validation(
     data_bin: Path, tmp_path: Path, whole: Path, what: str, number: int
 ) -> None:
@@ -241,6 +242,17 @@ def no_memory_to_decode(rank: int, on: int, at: int) -> None:
         return right(self, memory, sentences, *more)
 
     Difformer.decode = decode
+
+
+def test_a_signal_to_any_rank_ends_generate(data_bin: Path, trained: Path) -> None:
+    generate = ["generate", data_bin, "--path", trained, "--device=cpu", "--buffer-size", "6"]
+    whole = run_cli(*generate).stdout
+    wound = partial(signalled_in_batch, on=0, number=3, signals=(signal.SIGUSR1,))
+    first, second = run_ranks(2, *generate, prepare=wound)
+    assert (first.returncode, second.returncode) == (138, 138), first.stderr
+    assert whole.startswith(first.stdout) and first.stdout.splitlines()[-1].startswith("I-11\t")
+    assert "stopped by signal 10 after 12 of 20 sentences" in first.stderr
+    assert second.stdout == second.stderr == ""
 
 
 def test_the_time_of_a_run_is_that_of_its_slowest_rank(data_bin: Path, trained: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from conftest import Ranks, run_cli
-from runs import command
+from runs import command, signalled_in_batch
 
 TYPES = ["transformer_tiny", "difformer_tiny", "fastdiss_tiny"]
 
@@ -21,7 +21,7 @@ def checkpoints(data_bin: Path, tmp_path_factory: pytest.TempPathFactory) -> dic
     found = {}
     for arch in TYPES:
         folder = tmp_path_factory.mktemp(arch)
-        updates = 150 if arch == "transformer_tiny" else 30  # it begins by answering all alike
+        updates = 100 if arch == "transformer_tiny" else 30  # it begins by answering all alike
         more = {"max_update": updates, "lr": 1e-2, "ema_decay": 0, "valid_sentences": 0}
         done = run_cli(*command(data_bin, folder, arch, **more))
         assert done.returncode == 0, done.stderr
@@ -48,7 +48,11 @@ def answers(done) -> dict[str, str]:
 
 
 def generate(checkpoint: Path, *more: str, stdin: str = ""):
-    limit = ["--max-len-b", "30"] if "transformer" in str(checkpoint) else ["--noise-beam", "2"]
+    limit = (
+        ["--max-len-b", "12", "--beam", "2"]
+        if "transformer" in str(checkpoint)
+        else ["--noise-beam", "2"]
+    )
     return run_cli(
         "generate", "--path", checkpoint, "--input", "-", "--device=cpu", *limit, *more,
         stdin=stdin,
@@ -88,32 +92,17 @@ def test_hypotheses_do_not_depend_on_the_order_of_the_corpus(
 # signals
 
 
-def signalled_in_batch(rank: int, number: int, signals: tuple[int, ...]) -> None:
-    """Let the process send itself signals while it decodes its n-th batch."""
-    from fastdiss_cli.models.difformer import Difformer
-
-    right, calls = Difformer.decode, []
-
-    def decode(self, *given):
-        calls.append(given)
-        assert len(calls) <= number, "a batch was begun after the signal"
-        if len(calls) == number:
-            for one in signals:
-                os.kill(os.getpid(), one)
-        return right(self, *given)
-
-    Difformer.decode = decode
-
-
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_leaves_the_beginning_of_the_output(
     data_bin: Path, checkpoints: dict[str, Path], number: int
 ) -> None:
-    """Windows of 6 sentences; the second is under way when the signal comes."""
+    """Windows of 6 sentences; after the warm-up, the second is under way when the signal comes."""
     more = ["generate", data_bin, "--path", checkpoints["fastdiss_tiny"], "--device=cpu"]
     more += ["--buffer-size", "6"]
     whole = run_cli(*more).stdout
-    wound = partial(signalled_in_batch, number=3, signals=(number,))  # the first is the warm-up
+    wound = partial(
+        signalled_in_batch, on=0, number=3, signals=(number,)
+    )  # the first is the warm-up
     (done,) = Ranks(1, *more, prepare=wound).results()
     assert done.returncode == 128 + number
     assert whole.startswith(done.stdout) and done.stdout.splitlines()[-1].startswith("I-11\t")
@@ -128,7 +117,7 @@ def test_a_signal_in_a_window_leaves_no_gap(data_bin: Path, checkpoints: dict[st
     more += ["--max-tokens", "60"]
     whole = run_cli(*more).stdout
     before = run_cli(*more[:-1], "1000").stderr
-    wound = partial(signalled_in_batch, number=17, signals=(signal.SIGTERM,))
+    wound = partial(signalled_in_batch, on=0, number=17, signals=(signal.SIGTERM,))
     (done,) = Ranks(1, *more, prepare=wound).results()
     assert done.returncode == 128 + signal.SIGTERM and not before
     assert whole.startswith(done.stdout) and len(done.stdout) < len(whole)
@@ -141,7 +130,7 @@ def test_a_signal_leaves_no_half_file(
     more = ["generate", data_bin, "--path", checkpoints["fastdiss_tiny"], "--device=cpu"]
     more += ["--buffer-size", "6", "--results-path", tmp_path, "--steps", "1,2"]
     (tmp_path / "generate-test.steps1.txt").write_text("older")
-    wound = partial(signalled_in_batch, number=5, signals=(signal.SIGTERM,))
+    wound = partial(signalled_in_batch, on=0, number=5, signals=(signal.SIGTERM,))
     (done,) = Ranks(1, *more, prepare=wound).results()
     assert done.returncode == 128 + signal.SIGTERM and done.stdout == ""
     assert done.stderr.endswith(
@@ -157,7 +146,7 @@ def test_a_second_signal_ends_generate_at_once(
     more = ["generate", data_bin, "--path", checkpoints["fastdiss_tiny"], "--device=cpu"]
     more += ["--buffer-size", "6", "--results-path", tmp_path]
     signals = (signal.SIGINT, signal.SIGINT)
-    wound = partial(signalled_in_batch, number=2, signals=signals)
+    wound = partial(signalled_in_batch, on=0, number=2, signals=signals)
     (done,) = Ranks(1, *more, prepare=wound).results()
     assert done.returncode == 130 and "Traceback" not in done.stderr
     assert "sentences" not in done.stderr and not list(tmp_path.iterdir())

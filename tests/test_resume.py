@@ -34,6 +34,7 @@ def unbroken(
     return request.param, folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=["kill", "term"])
 def test_a_broken_training_goes_on_as_if_unbroken(
     data_bin: Path, tmp_path: Path, unbroken: tuple[int, Path], number: int

@@ -10,7 +10,9 @@ from typing import Any
 
 from fastdiss_cli import logs
 
-CAUGHT = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # schedulers send the last one
+# schedulers send the last one, which not every system has
+_NAMES = ("SIGINT", "SIGTERM", "SIGUSR1")
+CAUGHT = tuple(getattr(signal, name) for name in _NAMES if hasattr(signal, name))
 
 
 class Stopped(Exception):
