@@ -51,6 +51,14 @@ def main() -> None:
     except OSError as error:
         logs.error(f"{error.filename or 'input/output'}: {error.strerror or error}")
         sys.exit(1)
+    except (RuntimeError, MemoryError) as error:
+        from fastdiss_cli.device import out_of_memory
+
+        if not out_of_memory(error):
+            raise
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        logs.error(f"out of memory: lower --max-tokens or choose a smaller model ({reason})")
+        sys.exit(1)
     except KeyboardInterrupt:
         logs.error("interrupted")
         sys.exit(130)

@@ -10,6 +10,10 @@ from fastdiss_cli.errors import FastdissError
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3  # of <malloc.h>
 DTYPES = ("auto", "float32", "bfloat16")
+# what torch's CPU allocator, cuBLAS and cuDNN say
+_OUT_OF_MEMORY = (
+    "can't allocate memory", "not enough memory", "out of memory", "STATUS_ALLOC_FAILED",
+)  # fmt: skip
 
 
 def keep_freed_memory() -> None:
@@ -62,3 +66,11 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
     """Return the context in which a model computes in ``dtype``."""
     return torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Tell whether an exception means that memory ran out, on a GPU or off it."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    said = str(error)
+    return isinstance(error, RuntimeError) and any(sign in said for sign in _OUT_OF_MEMORY)

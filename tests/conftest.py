@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import io
+import multiprocessing
 import os
 import random
+import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
@@ -51,6 +54,78 @@ def run_process(*args: str | Path) -> subprocess.CompletedProcess[str]:
     )
 
 
+class Ranks:
+    """``fastdiss ARGS`` in several processes, as torchrun starts them (but torch is there already).
+
+    Args:
+        count: how many.
+        args: of the command line.
+        prepare: called in each rank before the command, with its number; a module's function.
+    """
+
+    def __init__(
+        self, count: int, *args: str | Path, prepare: Callable[[int], None] | None = None
+    ) -> None:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["conftest", "fastdiss_cli.training.loop"])
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self._pipes, self.processes = [], []
+        for rank in range(count):
+            receiver, sender = context.Pipe(duplex=False)
+            given = (rank, count, port, args, sender, prepare)
+            process = context.Process(target=_run_rank, args=given, daemon=True)
+            process.start()
+            sender.close()
+            self._pipes.append(receiver)
+            self.processes.append(process)
+
+    def results(self) -> list[subprocess.CompletedProcess[str]]:
+        """Wait for all and return what each has said; one that was killed has said nothing."""
+        done = []
+        for receiver, process in zip(self._pipes, self.processes, strict=True):
+            try:
+                done.append(receiver.recv() if receiver.poll(120) else None)
+            except EOFError:
+                done.append(None)
+            process.join(10)
+            if done[-1] is None:
+                process.kill()
+                done[-1] = subprocess.CompletedProcess([], process.exitcode, "", "")
+        return done
+
+
+def _run_rank(rank: int, count: int, port: int, args: tuple, sender, prepare) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(count),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    if prepare is not None:
+        prepare(rank)
+    sender.send(run_cli(*args))
+
+
+def run_ranks(count: int, *args: str | Path, **more) -> list[subprocess.CompletedProcess[str]]:
+    """Run ``fastdiss ARGS`` in several processes and return what each has said."""
+    return Ranks(count, *args, **more).results()
+
+
+def one_line_error(done: subprocess.CompletedProcess[str], *parts: str) -> str:
+    """Return the one line that says why a command failed, after a look for its parts."""
+    assert done.returncode == 1, (done.returncode, done.stderr)
+    assert "Traceback" not in done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if "error" in line]
+    assert line.startswith("fastdiss: error: ")
+    for part in parts:
+        assert part in line
+    return line
+
+
 def write_pairs(prefix: Path, count: int, seed: int | str = 1) -> None:
     """Write ``prefix.de`` and ``prefix.en``: numbers of one to eight digits, in words."""
     draw = random.Random(seed)
@@ -66,4 +141,16 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("corpus")
     for split, count in SIZES.items():
         write_pairs(folder / split, count, seed=split)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def data_bin(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the corpus as a dataset of characters."""
+    folder = tmp_path_factory.mktemp("data") / "bin"
+    done = run_cli(
+        "preprocess", "-s", "de", "-t", "en", "--destdir", folder, "--model-type", "char",
+        *(f"--{split}pref={corpus / split}" for split in SIZES),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
     return folder

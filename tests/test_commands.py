@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import sacrebleu
-from conftest import run_cli, run_process
+from conftest import one_line_error, run_cli, run_process
 
 import fastdiss_cli
 from fastdiss_cli.errors import FastdissError
@@ -54,14 +54,6 @@ def transformer(data_bin: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 def lines_of(output: str, kind: str) -> list[list[str]]:
     return [line.split("\t") for line in output.splitlines() if line.startswith(f"{kind}-")]
-
-
-def one_line_error(done: subprocess.CompletedProcess[str]) -> str:
-    assert done.returncode == 1, (done.returncode, done.stderr)
-    assert "Traceback" not in done.stderr
-    (line,) = [line for line in done.stderr.splitlines() if "error" in line]
-    assert line.startswith("fastdiss: error: ")
-    return line
 
 
 def test_generate_prints_fairseq_lines_in_corpus_order(

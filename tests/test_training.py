@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import os
 import signal
@@ -15,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import run_cli
+from runs import CPU, NETWORK, metrics, start, tensors
 from torch import nn
 
 from fastdiss_cli.config import TrainConfig, build
@@ -25,47 +25,6 @@ from fastdiss_cli.training.checkpoint import Checkpoint, load_model
 from fastdiss_cli.training.distributed import Processes
 from fastdiss_cli.training.loop import Training
 from fastdiss_cli.training.optimizer import EMA, learning_rate
-
-NETWORK = {"model_dim": 16, "ffn_dim": 32, "heads": 2, "encoder_layers": 1, "decoder_layers": 1}
-CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module")
-def data_bin(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data") / "bin"
-    done = run_cli(
-        "preprocess", "-s", "de", "-t", "en", "--destdir", folder, "--model-type", "char",
-        *(f"--{split}pref={corpus / split}" for split in ("train", "valid", "test")),
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return folder
-
-
-def start(data_bin: Path, save_dir: Path, arch: str = "fastdiss_tiny", **options: object):
-    config = build(
-        TrainConfig,
-        {
-            "max_tokens": 500,
-            "max_update": 12,
-            "warmup_updates": 4,
-            "valid_sentences": 4,
-            "log_interval": 1,
-            **options,
-        },
-        "train",
-    )
-    network = dict(NETWORK, **({} if arch.startswith("transformer") else {"latent_dim": 8}))
-    dataset = BinarizedDataset(data_bin)
-    return Training(architecture(arch), network, config, dataset, save_dir, Processes(CPU))
-
-
-def tensors(save_dir: Path) -> dict[str, torch.Tensor]:
-    return Checkpoint.load(save_dir / "checkpoint_last.safetensors").tensors
-
-
-def metrics(save_dir: Path, without: tuple[str, ...] = ("tokens_per_second", "seconds")):
-    lines = (save_dir / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k not in without} for line in lines]
 
 
 @pytest.mark.parametrize("arch", ["transformer_tiny", "difformer_tiny", "fastdiss_tiny"])
@@ -125,7 +84,7 @@ def test_a_stop_where_a_validation_is_due_does_not_lose_it(
     right = stopped._update
 
     def signalled(micro_batches, all_tokens):
-        if stopped.progress.update == 2:  # the ranks are told before the next, the last, update
+        if stopped.progress.update == 3:
             os.kill(os.getpid(), signal.SIGTERM)
         return right(micro_batches, all_tokens)
 
@@ -320,5 +279,5 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_older_one(
 
     monkeypatch.setattr("fastdiss_cli.training.checkpoint.save_file", full)
     with pytest.raises(FastdissError, match="No space left on device"):
-        training._save(numbered=False)
+        training._save(final=True)
     assert path.read_bytes() == before

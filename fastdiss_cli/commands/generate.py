@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from fastdiss_cli.data.tokenizer import Tokenizer
     from fastdiss_cli.decoding.generation import Run
     from fastdiss_cli.models.registry import Seq2SeqModel
+    from fastdiss_cli.training.distributed import Processes
+    from fastdiss_cli.training.signals import Stop
 
 Input = {"rich_help_panel": "Input and output"}
 Diffusion = {"rich_help_panel": "Sampling (diffusion models)"}
@@ -168,8 +170,11 @@ def generate(
     from fastdiss_cli.decoding.report import summarise, table
     from fastdiss_cli.device import pick_device, pick_dtype
     from fastdiss_cli.training.checkpoint import load_model
+    from fastdiss_cli.training.distributed import Processes
+    from fastdiss_cli.training.signals import Stop, stop_on_signal
 
-    on = pick_device(device)
+    processes, stop = Processes(pick_device(device)), Stop()
+    on = processes.device
     autocast = pick_dtype(dtype, on)
     model, src, tgt, arch = load_model(path, on, user_module)
     runs = [Run(decoding_options(model, arch.name, {**flags, "steps": n})) for n in step_counts]
@@ -183,12 +188,14 @@ def generate(
         raise typer.BadParameter("--diagnose needs a dataset: it measures losses on the answers")
     answers = read_all_references(ref, corpus.total) if ref else None
     name = gen_subset if data else "input"
-    with ExitStack() as files:
-        folder = results_path
-        if folder is None and (len(runs) > 1 or diagnose):
-            folder = path.parent / "generate"
-        outputs = _outputs(files, runs, folder, name)
-        texts, references = _translate(
+    folder = results_path
+    if folder is None and (len(runs) > 1 or diagnose):
+        folder = path.parent / "generate"
+    stop_tidily = stop_on_signal(stop, "finishing this batch")
+    with processes, stop_tidily, ExitStack() as files:
+        first_rank = processes.rank == 0
+        outputs = _outputs(files, runs, folder, name) if first_rank else []
+        texts, references, stopped_by = _translate(
             model,
             (src, tgt),
             corpus,
@@ -197,29 +204,38 @@ def generate(
             # a diagnosis is over all sentences at once
             window=corpus.total if diagnose else buffer_size or (1 if input == "-" else WINDOW),
             gold=self_cond == "gold",
+            processes=processes,
+            stop=stop,
             select=choose,
             max_tokens=max_tokens,
             dtype=autocast,
         )
-        summaries = summarise(runs, texts, answers or [[line] for line in references])
-        for summary, output in zip(summaries, outputs, strict=True):
-            if output.path:
-                print(summary.line(name, arch.name), file=output.file)
-                output.finish()
-    if len(runs) == 1:
-        print(summaries[0].line(name, arch.name))
-    else:
-        print(table(summaries))
-    for output in outputs:
-        if output.path:
-            logs.info(f"wrote {output.path}")
-    if diagnose:
-        for run, output in zip(runs, outputs, strict=True):
-            tables = diagnosis_of(run, model, corpus.split, max_tokens, autocast)
-            print(describe(run.options.steps, tables))
-            beside = output.path.with_suffix(".diagnosis.json")
-            beside.write_text(json.dumps(tables, indent=1) + "\n", encoding="utf-8")
-            logs.info(f"wrote {beside}")
+        if stopped_by:
+            of = f" of {corpus.total:,}" if corpus.total else ""
+            logs.info(
+                f"stopped by signal {stopped_by} after {len(texts[0]):,}{of} sentences"
+                + ("; no file is written" if outputs and outputs[0].path else "")
+            )
+        elif first_rank:
+            summaries = summarise(runs, texts, answers or [[line] for line in references])
+            for summary, output in zip(summaries, outputs, strict=True):
+                if output.path:
+                    print(summary.line(name, arch.name), file=output.file)
+                    output.finish()
+            alone = len(runs) == 1
+            print(summaries[0].line(name, arch.name) if alone else table(summaries), flush=True)
+            for output in outputs:
+                if output.path:
+                    logs.info(f"wrote {output.path}")
+            for run, output in zip(runs, outputs, strict=True):
+                if diagnose:
+                    tables = diagnosis_of(run, model, corpus.split, max_tokens, autocast)
+                    print(describe(run.options.steps, tables))
+                    beside = output.path.with_suffix(".diagnosis.json")
+                    beside.write_text(json.dumps(tables, indent=1) + "\n", encoding="utf-8")
+                    logs.info(f"wrote {beside}")
+    if stopped_by:
+        raise SystemExit(128 + stopped_by)
 
 
 @dataclasses.dataclass
@@ -245,43 +261,68 @@ def _translate(
     outputs: list[TextIO],
     window: int,
     gold: bool,
+    processes: Processes,
+    stop: Stop,
     **how: Any,
-) -> tuple[list[list[str]], list[str]]:
+) -> tuple[list[list[str]], list[str], int]:
     """Decode a corpus window by window, writing the lines of each run in corpus order.
 
+    The first rank reads and writes; all of them decode.
+
     Returns:
-        The hypotheses of each run and the references (none for raw text), as text.
+        The hypotheses of each run and the references (none for raw text), as text; and the signal
+        that came before all was done, or 0.
     """
     from fastdiss_cli.decoding.generation import Run, decode
     from fastdiss_cli.decoding.output import format_lines, hypothesis_text
+    from fastdiss_cli.training.sharing import decode_shared
 
     src, tgt = tokenizers
-    to_terminal = outputs[0] is sys.stdout and logs.is_terminal()
+    first_rank, signal = processes.rank == 0, 0
+    to_terminal = sys.stdout in outputs and logs.is_terminal()
     texts: list[list[str]] = [[] for _ in runs]
     references: list[str] = []
     with logs.progress("generating", corpus.total, hidden=to_terminal) as bar:
-        for pairs in iter(lambda: list(islice(corpus.pairs, window)), []):
+        while not signal and (pairs := processes.gather(_read(corpus, window, stop, first_rank))):
             sources, targets = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
             first = len(texts[0])
             answers = targets if gold else None
             if first == 0 and window > 1:  # thread and memory pools fill outside the clock
-                warm_up = [Run(runs[0].options)]
-                decode(model, sources[:16], warm_up, first=0, gold=answers, **how)
-            decode(model, sources, runs, first=first, gold=answers, done=bar.advance, **how)
+                with processes.attempt("decoding") as tried:
+                    decode(model, sources[:16], [Run(runs[0].options)], gold=answers, **how)
+                processes.agree(tried, stop)
+            given = {"first": first, "gold": answers, "done": bar.advance, **how}
+            signal = decode_shared(model, sources, runs, processes=processes, stop=stop, **given)
             for i, (source, target) in enumerate(pairs):
+                if runs[0].best[i] is None:  # a signal came: what lies behind it is not in order
+                    break
                 source_text = src.decode(source)
                 reference = None if target is None else tgt.decode(target)
                 if reference is not None:
                     references.append(reference)
-                for run, output, kept in zip(runs, outputs, texts, strict=True):
-                    lines = format_lines(
-                        first + i, source_text, run.best[i], tgt, reference, colour=to_terminal
-                    )
-                    output.write(lines)
+                for n, (run, kept) in enumerate(zip(runs, texts, strict=True)):
                     kept.append(hypothesis_text(run.best[i], tgt))
+                    if outputs:
+                        lines = format_lines(
+                            first + i, source_text, run.best[i], tgt, reference, to_terminal
+                        )
+                        outputs[n].write(lines)
             for output in outputs:
                 output.flush()
-    return texts, references
+    return texts, references, signal or stop.signal
+
+
+def _read(corpus: Source, count: int, stop: Stop, first_rank: bool) -> list[Any]:
+    """Return the next pairs; none where the corpus ends, a signal comes, or another rank reads."""
+    from fastdiss_cli.training.signals import Stopped
+
+    stop.waiting = first_rank
+    try:
+        return list(islice(corpus.pairs, count)) if first_rank else []
+    except Stopped:
+        return []
+    finally:
+        stop.waiting = False
 
 
 def decoding_options(model: Seq2SeqModel, arch: str, flags: dict[str, Any]) -> Any:

@@ -172,9 +172,10 @@ def train(
             f"{str(training.dtype).removeprefix('torch.')}"
         )
         stopped_by = training.run()
-    progress = training.progress
+        progress = training.progress
+        if stopped_by:
+            logs.info(f"stopped by signal {stopped_by} after update {progress.update:,}; saved")
     if stopped_by:
-        logs.info(f"stopped by signal {stopped_by} after update {progress.update:,}; saved")
         raise SystemExit(128 + stopped_by)
     best = ""
     if progress.best is not None:

@@ -129,6 +129,11 @@ class TokenBatcher:
         order = draw.permutation(len(batches))
         return [batches[i] for i in order[self.rank :: self.world_size]]
 
+    def padded_size(self, sentences: np.ndarray) -> int:
+        """Return how many positions, both sides, the given sentences take as a batch."""
+        widths = self.src.sizes[sentences].max() + self.tgt.sizes[sentences].max()
+        return len(sentences) * int(widths)
+
     def collate(self, sentences: np.ndarray) -> Batch:
         """Read and pad the given sentences."""
         src_tokens, src_pad_mask = pad([self.src[i] for i in sentences], self.src_pad)

@@ -13,7 +13,8 @@ import torch
 
 from fastdiss_cli.data.batching import batches_by_tokens, pad
 from fastdiss_cli.decoding.selection import Select
-from fastdiss_cli.device import autocast
+from fastdiss_cli.device import autocast, out_of_memory
+from fastdiss_cli.errors import FastdissError
 from fastdiss_cli.models.registry import Hypothesis, Seq2SeqModel
 
 WINDOW = 4096  # sentences that are sorted by length together, and held in memory
@@ -48,6 +49,8 @@ def decode(
     gold: Sequence[Sequence[int]] | None = None,
     dtype: torch.dtype = torch.float32,
     done: Callable[[int], None] = lambda sentences: None,
+    stop: Callable[[], int] = lambda: 0,
+    share: tuple[int, int] = (0, 1),
 ) -> None:
     """Decode sentences in every given way; the answers are left in ``runs``.
 
@@ -61,30 +64,60 @@ def decode(
         gold: the right answers, for options that diagnose with them.
         dtype: bfloat16 decodes under autocast.
         done: called with the number of sentences of each finished batch.
+        stop: asked after each batch; if true, the sentences left over stay None in `Run.best`.
+        share: (r, n): of every n batches only the r-th; the other sentences stay None.
+
+    Raises:
+        FastdissError: memory ran out.
     """
-    device = next(model.parameters()).device
     lengths = np.array([len(tokens) for tokens in sources])
     order = np.argsort(-lengths, kind="stable")
     widest = max(run.options.candidates for run in runs)
     for run in runs:
         run.best = [None] * len(sources)  # type: ignore[list-item]
-    for rows in batches_by_tokens(order, lengths, max(max_tokens // widest, 1)):
-        batch = [sources[i] for i in rows]
-        answers = None if gold is None else [gold[i] for i in rows]
-        sentences = torch.from_numpy(rows + first).to(device)
-        start = time.perf_counter()
-        with autocast(device, dtype):
-            memory = model.encode(pad(batch, model.src.pad)[0].to(device))
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            encoding = time.perf_counter() - start
-            for run in runs:
-                start = time.perf_counter()
-                candidates = model.decode(memory, sentences, run.options, answers)
-                chosen = select(batch, candidates)
-                run.seconds += encoding + time.perf_counter() - start
-                run.nfe += sum(h.nfe for h in chosen)
-                run.sentences += len(chosen)
-                for i, hypothesis in zip(rows, chosen, strict=True):
-                    run.best[i] = hypothesis
+    batches = batches_by_tokens(order, lengths, max(max_tokens // widest, 1))
+    for rows in batches[share[0] :: share[1]]:
+        try:
+            _decode_batch(model, rows, sources, runs, select, first, gold, dtype)
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
+            longest = int(lengths[rows].max())
+            raise FastdissError(
+                f"out of memory decoding a batch of {len(rows)} sentences of at most {longest} "
+                f"source tokens, {widest} candidates each: lower --max-tokens (now {max_tokens})"
+            ) from None
         done(len(rows))
+        if stop():
+            break
+
+
+def _decode_batch(
+    model: Seq2SeqModel,
+    rows: np.ndarray,
+    sources: Sequence[Sequence[int]],
+    runs: Sequence[Run],
+    select: Select,
+    first: int,
+    gold: Sequence[Sequence[int]] | None,
+    dtype: torch.dtype,
+) -> None:
+    device = next(model.parameters()).device
+    batch = [sources[i] for i in rows]
+    answers = None if gold is None else [gold[i] for i in rows]
+    sentences = torch.from_numpy(rows + first).to(device)
+    start = time.perf_counter()
+    with autocast(device, dtype):
+        memory = model.encode(pad(batch, model.src.pad)[0].to(device))
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        encoding = time.perf_counter() - start
+        for run in runs:
+            start = time.perf_counter()
+            candidates = model.decode(memory, sentences, run.options, answers)
+            chosen = select(batch, candidates)
+            run.seconds += encoding + time.perf_counter() - start
+            run.nfe += sum(h.nfe for h in chosen)
+            run.sentences += len(chosen)
+            for i, hypothesis in zip(rows, chosen, strict=True):
+                run.best[i] = hypothesis

@@ -12,6 +12,7 @@ import json
 import os
 import re
 import shutil
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,7 @@ class Progress:
     skipped: int = 0  # updates with a non-finite gradient, in all
     skipped_in_a_row: int = 0
     validation_due: bool = False  # stopped after an update that a validation belongs to
+    window: dict[str, Any] = field(default_factory=dict)  # of the log's line that is not full yet
 
     @property
     def is_best(self) -> bool:
@@ -96,7 +98,8 @@ class Checkpoint:
             os.replace(aside, path)
             _sync(path.parent)
         except (OSError, SafetensorError) as error:
-            aside.unlink(missing_ok=True)
+            with suppress(OSError):
+                aside.unlink(missing_ok=True)
             reason = getattr(error, "strerror", None) or str(error)
             raise FastdissError(f"{path}: cannot write the checkpoint: {reason}") from None
 

@@ -1,9 +1,13 @@
-"""Several processes under torchrun: who am I, and sums and lists over all ranks."""
+"""Several processes under torchrun: who am I, what is common to all, and how they fail together."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -11,6 +15,52 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastdiss_cli import logs
+from fastdiss_cli.device import out_of_memory
+from fastdiss_cli.errors import FastdissError
+from fastdiss_cli.training.signals import Stop, elected
+
+
+class CommonError(FastdissError):
+    """A failure of one rank that every rank raises; the first one tells it."""
+
+
+class Attempt:
+    """Work of one rank, whose failure is held back until all ranks can hear of it.
+
+    Attributes:
+        what: what is being done, with its size.
+        remedy: what to do where memory runs out.
+        failure: the message, once it has failed.
+    """
+
+    def __init__(self, what: str, remedy: str, where: str = "") -> None:
+        self.what, self.remedy, self._where = what, remedy, where
+        self.failure: str | None = None
+
+    def __enter__(self) -> Attempt:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> bool:
+        if not isinstance(error, Exception):  # nothing, or somebody wants to leave
+            return False
+        if isinstance(error, FastdissError):
+            self.failure = f"{self._where}{error}"
+        elif isinstance(error, OSError):
+            self.failure = f"{self._where}{error.filename or self.what}: {error.strerror or error}"
+        elif out_of_memory(error):
+            self.failure = f"{self._where}out of memory in {self.what}: {self.remedy}"
+        else:
+            while trace is not None and trace.tb_next is not None:
+                trace = trace.tb_next
+            at = f"{Path(trace.tb_frame.f_code.co_filename).name}:{trace.tb_lineno}"
+            said = " ".join(str(error).split())
+            self.failure = f"{self._where}{self.what}: {type(error).__name__}: {said} ({at})"
+        return True
 
 
 class Processes:
@@ -30,47 +80,107 @@ class Processes:
 
     def __enter__(self) -> Processes:
         if self.world_size > 1:
-            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+            with self._others():
+                dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
             if self.rank:
                 logs.quiet()
         return self
 
-    def __exit__(self, *_: object) -> None:
-        if self.world_size > 1 and dist.is_initialized():
-            dist.destroy_process_group()
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _: object
+    ) -> None:
+        common = isinstance(error, CommonError)
+        if self.world_size == 1 or (error is not None and not common):
+            return  # who leaves alone does not wait for the others, who notice by themselves
+        if common and self.rank == 0:
+            logs.error(str(error))
+        self.barrier()  # torchrun ends the others as soon as one rank has left
+        dist.destroy_process_group()
+        if common:
+            raise SystemExit(1)
 
     def sum(self, values: list[float]) -> list[float]:
         """Add up numbers over all ranks."""
         if self.world_size == 1:
             return values
         total = torch.tensor(values, dtype=torch.float64, device=self.device)
-        dist.all_reduce(total)
+        with self._others():
+            dist.all_reduce(total)
         return total.tolist()
 
-    def sum_gradients(self, parameters: Iterable[Tensor]) -> None:
-        """Add up gradients over all ranks, in one message; a missing gradient counts as 0."""
+    def sum_gradients(self, parameters: Iterable[Tensor], flags: list[float]) -> list[float]:
+        """Add up gradients over all ranks, in one message; a missing gradient counts as 0.
+
+        Args:
+            parameters: whose gradients are replaced by the sum.
+            flags: a few small whole numbers that travel in the same message.
+
+        Returns:
+            The sums of the flags.
+        """
         if self.world_size == 1:
-            return
+            return flags
         grads = []
         for p in parameters:
             if p.grad is None:
                 p.grad = torch.zeros_like(p)
             grads.append(p.grad)
-        flat = torch.cat([grad.flatten() for grad in grads])
-        dist.all_reduce(flat)
-        summed = flat.split([grad.numel() for grad in grads])
+        flat = torch.cat([grad.flatten() for grad in grads] + [grads[0].new_tensor(flags)])
+        with self._others():
+            dist.all_reduce(flat)
+        *summed, flags_everywhere = flat.split([*(grad.numel() for grad in grads), len(flags)])
         for grad, total in zip(grads, summed, strict=True):
             grad.copy_(total.view_as(grad))
+        return flags_everywhere.tolist()
 
     def gather(self, items: list[Any]) -> list[Any]:
         """Concatenate lists over all ranks, on every rank."""
         if self.world_size == 1:
             return items
         parts: list[Any] = [None] * self.world_size
-        dist.all_gather_object(parts, items)
+        with self._others():
+            dist.all_gather_object(parts, items)
         return [item for part in parts for item in part]
 
     def barrier(self) -> None:
         """Wait until all ranks are here."""
         if self.world_size > 1:
-            dist.barrier()
+            with self._others():
+                dist.barrier()
+
+    def attempt(self, what: str, remedy: str = "lower --max-tokens") -> Attempt:
+        """Return an `Attempt` of this rank."""
+        return Attempt(what, remedy, f"rank {self.rank}: " if self.world_size > 1 else "")
+
+    def agree(self, tried: Attempt, stop: Stop) -> int:
+        """Learn what the ranks have met since they last met, all at the same place.
+
+        Returns:
+            The signal that any of them has received, or 0.
+
+        Raises:
+            CommonError: the work of any of them has failed.
+        """
+        *votes, failed = self.sum([*stop.votes, float(tried.failure is not None)])
+        self.fail_together(tried, failed)
+        return elected(votes)
+
+    def fail_together(self, tried: Attempt, failed: float) -> None:
+        """Raise on all ranks the failure of the first rank that has one, if any has."""
+        if failed:
+            raise CommonError(self.gather([tried.failure] if tried.failure else [])[0])
+
+    @contextmanager
+    def _others(self) -> Iterator[None]:
+        """Tell in one line that another process is gone, whatever the transport says of it."""
+        try:
+            yield
+        except RuntimeError as error:
+            if out_of_memory(error):
+                raise
+            # without the place in torch's sources before it and the advice behind it
+            reason = re.sub(r"^\[[^]]*] *", "", str(error).strip()).split("\n")[0].split(". ")[0]
+            raise FastdissError(
+                f"rank {self.rank} of {self.world_size}: another process has ended or cannot be "
+                f"reached ({reason}); see what it said, then give the same command again"
+            ) from None

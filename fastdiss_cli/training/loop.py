@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
-import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +16,7 @@ from fastdiss_cli import logs
 from fastdiss_cli.config import TrainConfig
 from fastdiss_cli.data.batching import Batch, TokenBatcher
 from fastdiss_cli.data.binarized import BinarizedDataset
-from fastdiss_cli.device import autocast, pick_dtype
+from fastdiss_cli.device import pick_dtype
 from fastdiss_cli.errors import FastdissError
 from fastdiss_cli.models.registry import Architecture
 from fastdiss_cli.randomness import seed_everything
@@ -28,21 +26,16 @@ from fastdiss_cli.training.checkpoint import (
     copy_checkpoint,
     load_weights,
     pack_optimizer,
-    prune_numbered,
     unpack_optimizer,
     vocabulary,
 )
-from fastdiss_cli.training.distributed import Processes
+from fastdiss_cli.training.distributed import CommonError, Processes
+from fastdiss_cli.training.gradient import add_gradient, update_attempt
 from fastdiss_cli.training.metrics import MetricsFile, Window
 from fastdiss_cli.training.optimizer import EMA, learning_rate, make_optimizer
+from fastdiss_cli.training.signals import Stop, Stopped, elected, stop_on_signal
+from fastdiss_cli.training.state import BEST, LAST, changes, number_newest, save_newest
 from fastdiss_cli.training.validation import better, validation_bleu, validation_loss
-
-
-@dataclass
-class Stop:
-    """Set by the first SIGINT or SIGTERM: finish the update, save, and leave."""
-
-    signal: int = 0
 
 
 class Training:
@@ -84,9 +77,15 @@ class Training:
         self.valid_batcher = self._batcher("valid") if "valid" in dataset.splits else None
         self._schedule: tuple[int, list[Any]] | None = None
         self._resume(accept_changes)
+        progress = self.progress
         self.metrics = MetricsFile(
-            save_dir / "metrics.jsonl", self.progress.update, processes.rank == 0
+            save_dir / "metrics.jsonl",
+            progress.update,
+            progress.validation_due,
+            processes.rank == 0,
         )
+        self.window = Window(progress.window)
+        self.stop = Stop()
         if config.compile:
             self.model.encoder.compile(dynamic=True)
             self.model.decoder.compile(dynamic=True)
@@ -98,35 +97,36 @@ class Training:
             0, or the number of the signal that stopped the training early (with all saved).
         """
         config, progress = self.config, self.progress
-        window = Window()
         with (
-            stop_on_signal() as stop,
+            stop_on_signal(self.stop, "saving after this update"),
             logs.progress("training", config.max_update, progress.update) as bar,
         ):
-            if progress.validation_due:
-                self._validate_and_save()
-            while not self._finished():
+            stopped = self._validate_and_save() if progress.validation_due else 0
+            if not (stopped or self._finished()):
+                stopped = self._try_largest_batch()
+                if stopped:
+                    self._save(final=True)
+                self.window.restart_clock()
+            while not (stopped or self._finished()):
                 micro_batches = self._next_batches()
-                tokens = sum(batch.num_tgt_tokens for batch in micro_batches)
-                # one message tells the ranks the size of the update and whether to stop after it
-                all_tokens, signals = self.processes.sum([tokens, stop.signal])
-                figures = self._update(micro_batches, all_tokens)
-                window.add(figures, all_tokens)
+                (tokens,) = self.processes.sum([sum(b.num_tgt_tokens for b in micro_batches)])
+                figures, stopped = self._update(micro_batches, tokens)
+                window = self.window
+                window.add(figures, tokens)
                 bar.advance(loss=f"{window.loss:.3f}", **{"tok/s": f"{window.speed:,.0f}"})
                 if progress.update % config.log_interval == 0:
                     self._record({"split": "train", **window.summary()})
-                    window = Window()
+                    self.window = Window()
 
                 progress.validation_due = self._validation_is_due()
-                if signals:
-                    self._save()
-                    return stop.signal or signal.SIGTERM
-                if progress.validation_due:
-                    self._validate_and_save()
-                    window.restart_clock()
+                if stopped:
+                    self._save(final=True)
+                elif progress.validation_due:
+                    stopped = self._validate_and_save()
+                    self.window.restart_clock()
                 elif progress.update % config.save_interval_updates == 0:
                     self._save()
-        return 0
+        return stopped
 
     def _next_batches(self) -> list[Batch]:
         """Return this rank's batches of the next update."""
@@ -161,28 +161,61 @@ class Training:
         regular = self.progress.update % interval == 0 if interval else self._epoch_is_done()
         return regular or self._finished()
 
-    def _update(self, micro_batches: list[Batch], all_tokens: float) -> dict[str, float]:
-        """Do one optimizer update over micro-batches that hold ``all_tokens`` over all ranks."""
+    def _try_largest_batch(self) -> int:
+        """Compute the gradient of this epoch's largest batch and discard it.
+
+        So memory runs out in the first minute or, as far as batches decide it, not at all. No
+        result changes, because every update seeds its own random draws.
+
+        Returns:
+            The signal that has stopped the training meanwhile, or 0.
+        """
+        config = self.config
+        self.model.train()
+        batch = self.batcher.collate(max(self._epoch_batches(), key=self.batcher.padded_size))
+        with update_attempt(self.processes, config) as tried:
+            # in the place of what is there besides in later updates
+            others = (not self.optimizer.state) * 2 + (config.update_freq > 1)
+            others += self.processes.world_size > 1
+            reserve = [torch.empty_like(p) for p in self.model.parameters() for _ in range(others)]
+            seed_everything(config.seed, "try", self.progress.epoch, self.processes.rank)
+            add_gradient(self.model, batch, self.progress.update + 1, 1.0, self.dtype, tried)
+            del reserve
+        self.optimizer.zero_grad(set_to_none=True)
+        return self.processes.agree(tried, self.stop)
+
+    def _update(
+        self, micro_batches: list[Batch], all_tokens: float
+    ) -> tuple[dict[str, float], int]:
+        """Do one optimizer update over micro-batches that hold ``all_tokens`` over all ranks.
+
+        Returns:
+            Its figures, and the signal that any rank has received, or 0.
+        """
         config, progress = self.config, self.progress
         update = progress.update + 1
         self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
         sums: dict[str, torch.Tensor] = {}
-        for micro_step, batch in enumerate(micro_batches):
-            seed_everything(config.seed, "train", update, self.processes.rank, micro_step)
-            with autocast(self.device, self.dtype):
-                loss = self.model.loss(batch.to(self.device), update)
-            share = batch.num_tgt_tokens / all_tokens
-            (loss.total * share).backward()
-            for name, value in {"loss": loss.total, **loss.parts}.items():
-                sums[name] = sums.get(name, 0) + value.detach() * share
-        self.processes.sum_gradients(self.model.parameters())
+        with update_attempt(self.processes, config) as tried:
+            for micro_step, batch in enumerate(micro_batches):
+                seed_everything(config.seed, "train", update, self.processes.rank, micro_step)
+                share = batch.num_tgt_tokens / all_tokens
+                losses = add_gradient(self.model, batch, update, share, self.dtype, tried)
+                for name, value in losses.items():
+                    sums[name] = sums.get(name, 0) + value
+        if tried.failure:
+            self.optimizer.zero_grad(set_to_none=True)  # the others wait for this rank's message
+        lost = not tried.failure and not torch.isfinite(sums["loss"])
+        flags = [float(tried.failure is not None), float(lost)]
+        failed, lost = self.processes.sum_gradients(self.model.parameters(), flags)
+        self.processes.fail_together(tried, failed)
 
         grad_norm = torch.nn.utils.clip_grad_norm_(
             self.model.parameters(), config.clip_norm or math.inf
         )
         rate = learning_rate(update, config)
-        if torch.isfinite(grad_norm):
+        if torch.isfinite(grad_norm) and not lost:
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
             self.optimizer.step()
@@ -192,43 +225,48 @@ class Training:
         else:
             self._skip()
         progress.update = update
-        means = self.processes.sum(torch.stack([*sums.values()]).tolist())
-        figures = dict(zip(sums, means, strict=True))
-        return {**figures, "grad_norm": float(grad_norm), "lr": rate, "skipped": progress.skipped}
+        # the same message tells the ranks whether to stop
+        means = self.processes.sum([*torch.stack([*sums.values()]).tolist(), *self.stop.votes])
+        figures = dict(zip(sums, means, strict=False))
+        figures |= {"grad_norm": float(grad_norm), "lr": rate, "skipped": progress.skipped}
+        return figures, elected(means[len(sums) :])
 
     def _skip(self) -> None:
         progress = self.progress
         progress.skipped += 1
         progress.skipped_in_a_row += 1
-        logs.warn(f"update {progress.update + 1}: gradient is not finite; skipped")
+        logs.warn(f"update {progress.update + 1}: loss or gradient is not finite; skipped")
         if progress.skipped_in_a_row >= self.config.max_skipped:
-            raise FastdissError(
-                f"the gradients of {progress.skipped_in_a_row} updates in a row were not finite: "
+            raise CommonError(
+                f"loss or gradient of {progress.skipped_in_a_row} updates in a row was not finite: "
                 "lower --lr, lengthen --warmup-updates or use --dtype float32; "
                 f"the last checkpoint in {self.save_dir} is intact"
             )
 
-    def _validate_and_save(self) -> None:
-        if self.valid_batcher is not None:
-            self._validate(self.valid_batcher)
+    def _validate_and_save(self) -> int:
+        """Validate, unless a signal comes meanwhile, and save; return the signal, or 0."""
+        best = self.progress.best, self.progress.best_update
+        try:
+            if self.valid_batcher is not None:
+                self._validate(self.valid_batcher)
+        except Stopped as stopped:  # it stays due, and a resumed run begins with it
+            self._save(final=True)
+            return stopped.signal
         self.progress.validation_due = False
-        self._save(numbered=True)
+        if not self._save(numbered=True, final=self._finished()):
+            self.progress.best, self.progress.best_update = best  # of what is on the disk
+        return 0
 
     def _validate(self, batcher: TokenBatcher) -> None:
         """Score the averaged weights on the validation split."""
         config, progress = self.config, self.progress
-        if self.ema:
-            self.ema.swap(self.model)
-        self.model.eval()
-        figures = validation_loss(
-            self.model, batcher, config, self.processes, progress.update, self.dtype
-        )
-        score = -figures["loss"]
-        if config.valid_sentences:
-            score = validation_bleu(self.model, self.dataset, config, self.processes, self.dtype)
-            figures["bleu"] = score
-        if self.ema:
-            self.ema.swap(self.model)
+        how = (config, self.processes, self.stop, self.dtype)
+        with self._averaged():
+            figures = validation_loss(self.model, batcher, progress.update, *how)
+            score = -figures["loss"]
+            if config.valid_sentences:
+                score = validation_bleu(self.model, self.dataset, *how)
+                figures["bleu"] = score
         if better(score, progress.best):
             progress.best, progress.best_update = score, progress.update
             progress.bad_validations = 0
@@ -240,6 +278,18 @@ class Training:
             + "  ".join(f"valid {name} {value:.3f}" for name, value in figures.items())
             + ("  (best)" if progress.best_update == progress.update else "")
         )
+
+    @contextmanager
+    def _averaged(self) -> Iterator[None]:
+        """Put the model into evaluation mode, with the averaged weights in place of its own."""
+        if self.ema:
+            self.ema.swap(self.model)
+        self.model.eval()
+        try:
+            yield
+        finally:
+            if self.ema:
+                self.ema.swap(self.model)
 
     def _batcher(self, split: str) -> TokenBatcher:
         files, dataset = self.dataset[split], self.dataset
@@ -267,21 +317,33 @@ class Training:
             {"update": self.progress.update, "epoch": self.progress.epoch, **figures}
         )
 
-    def _save(self, numbered: bool = False) -> None:
-        """Write ``checkpoint_last``, and its other names where they are due."""
-        if self.processes.rank == 0:
-            last = self.save_dir / "checkpoint_last.safetensors"
-            self._checkpoint().save(last)
-            progress, keep = self.progress, self.config.keep_last
-            if progress.is_best:
-                copy_checkpoint(last, self.save_dir / "checkpoint_best.safetensors")
-            if numbered and keep:
-                name = f"checkpoint_{progress.epoch}_{progress.update}.safetensors"
-                copy_checkpoint(last, self.save_dir / name)
-                prune_numbered(self.save_dir, keep)
-        self.processes.barrier()
+    def _save(self, numbered: bool = False, final: bool = False) -> bool:
+        """Write ``checkpoint_last``, and its other names where they are due.
+
+        Returns:
+            False if the present weights are the best, but could not be saved as such. However a
+            save fails, older files are intact and training goes on.
+
+        Raises:
+            FastdissError: it failed, and no later save will follow.
+        """
+        progress, first = self.progress, self.processes.rank == 0
+        lost = first and progress.is_best
+        with self.processes.attempt("saving") as tried:
+            if first:
+                save_newest(self._checkpoint(), self.save_dir)
+                lost = False
+                if numbered:
+                    number_newest(progress, self.save_dir, self.config.keep_last)
+        failed, lost = self.processes.sum([float(tried.failure is not None), float(lost)])
+        if final:
+            self.processes.fail_together(tried, failed)
+        if failed:
+            logs.warn(f"{tried.failure}; training goes on until the next save")
+        return not lost
 
     def _checkpoint(self) -> Checkpoint:
+        self.progress.window = self.window.state
         tensors = {f"model.{name}": p for name, p in self.model.named_parameters()}
         if self.ema:
             tensors |= {f"ema.{name}": p for name, p in self.ema.weights.items()}
@@ -301,15 +363,22 @@ class Training:
         )
 
     def _resume(self, accept_changes: bool) -> None:
-        path = self.save_dir / "checkpoint_last.safetensors"
+        path = self.save_dir / LAST
         if not path.exists():
             self.save_dir.mkdir(parents=True, exist_ok=True)
             return
         checkpoint = Checkpoint.load(path)
-        changes = self._changes(checkpoint)
-        if changes and not accept_changes:
+        differences = changes(
+            checkpoint,
+            self.arch.name,
+            asdict(self.model_config),
+            self.config,
+            self.dataset.manifest.hash,
+            self.processes.world_size,
+        )
+        if differences and not accept_changes:
             raise FastdissError(
-                f"{path} was trained otherwise: {'; '.join(changes)}. Train into another "
+                f"{path} was trained otherwise: {'; '.join(differences)}. Train into another "
                 "--save-dir, or resume all the same with --accept-changes"
             )
         load_weights(self.model, checkpoint.group("model"), path)
@@ -319,53 +388,5 @@ class Training:
         unpack_optimizer(self.model, self.optimizer, checkpoint.group("optimizer"))
         self.progress = checkpoint.progress
         if self.progress.is_best and self.processes.rank == 0:  # a kill may have come in between
-            copy_checkpoint(path, self.save_dir / "checkpoint_best.safetensors")
+            copy_checkpoint(path, self.save_dir / BEST)
         logs.info(f"resuming {path} after update {self.progress.update:,}")
-
-    def _changes(self, checkpoint: Checkpoint) -> list[str]:
-        """Name what differs between a checkpoint and this run and would change the result."""
-        may_differ = {
-            "max_update", "max_epoch", "patience", "keep_last", "log_interval",
-            "save_interval_updates", "max_skipped", "compile",
-        }  # fmt: skip
-        if self.config.lr_scheduler == "cosine":
-            may_differ.discard("max_update")
-        now = {
-            "arch": self.arch.name,
-            "dataset": self.dataset.manifest.hash[:16],
-            "processes": self.processes.world_size,
-            **{f"model.{k}": v for k, v in asdict(self.model_config).items()},
-            **{f"train.{k}": v for k, v in asdict(self.config).items() if k not in may_differ},
-        }
-        before = {
-            "arch": checkpoint.arch,
-            "dataset": checkpoint.dataset_hash[:16],
-            "processes": checkpoint.world_size,
-            **{f"model.{k}": v for k, v in checkpoint.model_config.items()},
-            **{f"train.{k}": v for k, v in checkpoint.train_config.items()},
-        }
-        return [
-            f"{key} was {before.get(key)} and is now {value}"
-            for key, value in now.items()
-            if json.dumps(before.get(key)) != json.dumps(value)
-        ]
-
-
-@contextmanager
-def stop_on_signal() -> Iterator[Stop]:
-    """Catch SIGINT and SIGTERM: the first asks to stop, a second stops at once."""
-    stop = Stop()
-
-    def handle(number: int, _: Any) -> None:
-        if stop.signal:
-            raise KeyboardInterrupt
-        stop.signal = number
-        logs.info("stopping after this update (again to stop at once)")
-
-    caught = (signal.SIGINT, signal.SIGTERM)
-    before = [signal.signal(number, handle) for number in caught]
-    try:
-        yield stop
-    finally:
-        for number, handler in zip(caught, before, strict=True):
-            signal.signal(number, handler)

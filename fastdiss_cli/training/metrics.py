@@ -6,22 +6,30 @@ import json
 import math
 import os
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from fastdiss_cli import logs
+
 
 class Window:
-    """Means and speed over the updates since the last line of the log."""
+    """Means and speed over the updates since the last line of the log.
 
-    def __init__(self) -> None:
-        self.sums: dict[str, float] = {}
-        self.updates, self.tokens = 0, 0.0
+    Args:
+        state: `state` of the window that a resumed run goes on with.
+    """
+
+    def __init__(self, state: dict[str, Any] | None = None) -> None:
+        state = state or {}
+        self.sums: dict[str, float] = dict(state.get("sums", {}))
+        self.updates, self.tokens = state.get("updates", 0), 0.0
         self.seconds, self._since = 0.0, time.monotonic()
 
     def add(self, figures: dict[str, float], tokens: float) -> None:
         now = time.monotonic()
         self.seconds, self._since = self.seconds + now - self._since, now
-        if not math.isfinite(figures["grad_norm"]):  # skipped: its loss may be no number either
+        if not all(map(math.isfinite, figures.values())):  # skipped
             return
         for name, value in figures.items():
             self.sums[name] = self.sums.get(name, 0.0) + value
@@ -30,6 +38,11 @@ class Window:
     def restart_clock(self) -> None:
         """Do not count the time since the last update."""
         self._since = time.monotonic()
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps, so that a resumed run logs what an unbroken one does."""
+        return {"sums": self.sums, "updates": self.updates}
 
     @property
     def loss(self) -> float:
@@ -51,26 +64,46 @@ class MetricsFile:
     Args:
         path: the file.
         after: lines of later updates, which a resumed run will do again, are removed.
+        validation_due: a validation after that very update will be done again, too.
         active: whether this process writes; only one of a distributed run does.
     """
 
-    def __init__(self, path: Path, after: int, active: bool) -> None:
+    def __init__(self, path: Path, after: int, validation_due: bool, active: bool) -> None:
         self.path, self.active = path, active
+        self._unwritten = ""
         if active and path.exists():
-            kept = [line for line in path.read_text("utf-8").splitlines() if _update(line) <= after]
+            last = (after, validation_due)
+            kept = [line for line in path.read_text("utf-8").splitlines() if _keep(line, *last)]
             aside = path.with_name(f".{path.name}.tmp")
             aside.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
             os.replace(aside, path)
 
     def write(self, figures: dict[str, Any]) -> None:
-        if self.active:
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(figures) + "\n")
+        """Append a line; what cannot be written now is written along with the next line."""
+        if not self.active:
+            return
+        self._unwritten += json.dumps(figures) + "\n"
+        size = None
+        try:
+            with open(self.path, "ab", buffering=0) as file:
+                size = file.tell()
+                rest = self._unwritten.encode()
+                while rest:  # a disk that fills up takes a part, and refuses the next
+                    rest = rest[file.write(rest) :]
+        except OSError as error:
+            if size is not None:
+                with suppress(OSError):
+                    os.truncate(self.path, size)  # no half line for the next to be glued to
+            logs.warn(f"{self.path}: cannot write: {error.strerror}; trying again with the next")
+        else:
+            self._unwritten = ""
 
 
-def _update(line: str) -> float:
-    """Return the update of a line; one that a kill left half written belongs to none."""
+def _keep(line: str, after: int, validation_due: bool) -> bool:
+    """Tell whether a line stays in a resumed run; one that a kill left half written does not."""
     try:
-        return json.loads(line)["update"]
+        figures = json.loads(line)
+        again = validation_due and figures["split"] == "valid"
+        return figures["update"] < after + (not again)
     except (ValueError, KeyError, TypeError):
-        return float("inf")
+        return False

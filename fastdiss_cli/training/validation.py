@@ -11,34 +11,46 @@ import torch
 from fastdiss_cli.config import TrainConfig
 from fastdiss_cli.data.batching import TokenBatcher
 from fastdiss_cli.data.binarized import BinarizedDataset
-from fastdiss_cli.decoding.generation import Run, decode
+from fastdiss_cli.decoding.generation import Run
 from fastdiss_cli.decoding.selection import by_score
 from fastdiss_cli.device import autocast
 from fastdiss_cli.models.registry import Seq2SeqModel
 from fastdiss_cli.randomness import seed_everything
 from fastdiss_cli.training.distributed import Processes
+from fastdiss_cli.training.sharing import decode_shared
+from fastdiss_cli.training.signals import Stop, Stopped
+
+CHUNK = 64  # sentences, about, that a rank decodes before it asks whether to stop
 
 
 @torch.no_grad()
 def validation_loss(
     model: Seq2SeqModel,
     batcher: TokenBatcher,
+    update: int,
     config: TrainConfig,
     processes: Processes,
-    update: int,
+    stop: Stop,
     dtype: torch.dtype,
 ) -> dict[str, float]:
-    """Return the mean loss of a token and its parts; every call draws the same noise."""
+    """Return the mean loss of a token and its parts; every call draws the same noise.
+
+    Raises:
+        Stopped: a signal came to any rank.
+    """
     sums: dict[str, float] = {}
     tokens = 0
     device = processes.device
     for number, batch in enumerate(batcher.batches(epoch=0)):
         seed_everything(config.seed, "valid", processes.rank, number)
-        with autocast(device, dtype):
-            loss = model.loss(batch.to(device), update)
-        for name, value in {"loss": loss.total, **loss.parts}.items():
-            sums[name] = sums.get(name, 0.0) + float(value) * batch.num_tgt_tokens
-        tokens += batch.num_tgt_tokens
+        with processes.attempt(f"the validation of {len(batch.ids)} sentences") as tried:
+            with autocast(device, dtype):
+                loss = model.loss(batch.to(device), update)
+            for name, value in {"loss": loss.total, **loss.parts}.items():
+                sums[name] = sums.get(name, 0.0) + float(value) * batch.num_tgt_tokens
+            tokens += batch.num_tgt_tokens
+        if signal := processes.agree(tried, stop):
+            raise Stopped(signal)
     *totals, tokens_everywhere = processes.sum([*sums.values(), tokens])
     return {name: total / tokens_everywhere for name, total in zip(sums, totals, strict=True)}
 
@@ -48,18 +60,29 @@ def validation_bleu(
     dataset: BinarizedDataset,
     config: TrainConfig,
     processes: Processes,
+    stop: Stop,
     dtype: torch.dtype,
 ) -> float:
-    """Return sacreBLEU of the first ``valid_sentences`` sentences, decoded without beams."""
+    """Return sacreBLEU of the first ``valid_sentences`` sentences, decoded without beams.
+
+    Raises:
+        Stopped: a signal came to any rank.
+    """
     split = dataset["valid"]
     count = min(config.valid_sentences, len(split["src"]))
-    first, end = (count * r // processes.world_size for r in (processes.rank, processes.rank + 1))
     run = Run(quick_decoding(model, config.valid_steps))
-    if first < end:
-        sources = [split["src"][i].tolist() for i in range(first, end)]
-        decode(model, sources, [run], by_score, config.max_tokens, first, dtype=dtype)
     text = dataset.tgt_tokenizer.decode
-    hypotheses = processes.gather([text(h.tokens) for h in run.best])
+    hypotheses: list[str] = []
+    for first in range(0, count, CHUNK * processes.world_size):
+        end = min(first + CHUNK * processes.world_size, count)
+        sources = [split["src"][i].tolist() for i in range(first, end)]
+        max_tokens = min(config.max_tokens, CHUNK * max(map(len, sources)))  # a batch for each rank
+        signal = decode_shared(
+            model, sources, [run], by_score, max_tokens, processes, stop, first=first, dtype=dtype
+        )
+        if signal:
+            raise Stopped(signal)
+        hypotheses += [text(h.tokens) for h in run.best]
     references = [text(split["tgt"][i].tolist()) for i in range(count)]
     return sacrebleu.corpus_bleu(hypotheses, [references]).score
 

@@ -1,0 +1,49 @@
+"""The gradient of one batch, and what is said if it cannot be computed."""
+# B batch, S source length, T target length
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastdiss_cli.config import TrainConfig
+from fastdiss_cli.data.batching import Batch
+from fastdiss_cli.device import autocast
+from fastdiss_cli.models.registry import Seq2SeqModel
+from fastdiss_cli.training.distributed import Attempt, Processes
+
+
+def update_attempt(processes: Processes, config: TrainConfig) -> Attempt:
+    """Return an attempt of this rank at its batches of an update."""
+    remedy = (
+        f"lower --max-tokens (now {config.max_tokens}) and raise --update-freq as much; "
+        "a run that has begun takes the change with --accept-changes"
+    )
+    return processes.attempt("an update", remedy)
+
+
+def add_gradient(
+    model: Seq2SeqModel, batch: Batch, update: int, share: float, dtype: torch.dtype, tried: Attempt
+) -> dict[str, Tensor]:
+    """Add the gradient of a batch to that of the model.
+
+    Args:
+        model: in training mode.
+        update: the number of the update.
+        share: what the batch weighs in the update.
+        dtype: bfloat16 computes under autocast.
+        tried: the attempt that this is part of; it is told the batch.
+
+    Returns:
+        The loss and its parts, weighted.
+    """
+    (B, S), T = batch.src_tokens.shape, batch.tgt_tokens.shape[1]
+    tried.what = (
+        f"update {update}, in a batch of {B} sentences padded to {S} source x {T} target positions"
+    )
+    device = next(model.parameters()).device
+    with autocast(device, dtype):
+        loss = model.loss(batch.to(device), update)
+    (loss.total * share).backward()
+    losses = {"loss": loss.total, **loss.parts}
+    return {name: value.detach() * share for name, value in losses.items()}

@@ -1,0 +1,275 @@
+"""Several processes: they fail, stop and end together; what they generate is what one generates."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import one_line_error, run_cli, run_ranks
+from runs import (
+    assert_same,
+    command,
+    failing,
+    metrics,
+    newest,
+    read_only,
+    signalled_in_batch,
+    signalled_in_validation,
+    start,
+)
+
+FULL = {
+    "validate_interval_updates": 4, "save_interval_updates": 2, "log_interval": 3,
+    "max_tokens": 120,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def whole(data_bin: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return what two processes leave that nothing disturbs."""
+    folder = tmp_path_factory.mktemp("whole")
+    for done in run_ranks(2, *command(data_bin, folder, **FULL)):
+        assert done.returncode == 0, done.stderr
+    return folder
+
+
+# training
+
+
+@pytest.mark.parametrize(
+    ("how", "told"),
+    [
+        ("memory", "rank 1: out of memory in update 3, in a batch of "),
+        ("bug", "ValueError: no such thing (runs.py:"),
+    ],
+)
+def test_what_fails_on_one_rank_is_told_once_and_ends_all(
+    data_bin: Path, tmp_path: Path, how: str, told: str
+) -> None:
+    wound = partial(failing, on=1, update=3, how=how)
+    first, second = run_ranks(2, *command(data_bin, tmp_path, **FULL), prepare=wound)
+    assert told in one_line_error(first)
+    assert (second.returncode, second.stderr) == (1, "")
+    assert newest(tmp_path).progress.update == 2
+
+
+def test_a_loss_that_is_no_number_on_one_rank_is_no_update_on_any(
+    data_bin: Path, tmp_path: Path
+) -> None:
+    wound = partial(failing, on=1, update=3, how="nan")
+    for done in run_ranks(2, *command(data_bin, tmp_path, **FULL), prepare=wound):
+        assert done.returncode == 0, done.stderr
+    assert newest(tmp_path).progress.skipped == 1
+    assert [line.get("skipped") for line in metrics(tmp_path) if line["split"] == "train"][-1] == 1
+
+
+def test_ranks_agree_on_a_save_that_fails(data_bin: Path, tmp_path: Path, whole: Path) -> None:
+    """Only the first rank writes; the other must know what is on the disk as well as it does."""
+    wound = partial(read_only, saves=(2,))
+    first, second = run_ranks(2, *command(data_bin, tmp_path, **FULL), prepare=wound)
+    assert (first.returncode, second.returncode) == (0, 0), first.stderr
+    assert first.stderr.count("warning") == 1 and "Read-only file system" in first.stderr
+    assert newest(tmp_path).progress.best_update == 8  # that of update 4 was not saved
+    assert [line["loss"] for line in metrics(tmp_path)] == [line["loss"] for line in metrics(whole)]
+
+
+def test_a_last_save_that_fails_ends_all_with_one_line(data_bin: Path, tmp_path: Path) -> None:
+    more = command(data_bin, tmp_path, max_update=2)
+    first, second = run_ranks(2, *more, prepare=partial(read_only, saves=(1,)))
+    one_line_error(first, "Read-only file system")
+    assert (second.returncode, second.stderr) == (1, "")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("what", "number"), [("loss", signal.SIGINT), ("bleu", signal.SIGUSR1)])
+def test_a_signal_to_any_rank_interrupts_validation(
+    data_bin: Path, tmp_path: Path, whole: Path, what: str, number: int
+) -> None:
+    """It stops between two batches; the validation is done again, and nothing is lost."""
+    more = command(data_bin, tmp_path, **FULL)
+    wound = partial(signalled_in_validation, on=1, what=what, numbers=(number,))
+    stopped = run_ranks(2, *more, prepare=wound)
+    assert [done.returncode for done in stopped] == [128 + number] * 2, stopped[0].stderr
+    assert f"stopped by signal {number} after update 4; saved" in stopped[0].stderr
+    assert "Traceback" not in stopped[0].stderr + stopped[1].stderr
+    progress = newest(tmp_path).progress
+    assert (progress.update, progress.validation_due, progress.best) == (4, True, None)
+    for done in run_ranks(2, *more):
+        assert done.returncode == 0, done.stderr
+    assert_same(whole, tmp_path)
+
+
+def test_a_second_signal_stops_at_once(data_bin: Path, tmp_path: Path) -> None:
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    wound = partial(signalled_in_validation, on=0, what="loss", numbers=numbers)
+    (done,) = run_ranks(1, *command(data_bin, tmp_path, **FULL), prepare=wound)
+    assert done.returncode == 128 + signal.SIGINT and "Traceback" not in done.stderr
+    assert newest(tmp_path).progress.update == 2  # nothing is saved on the way out
+
+
+def test_ranks_draw_different_noise(
+    data_bin: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    draws = []
+    for rank in (0, 1):
+        monkeypatch.setenv("RANK", str(rank))
+        training = start(data_bin, tmp_path, "difformer_tiny", update_freq=2)
+        monkeypatch.setattr(training.processes, "world_size", 1)  # nobody answers
+        right = training.model.loss
+
+        def loss(batch, update, right=right):
+            draws.append(torch.initial_seed())
+            return right(batch, update)
+
+        training.model.loss = loss
+        batches = training._next_batches()
+        assert len(batches) == 2
+        training._update(batches, 100.0)
+        training._update(batches, 100.0)
+    assert len(draws) == len(set(draws)) == 8  # each rank, update and micro-batch its own
+
+
+@pytest.mark.slow
+def test_a_rank_that_dies_under_torchrun_ends_the_others(data_bin: Path, tmp_path: Path) -> None:
+    """Real torchrun: one line from the survivor, no traceback of ours, within a minute."""
+    launch = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+        "--log-dir", tmp_path / "log", "--redirects", "3", "-m", "fastdiss_cli",
+        *command(data_bin, tmp_path / "c", max_update=100_000, valid_sentences=0),
+    ]  # fmt: skip
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        list(map(str, launch)), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=env
+    )
+    log = tmp_path / "c" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (log.exists() and log.stat().st_size) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    victim = next(pid for pid in children(process.pid) if rank_of(pid) == "1")
+    os.kill(victim, signal.SIGKILL)
+    killed = time.monotonic()
+    assert process.wait(timeout=120) == 1
+    assert time.monotonic() - killed < 60
+    (said,) = (tmp_path / "log").glob("*/attempt_0/0/stderr.log")
+    lines = said.read_text().splitlines()
+    assert "Traceback" not in said.read_text()
+    (line,) = [line for line in lines if line.startswith("fastdiss: error: ")]
+    assert "rank 0 of 2: another process has ended" in line and lines[-1] == line
+
+
+def children(pid: int) -> list[int]:
+    return [int(c) for c in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def rank_of(pid: int) -> str | None:
+    variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    return next((v[5:].decode() for v in variables if v.startswith(b"RANK=")), None)
+
+
+# generating
+
+
+@pytest.fixture(scope="module")
+def trained(data_bin: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("trained")
+    assert run_cli(*command(data_bin, folder, max_update=5)).returncode == 0
+    return folder / "checkpoint_last.safetensors"
+
+
+def without_times(text: str) -> str:
+    """Return output without its summary, which tells seconds."""
+    return "".join(line for line in text.splitlines(True) if not line.startswith("Generate "))
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_several_processes_write_what_one_writes(
+    data_bin: Path, trained: Path, tmp_path: Path, count: int
+) -> None:
+    generate = ["generate", data_bin, "--path", trained, "--device=cpu", "--print-history"]
+    more = ["--steps", "1,3", "--noise-beam", "2", "--buffer-size", "11", "--max-tokens", "60"]
+    one = run_cli(*generate, *more, "--results-path", tmp_path / "one")
+    first, *others = run_ranks(count, *generate, *more, "--results-path", tmp_path / "many")
+    assert one.returncode == first.returncode == 0, first.stderr
+    assert all((done.returncode, done.stdout, done.stderr) == (0, "", "") for done in others)
+    for name in ("generate-test.steps1.txt", "generate-test.steps3.txt"):
+        texts = [(tmp_path / folder / name).read_text() for folder in ("one", "many")]
+        assert without_times(texts[0]) == without_times(texts[1])
+        assert "E-19_1\t" in texts[1]
+        summaries = [text.splitlines()[-1] for text in texts]
+        assert summaries[0].split(" sentences in ")[0] == summaries[1].split(" sentences in ")[0]
+    assert not list((tmp_path / "many").glob(".*"))
+    columns = [row.split()[:3] for row in one.stdout.splitlines()]
+    assert columns == [row.split()[:3] for row in first.stdout.splitlines()]
+
+
+def test_several_processes_share_raw_text_on_stdout(trained: Path, tmp_path: Path) -> None:
+    """There are more processes than batches: one of them has nothing to do."""
+    (tmp_path / "in").write_text("drei\nvier fünf\nnull\n")
+    generate = ["generate", "--path", trained, "--input", tmp_path / "in", "--device=cpu"]
+    one = run_cli(*generate)
+    first, second = run_ranks(2, *generate)
+    assert first.returncode == second.returncode == 0, first.stderr
+    assert without_times(first.stdout) == without_times(one.stdout) and second.stdout == ""
+
+
+@pytest.mark.parametrize("at", [1, 6])  # in the warm-up, and in earnest
+def test_memory_that_runs_out_on_one_rank_of_generate(
+    data_bin: Path, trained: Path, at: int
+) -> None:
+    generate = ["generate", data_bin, "--path", trained, "--device=cpu", "--max-tokens", "90"]
+    first, second = run_ranks(2, *generate, prepare=partial(no_memory_to_decode, on=1, at=at))
+    one_line_error(first, "rank 1: out of memory decoding a batch of ", "--max-tokens (now 90)")
+    assert (second.returncode, second.stderr) == (1, "")
+
+
+def no_memory_to_decode(rank: int, on: int, at: int) -> None:
+    from fastdiss_cli.models.difformer import Difformer
+
+    right, calls = Difformer.decode, []
+
+    def decode(self, memory, sentences, *more):
+        calls.append(sentences)
+        if rank == on and len(calls) == at:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return right(self, memory, sentences, *more)
+
+    Difformer.decode = decode
+
+
+def test_a_signal_to_any_rank_ends_generate(data_bin: Path, trained: Path) -> None:
+    generate = ["generate", data_bin, "--path", trained, "--device=cpu", "--buffer-size", "6"]
+    whole = run_cli(*generate).stdout
+    wound = partial(signalled_in_batch, on=0, number=3, signals=(signal.SIGUSR1,))
+    first, second = run_ranks(2, *generate, prepare=wound)
+    assert (first.returncode, second.returncode) == (138, 138), first.stderr
+    assert whole.startswith(first.stdout) and first.stdout.splitlines()[-1].startswith("I-11\t")
+    assert "stopped by signal 10 after 12 of 20 sentences" in first.stderr
+    assert second.stdout == second.stderr == ""
+
+
+def test_the_time_of_a_run_is_that_of_its_slowest_rank(data_bin: Path, trained: Path) -> None:
+    generate = ["generate", data_bin, "--path", trained, "--device=cpu"]
+    first, _ = run_ranks(2, *generate, prepare=slow_clock)
+    assert " 20 sentences in 70.0 s, 0.3 sentences/s" in first.stdout
+
+
+def slow_clock(rank: int) -> None:
+    """Let decoding take 7 s a batch on the first rank and 70 s on the second."""
+    from fastdiss_cli.training import sharing
+
+    right = sharing.decode
+
+    def decode(model, sources, runs, *more, **how):
+        right(model, sources, runs, *more, **how)
+        for run in runs:
+            run.seconds = 70.0 if rank else 7.0
+
+    sharing.decode = decode

@@ -1,0 +1,172 @@
+"""generate: what batches, order and padding must not change, and how signals end it."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+from functools import partial
+from pathlib import Path
+
+import pytest
+from conftest import Ranks, run_cli
+from runs import command, signalled_in_batch
+
+TYPES = ["transformer_tiny", "difformer_tiny", "fastdiss_tiny"]
+
+
+@pytest.fixture(scope="module")
+def checkpoints(data_bin: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Return a checkpoint of each family."""
+    found = {}
+    for arch in TYPES:
+        folder = tmp_path_factory.mktemp(arch)
+        updates = 100 if arch == "transformer_tiny" else 30  # it begins by answering all alike
+        more = {"max_update": updates, "lr": 1e-2, "ema_decay": 0, "valid_sentences": 0}
+        done = run_cli(*command(data_bin, folder, arch, **more))
+        assert done.returncode == 0, done.stderr
+        found[arch] = folder / "checkpoint_last.safetensors"
+    return found
+
+
+@pytest.fixture(scope="module")
+def raw(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Return 64 sentences of one to twelve words."""
+    draw = random.Random(3)
+    words = ["null", "eins", "zwei", "drei", "vier", "fünf"]
+    return [" ".join(draw.choices(words, k=draw.randint(1, 12))) for _ in range(64)]
+
+
+def answers(done) -> dict[str, str]:
+    """Return the hypotheses by source; the sources may be in any order."""
+    assert done.returncode == 0, done.stderr
+    rows = [line.split("\t") for line in done.stdout.splitlines()]
+    sources = [row[1] for row in rows if row[0].startswith("S-")]
+    texts = [row[2] for row in rows if row[0].startswith("D-")]
+    assert len(sources) == len(texts) == 64
+    return dict(zip(sources, texts, strict=True))
+
+
+def generate(checkpoint: Path, *more: str, stdin: str = ""):
+    limit = (
+        ["--max-len-b", "12", "--beam", "2"]
+        if "transformer" in str(checkpoint)
+        else ["--noise-beam", "2"]
+    )
+    return run_cli(
+        "generate", "--path", checkpoint, "--input", "-", "--device=cpu", *limit, *more,
+        stdin=stdin,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("arch", TYPES)
+def test_hypotheses_do_not_depend_on_windows_and_batches(
+    checkpoints: dict[str, Path], raw: list[str], arch: str
+) -> None:
+    """Batches of 1, 7 and 64 sentences, by window and by size; padding differs in all of them."""
+    text = "\n".join(raw) + "\n"
+    found = [
+        answers(generate(checkpoints[arch], *how, stdin=text))
+        for how in (
+            ["--buffer-size", "1"],
+            ["--buffer-size", "7"],
+            ["--buffer-size", "64"],
+            ["--buffer-size", "64", "--max-tokens", "1"],
+            ["--buffer-size", "64", "--max-tokens", "900"],
+        )
+    ]
+    assert len(set(found[0].values())) > 5
+    assert all(other == found[0] for other in found[1:])
+
+
+def test_hypotheses_do_not_depend_on_the_order_of_the_corpus(
+    checkpoints: dict[str, Path], raw: list[str]
+) -> None:
+    """Of the transformer: a diffusion model's noise belongs to the line (see test_models.py)."""
+    checkpoint = checkpoints["transformer_tiny"]
+    texts = ["\n".join(lines) + "\n" for lines in (raw, sorted(raw), raw[::-1])]
+    found = [answers(generate(checkpoint, "--buffer-size", "20", stdin=text)) for text in texts]
+    assert found[0] == found[1] == found[2]
+
+
+# signals
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_leaves_the_beginning_of_the_output(
+    data_bin: Path, checkpoints: dict[str, Path], number: int
+) -> None:
+    """Windows of 6 sentences; after the warm-up, the second is under way when the signal comes."""
+    more = ["generate", data_bin, "--path", checkpoints["fastdiss_tiny"], "--device=cpu"]
+    more += ["--buffer-size", "6"]
+    whole = run_cli(*more).stdout
+    wound = partial(
+        signalled_in_batch, on=0, number=3, signals=(number,)
+    )  # the first is the warm-up
+    (done,) = Ranks(1, *more, prepare=wound).results()
+    assert done.returncode == 128 + number
+    assert whole.startswith(done.stdout) and done.stdout.splitlines()[-1].startswith("I-11\t")
+    stopping, told = done.stderr.splitlines()
+    assert stopping == "stopping: finishing this batch (again to stop at once)"
+    assert told == f"stopped by signal {number} after 12 of 20 sentences"
+
+
+def test_a_signal_in_a_window_leaves_no_gap(data_bin: Path, checkpoints: dict[str, Path]) -> None:
+    """Batches go by length, so what is done of a window may lie anywhere in it."""
+    more = ["generate", data_bin, "--path", checkpoints["fastdiss_tiny"], "--device=cpu"]
+    more += ["--max-tokens", "60"]
+    whole = run_cli(*more).stdout
+    before = run_cli(*more[:-1], "1000").stderr
+    wound = partial(signalled_in_batch, on=0, number=17, signals=(signal.SIGTERM,))
+    (done,) = Ranks(1, *more, prepare=wound).results()
+    assert done.returncode == 128 + signal.SIGTERM and not before
+    assert whole.startswith(done.stdout) and len(done.stdout) < len(whole)
+    assert "Generate" not in done.stdout and " of 20 sentences" in done.stderr
+
+
+def test_a_signal_leaves_no_half_file(
+    data_bin: Path, checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    more = ["generate", data_bin, "--path", checkpoints["fastdiss_tiny"], "--device=cpu"]
+    more += ["--buffer-size", "6", "--results-path", tmp_path, "--steps", "1,2"]
+    (tmp_path / "generate-test.steps1.txt").write_text("older")
+    wound = partial(signalled_in_batch, on=0, number=5, signals=(signal.SIGTERM,))
+    (done,) = Ranks(1, *more, prepare=wound).results()
+    assert done.returncode == 128 + signal.SIGTERM and done.stdout == ""
+    assert done.stderr.endswith(
+        "stopped by signal 15 after 12 of 20 sentences; no file is written\n"
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["generate-test.steps1.txt"]
+    assert (tmp_path / "generate-test.steps1.txt").read_text() == "older"
+
+
+def test_a_second_signal_ends_generate_at_once(
+    data_bin: Path, checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    more = ["generate", data_bin, "--path", checkpoints["fastdiss_tiny"], "--device=cpu"]
+    more += ["--buffer-size", "6", "--results-path", tmp_path]
+    signals = (signal.SIGINT, signal.SIGINT)
+    wound = partial(signalled_in_batch, on=0, number=2, signals=signals)
+    (done,) = Ranks(1, *more, prepare=wound).results()
+    assert done.returncode == 130 and "Traceback" not in done.stderr
+    assert "sentences" not in done.stderr and not list(tmp_path.iterdir())
+
+
+def test_a_signal_ends_the_wait_for_input(checkpoints: dict[str, Path]) -> None:
+    more = ["generate", "--path", checkpoints["fastdiss_tiny"], "--input", "-", "--device=cpu"]
+    (done,) = Ranks(1, *more, prepare=waiting_input).results()
+    assert done.returncode == 130, done.stderr
+    assert [line[:2] for line in done.stdout.splitlines()] == ["S-", "H-", "D-", "P-", "I-"]
+    assert done.stderr == "stopped by signal 2 after 1 sentences\n"
+
+
+def waiting_input(rank: int) -> None:
+    """Give a line, and then nothing more but a signal."""
+    from fastdiss_cli.data import text
+
+    def lines(*_):
+        yield "drei vier"
+        os.kill(os.getpid(), signal.SIGINT)
+        signal.pause()
+
+    text.decode_lines = lines
