@@ -102,7 +102,10 @@ def test_raw_text_from_stdin_needs_only_the_checkpoint(fastdiss: Path) -> None:
 
 
 def test_history_shows_every_step(data_bin: Path, fastdiss: Path) -> None:
-    done = run_cli("generate", data_bin, "--path", fastdiss, "--steps", "2", "--print-history")
+    done = run_cli(
+        "generate", data_bin, "--path", fastdiss, "--steps", "2", "--time-grid", "uniform",
+        "--print-history",
+    )  # fmt: skip
     history = lines_of(done.stdout, "E")
     assert [row[:2] for row in history[:3]] == [
         ["E-0_1", "t=1.000"],
@@ -280,7 +283,7 @@ def test_diagnosis_is_written_beside_the_hypotheses(
 ) -> None:
     done = run_cli(
         "generate", data_bin, "--path", fastdiss, "--steps", "2,4", "--diagnose",
-        "--results-path", tmp_path,
+        "--time-grid", "uniform", "--results-path", tmp_path,
     )  # fmt: skip
     assert done.returncode == 0 and "told nothing" in done.stdout
     for steps in (2, 4):

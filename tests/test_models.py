@@ -182,7 +182,8 @@ def test_beams_give_that_many_candidates_best_first() -> None:
 def test_history_has_a_frame_for_every_step_and_ends_in_the_answer() -> None:
     model, sources = make_model("difformer"), random_sentences(3)
     memory = model.encode(pad(sources, VOCAB.pad)[0])
-    for (h,) in model.decode(memory, torch.arange(3), model.Decoding(steps=4, history=True)):
+    options = model.Decoding(steps=4, time_grid="uniform", history=True)
+    for (h,) in model.decode(memory, torch.arange(3), options):
         assert [step.time for step in h.history] == [1, 0.75, 0.5, 0.25]
         assert h.history[-1].tokens == h.tokens
 

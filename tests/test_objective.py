@@ -15,7 +15,7 @@ from fastdiss_cli.diffusion.objective import (
     perturbed_self_conditioning,
     standard_self_conditioning,
 )
-from fastdiss_cli.diffusion.schedule import NoiseSchedule
+from fastdiss_cli.diffusion.schedule import TIME_GRIDS, NoiseSchedule, time_grid
 
 SCHEDULE = NoiseSchedule("sqrt", factor=4.0)
 B, T, D = 6, 3, 4
@@ -38,6 +38,7 @@ def scp(**changes: object) -> SCP:
     return SCP(
         **{
             "offset": "fixed",
+            "grid": "uniform",
             "coupling": "markov",
             "rate": 1.0,
             "gap": 0.2,
@@ -105,15 +106,24 @@ def test_rates_are_shares_of_batches() -> None:
 def test_step_matched_times_are_those_of_the_step_before() -> None:
     torch.manual_seed(0)
     t = torch.full((2000,), 0.3)
-    gaps = scp(offset="step-matched").stale_time(t) - t
+    gaps = scp(offset="step-matched").stale_time(t, SCHEDULE) - t
     assert set(gaps.mul(1000).round().tolist()) == {500.0, 200.0}  # 1/2 and 1/5
     assert (gaps < 0.3).float().mean().item() == pytest.approx(0.5, abs=0.05)
+
+
+@pytest.mark.parametrize("grid", TIME_GRIDS)
+def test_step_matched_times_are_on_the_grid_of_sampling(grid: str) -> None:
+    """From a time of a 5-step run, with K = 5, the stale time is the one before it."""
+    times = time_grid(5, grid, SCHEDULE)
+    stale = scp(offset="step-matched", step_counts=(5,), grid=grid).stale_time(times, SCHEDULE)
+    assert stale[0] > 1  # before the first step there is nothing to tell
+    torch.testing.assert_close(stale[2:5], times[1:4], rtol=2e-3, atol=2e-3)
 
 
 def test_uniform_times_lie_between_t_and_one() -> None:
     torch.manual_seed(0)
     t = torch.full((20_000,), 0.4)
-    stale = scp(offset="uniform").stale_time(t)
+    stale = scp(offset="uniform").stale_time(t, SCHEDULE)
     assert stale.min() >= 0.4 and stale.max() <= 1
     assert stale.mean().item() == pytest.approx(0.7, abs=0.01)
 

@@ -5,7 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastdiss_cli.diffusion.schedule import ABAR, TIME_GRIDS, NoiseSchedule, time_grid
+from fastdiss_cli.diffusion.schedule import (
+    ABAR,
+    TIME_GRIDS,
+    NoiseSchedule,
+    grid_position,
+    grid_time,
+    time_grid,
+)
 
 SCHEDULES = sorted(ABAR)
 
@@ -73,8 +80,9 @@ def test_noising_further_from_pure_noise_changes_nothing() -> None:
 
 
 def test_grid_of_n_steps_has_n_steps() -> None:
-    assert time_grid(1).tolist() == [1, 0]
-    assert time_grid(4).tolist() == [1, 0.75, 0.5, 0.25, 0]
+    schedule = NoiseSchedule("sqrt", factor=4.0)
+    assert time_grid(1, "uniform", schedule).tolist() == [1, 0]
+    assert time_grid(4, "uniform", schedule).tolist() == [1, 0.75, 0.5, 0.25, 0]
 
 
 @pytest.mark.parametrize("name", sorted(ABAR))
@@ -87,7 +95,7 @@ def test_grids_fall_from_one_to_zero(name: str, kind: str, steps: int) -> None:
 
 
 def test_quadratic_grid_is_uniform_in_the_root() -> None:
-    roots = time_grid(10, "quadratic").sqrt()
+    roots = time_grid(10, "quadratic", NoiseSchedule("sqrt", factor=4.0)).sqrt()
     torch.testing.assert_close(roots, torch.linspace(1, 0, 11))
 
 
@@ -97,3 +105,15 @@ def test_log_snr_grid_is_uniform_in_log_snr(name: str) -> None:
     inner = time_grid(8, "log-snr", schedule)[1:-1].double()
     gaps = torch.log(schedule.alpha(inner) / schedule.sigma(inner)).diff()
     torch.testing.assert_close(gaps, gaps.mean().expand(6), rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("name", sorted(ABAR))
+@pytest.mark.parametrize("kind", TIME_GRIDS)
+def test_positions_on_a_grid_are_the_inverse_of_its_times(name: str, kind: str) -> None:
+    schedule = NoiseSchedule(name, factor=4.0)
+    t = torch.linspace(0.01, 0.99, 50)
+    torch.testing.assert_close(
+        grid_time(grid_position(t, kind, schedule), kind, schedule), t, rtol=1e-3, atol=1e-5
+    )
+    u = grid_position(torch.tensor([0.0, 1.0]), kind, schedule)
+    torch.testing.assert_close(u, torch.tensor([0.0, 1.0]))

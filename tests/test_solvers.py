@@ -36,7 +36,7 @@ def marginal(t: float) -> tuple[float, float]:
 def solve(solver: str, steps: int, start: Tensor, until: int | None = None) -> Tensor:
     """Run the first ``until`` steps (all but the last by default) from ``start`` at t = 1."""
     move = SOLVERS[solver](SCHEDULE)
-    times = time_grid(steps).to(start.dtype)
+    times = time_grid(steps, "uniform", SCHEDULE).to(start.dtype)
     z = start
     for k in range(steps - 1 if until is None else until):
         estimate = best_denoiser(z, times[k])
@@ -112,7 +112,7 @@ def test_n_steps_are_n_evaluations(solver: str, self_cond: str, steps: int) -> N
     )
     passes = 2 if self_cond == "recompute" else 1
     assert nfe == len(seen) == passes * steps
-    assert seen[::passes] == pytest.approx(time_grid(steps)[:-1].tolist())
+    assert seen[::passes] == pytest.approx(time_grid(steps, "log-snr", SCHEDULE)[:-1].tolist())
 
 
 def test_what_each_self_conditioning_mode_tells_the_network() -> None:

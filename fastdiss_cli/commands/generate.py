@@ -86,7 +86,7 @@ def generate(
     ] = None,
     time_grid: Annotated[
         str | None,
-        typer.Option(help="uniform, quadratic or log-snr. (default: uniform)", **Diffusion),
+        typer.Option(help="uniform, quadratic or log-snr. (default: log-snr)", **Diffusion),
     ] = None,
     clamp: Annotated[
         str | None,

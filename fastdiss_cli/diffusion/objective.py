@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastdiss_cli.diffusion.schedule import NoiseSchedule
+from fastdiss_cli.diffusion.schedule import NoiseSchedule, grid_position, grid_time
 
 SCP_OFFSETS = ("step-matched", "uniform", "fixed", "none")
 SCP_COUPLINGS = ("markov", "shared", "independent")
@@ -38,14 +38,15 @@ class SCP:
     """Self-conditioning perturbation: the first pass runs at a higher noise t' > t.
 
     Attributes:
-        offset: ``step-matched``: t' = t + 1/K with K drawn from ``step_counts``, the time of the
-            step before in a K-step run; ``uniform``: t' uniform on (t, 1]; ``fixed``: t + gap;
-            ``none``: t' = t, the standard self-conditioning.
+        offset: ``step-matched``: the time of the step before in a K-step run, with K drawn from
+            ``step_counts`` (on the grid that is uniform in t: t + 1/K); ``uniform``: t' uniform
+            on (t, 1]; ``fixed``: t + gap; ``none``: t' = t, the standard self-conditioning.
         coupling: how z_t' depends on z_t. ``markov``: noised further from it; ``shared``: the
             same noise at a higher level; ``independent``: fresh noise.
         rate: the share of batches that have a first pass at all; the others are told zeros.
         gap: the offset where it is ``fixed``.
         step_counts: the K of ``step-matched``.
+        grid: its time grid, the one that sampling will use.
     """
 
     offset: str
@@ -53,8 +54,9 @@ class SCP:
     rate: float
     gap: float
     step_counts: tuple[int, ...]
+    grid: str
 
-    def stale_time(self, t: Tensor) -> Tensor:
+    def stale_time(self, t: Tensor, schedule: NoiseSchedule) -> Tensor:
         """Draw the time of the estimate that sampling would have at time t; float [B] both.
 
         A result above 1 means: t belongs to the first step of sampling, which is told nothing.
@@ -66,7 +68,9 @@ class SCP:
         if self.offset == "none":
             return t
         counts = torch.tensor(self.step_counts, device=t.device, dtype=t.dtype)
-        return t + 1 / counts[torch.randint(len(counts), t.shape, device=t.device)]
+        u = grid_position(t, self.grid, schedule)
+        u = u + 1 / counts[torch.randint(len(counts), t.shape, device=t.device)]
+        return torch.where(u > 1, 1 + u, grid_time(u.clamp(max=1), self.grid, schedule))
 
     def token_stale_times(self, token_t: Tensor, t: Tensor, stale: Tensor) -> Tensor:
         """Return t'_i, float [B, T], for tokens that MANS moved from t to t_i.
@@ -173,7 +177,7 @@ def perturbed_self_conditioning(
     Source: FastDiSS, arXiv 2604.05551, as far as its summary tells.
     """
     zeros = torch.zeros_like(z_0)
-    stale = scp.stale_time(t)
+    stale = scp.stale_time(t, schedule)
     told_nothing = float(torch.rand(())) >= scp.rate
     scaled = mans.active(update)
     shared = scaled and mans.shared_pass and not told_nothing

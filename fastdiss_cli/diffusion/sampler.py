@@ -22,7 +22,7 @@ def sample(
     solver: str = "ddpm",
     self_cond: str = "reuse",
     gold: Tensor | None = None,
-    grid: str = "uniform",
+    grid: str = "log-snr",
     tell: Callable[[Tensor], Tensor] = lambda z0_hat: z0_hat,
     clamp: Callable[[Tensor], Tensor] = lambda z0_hat: z0_hat,
     watch: Callable[[Tensor, Tensor, Tensor], None] | None = None,

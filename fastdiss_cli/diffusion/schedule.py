@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -80,28 +81,54 @@ def _column(level: Tensor, like: Tensor) -> Tensor:
 
 
 TIME_GRIDS = ("uniform", "quadratic", "log-snr")
+_END = 1e-3  # the log-SNR grid is cut there: the logarithm is infinite at t = 0 and t = 1
 
 
-def time_grid(steps: int, kind: str = "uniform", schedule: NoiseSchedule | None = None) -> Tensor:
+def time_grid(steps: int, kind: str, schedule: NoiseSchedule) -> Tensor:
     """Return the N + 1 times 1 = tau_0 > ... > tau_N = 0 of an N-step run, float [N + 1].
 
     Args:
         steps: N, at least 1.
         kind: ``uniform`` in t; ``quadratic``: uniform in sqrt(t), more steps at low noise;
-            ``log-snr``: the times between the ends uniform in log(alpha/sigma).
-        schedule: needed for ``log-snr``.
+            ``log-snr``: uniform in log(alpha/sigma), from t = 0.999 to 0.001.
+        schedule: the noise levels.
     """
-    u = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
+    grid = grid_time(torch.linspace(1, 0, steps + 1), kind, schedule)
+    grid[0], grid[-1] = 1, 0
+    return grid
+
+
+def grid_time(u: Tensor, kind: str, schedule: NoiseSchedule) -> Tensor:
+    """Return the time at a position u in [0, 1] of a grid (0: its end, 1: its start)."""
     if kind == "quadratic":
-        u = u**2
-    elif kind == "log-snr":
-        assert schedule is not None
-        # the logarithm is infinite at both ends: cut there, and inverted by interpolation
-        t = torch.linspace(1e-3, 1 - 1e-3, 10_000, dtype=torch.float64)
-        log_snr = torch.log(schedule.alpha(t) / schedule.sigma(t))
-        wanted = torch.lerp(log_snr[0], log_snr[-1], u)
-        right = torch.searchsorted(-log_snr, -wanted).clamp(1, len(t) - 1)
-        share = (wanted - log_snr[right - 1]) / (log_snr[right] - log_snr[right - 1])
-        u = torch.lerp(t[right - 1], t[right], share)
-        u[0], u[-1] = 1, 0
-    return u.float()
+        return u**2
+    if kind == "log-snr":
+        t, log_snr = _log_snr_table(schedule)
+        return _interpolate(torch.lerp(log_snr[0], log_snr[-1], u.double().cpu()), log_snr, t).to(u)
+    return u
+
+
+def grid_position(t: Tensor, kind: str, schedule: NoiseSchedule) -> Tensor:
+    """Return the position of a time: the inverse of `grid_time`."""
+    if kind == "quadratic":
+        return torch.sqrt(t)
+    if kind == "log-snr":
+        table_t, log_snr = _log_snr_table(schedule)
+        found = _interpolate(t.double().cpu(), table_t, log_snr)
+        return ((found - log_snr[0]) / (log_snr[-1] - log_snr[0])).to(t)
+    return t
+
+
+@cache
+def _log_snr_table(schedule: NoiseSchedule) -> tuple[Tensor, Tensor]:
+    """Return times between the cuts and log(alpha/sigma) there, which falls with time."""
+    t = torch.linspace(_END, 1 - _END, 10_000, dtype=torch.float64)
+    return t, torch.log(schedule.alpha(t) / schedule.sigma(t))
+
+
+def _interpolate(x: Tensor, xs: Tensor, ys: Tensor) -> Tensor:
+    """Return the piecewise linear y(x) of a monotonous table, constant beyond its ends."""
+    sign = 1 if xs[-1] > xs[0] else -1
+    right = torch.searchsorted(sign * xs, sign * x).clamp(1, len(xs) - 1)
+    share = ((x - xs[right - 1]) / (xs[right] - xs[right - 1])).clamp(0, 1)
+    return torch.lerp(ys[right - 1], ys[right], share)

@@ -84,7 +84,7 @@ class DiffusionDecoding:
     length_beam: int = 1
     noise_beam: int = 1
     solver: str = "ddpm"
-    time_grid: str = "uniform"
+    time_grid: str = "log-snr"
     clamp: str = "expected"  # what the solver takes for z_0: the raw, nearest or expected embedding
     self_cond: str = "reuse"
     seed: int = 1

@@ -19,6 +19,7 @@ from fastdiss_cli.diffusion.objective import (
     draw_times,
     perturbed_self_conditioning,
 )
+from fastdiss_cli.diffusion.schedule import TIME_GRIDS
 from fastdiss_cli.models.difformer import Difformer, DiffusionConfig, register_sizes
 from fastdiss_cli.models.registry import Vocabulary
 
@@ -34,6 +35,7 @@ class FastDiSSConfig(DiffusionConfig):
     scp_coupling: str = "markov"
     scp_gap: float = 0.2
     scp_step_counts: tuple[int, ...] = (2, 3, 5, 10, 20)
+    scp_grid: str = "log-snr"
     mans_strength: float = 0.25
     mans_confidence: str = "distance"
     mans_anchors: tuple[float, ...] = ()  # (easy, hard); empty: `DEFAULT_ANCHORS`
@@ -44,6 +46,7 @@ class FastDiSSConfig(DiffusionConfig):
         super().__post_init__()
         one_of(self, "scp_offset", SCP_OFFSETS)
         one_of(self, "scp_coupling", SCP_COUPLINGS)
+        one_of(self, "scp_grid", TIME_GRIDS)
         one_of(self, "mans_confidence", MANS_CONFIDENCES)
         require(self, "scp_gap", 0 < self.scp_gap <= 1, "in (0, 1]")
         require(
@@ -78,6 +81,7 @@ class FastDiSS(Difformer):
             config.self_cond_rate,
             config.scp_gap,
             config.scp_step_counts,
+            config.scp_grid,
         )
         self.mans = MANS(
             config.mans_strength,

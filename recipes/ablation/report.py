@@ -164,11 +164,11 @@ def sweeps(results: Results) -> str:
             for setting, (folder, _) in sweep.trials.items()
         ]
         rows.sort(key=lambda row: float(row[1 + FEW.index(5)]), reverse=results.higher_is_better)
-        told = sweep.base["self_cond_form"]
-        parts.append(f"### {sweep.name} (base: told {told})\n\n" + markdown(header, rows))
+        base = f"told {sweep.base['self_cond_form']}, {sweep.base['scp_grid']} grid"
+        parts.append(f"### {sweep.name} (base: {base})\n\n" + markdown(header, rows))
     rows = [
         [grid, *(f"{value('base told expected', way, steps):.2f}" for steps in FEW)]
-        for grid, way in (("uniform", "expected"), *((grid, grid) for grid in GRIDS))
+        for grid, way in (("log-snr", "expected"), *((grid, grid) for grid in GRIDS))
     ]
     parts.append("### Time grid of sampling\n\n" + markdown(["", *FEW], rows))
     return "\n".join(parts)

@@ -48,6 +48,7 @@ FIRST_BASE = {
     "embedding_scale": "false",
     "latent_dim": "64",
     "scp_offset": "step-matched",
+    "scp_grid": "uniform",
     "scp_coupling": "markov",
     "mans_strength": "0.25",
     "mans_confidence": "distance",
@@ -55,7 +56,7 @@ FIRST_BASE = {
     "mans_start_update": "0",
     "mans_shared_pass": "true",
 }
-SECOND_BASE = FIRST_BASE | {"self_cond_form": "expected"}
+SECOND_BASE = FIRST_BASE | {"self_cond_form": "expected", "scp_grid": "log-snr"}
 
 
 @dataclass(frozen=True)
@@ -115,6 +116,7 @@ SWEEPS = [
         "SCP: t'",
         SECOND_BASE,
         {
+            "step-matched to the uniform grid": {"scp_grid": "uniform"},
             "t (standard), own MANS pass": {"scp_offset": "none", "mans_shared_pass": "false"},
             "uniform on (t, 1]": {"scp_offset": "uniform"},
             "t + 0.05": {"scp_offset": "fixed", "scp_gap": "0.05"},
@@ -157,7 +159,7 @@ SWEEPS = [
     ),
 ]
 CLAMPS = ("raw", "nearest", "expected")
-GRIDS = ("quadratic", "log-snr")
+GRIDS = ("uniform", "quadratic")
 
 MBR = ["--length-beam", "5", "--noise-beam", "3", "--select", "mbr"]
 
@@ -258,13 +260,20 @@ def sweep_trials(work: Path, plan: dict[str, Any]) -> Iterator[Trial]:
     """Yield the open choices, on validation data."""
     clamps = {form: ["--steps", FEW_STEPS, "--clamp", form] for form in CLAMPS}
     grids = {grid: ["--steps", FEW_STEPS, "--time-grid", grid] for grid in GRIDS}
+    trials: dict[str, Trial] = {}
     for seed in range(1, plan["sweep_seeds"] + 1):
-        for folder, options in dict(t for sweep in SWEEPS for t in sweep.trials.values()).items():
-            yield Trial(
-                trial_folder(work, f"sweep/{folder}", seed), "fastdiss_tiny", seed,
-                plan["sweep_updates"], options, "valid",
-                clamps | grids if folder == "base told expected" else clamps,
-            )  # fmt: skip
+        for sweep in SWEEPS:
+            first = sweep.base is FIRST_BASE
+            extra = ["--time-grid", "uniform"] if first else []
+            for name, options in sweep.trials.values():
+                folder = trial_folder(work, f"sweep/{name}", seed)
+                sampling = {form: flags + extra for form, flags in clamps.items()}
+                if options == SECOND_BASE:
+                    sampling |= grids
+                trials[str(folder)] = Trial(
+                    folder, "fastdiss_tiny", seed, plan["sweep_updates"], options, "valid", sampling
+                )
+    yield from trials.values()
 
 
 def main() -> None:
