@@ -46,7 +46,7 @@ class SCP:
         rate: the share of batches that have a first pass at all; the others are told zeros.
         gap: the offset where it is ``fixed``.
         step_counts: the K of ``step-matched``.
-        grid: its time grid, the one that sampling will use.
+        grid: its time grid.
     """
 
     offset: str

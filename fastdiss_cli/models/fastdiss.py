@@ -35,7 +35,7 @@ class FastDiSSConfig(DiffusionConfig):
     scp_coupling: str = "markov"
     scp_gap: float = 0.2
     scp_step_counts: tuple[int, ...] = (2, 3, 5, 10, 20)
-    scp_grid: str = "log-snr"
+    scp_grid: str = "uniform"
     mans_strength: float = 0.25
     mans_confidence: str = "distance"
     mans_anchors: tuple[float, ...] = ()  # (easy, hard); empty: `DEFAULT_ANCHORS`

@@ -164,8 +164,8 @@ def sweeps(results: Results) -> str:
             for setting, (folder, _) in sweep.trials.items()
         ]
         rows.sort(key=lambda row: float(row[1 + FEW.index(5)]), reverse=results.higher_is_better)
-        base = f"told {sweep.base['self_cond_form']}, {sweep.base['scp_grid']} grid"
-        parts.append(f"### {sweep.name} (base: {base})\n\n" + markdown(header, rows))
+        told = sweep.base["self_cond_form"]
+        parts.append(f"### {sweep.name} (base: told {told})\n\n" + markdown(header, rows))
     rows = [
         [grid, *(f"{value('base told expected', way, steps):.2f}" for steps in FEW)]
         for grid, way in (("log-snr", "expected"), *((grid, grid) for grid in GRIDS))

@@ -56,7 +56,7 @@ FIRST_BASE = {
     "mans_start_update": "0",
     "mans_shared_pass": "true",
 }
-SECOND_BASE = FIRST_BASE | {"self_cond_form": "expected", "scp_grid": "log-snr"}
+SECOND_BASE = FIRST_BASE | {"self_cond_form": "expected"}
 
 
 @dataclass(frozen=True)
@@ -73,9 +73,8 @@ class Sweep:
         trials = {}
         for setting, changes in {"base": {}, **self.settings}.items():
             options = self.base | changes
-            is_base = options in (FIRST_BASE, SECOND_BASE)
             base = f"base told {options['self_cond_form']}"
-            trials[setting] = (base if is_base else f"{self.name} {setting}", options)
+            trials[setting] = (f"{self.name} {setting}" if changes else base, options)
         return trials
 
 
@@ -116,7 +115,7 @@ SWEEPS = [
         "SCP: t'",
         SECOND_BASE,
         {
-            "step-matched to the uniform grid": {"scp_grid": "uniform"},
+            "step-matched to the log-SNR grid": {"scp_grid": "log-snr"},
             "t (standard), own MANS pass": {"scp_offset": "none", "mans_shared_pass": "false"},
             "uniform on (t, 1]": {"scp_offset": "uniform"},
             "t + 0.05": {"scp_offset": "fixed", "scp_gap": "0.05"},
@@ -268,7 +267,7 @@ def sweep_trials(work: Path, plan: dict[str, Any]) -> Iterator[Trial]:
             for name, options in sweep.trials.values():
                 folder = trial_folder(work, f"sweep/{name}", seed)
                 sampling = {form: flags + extra for form, flags in clamps.items()}
-                if options == SECOND_BASE:
+                if name == "base told expected":
                     sampling |= grids
                 trials[str(folder)] = Trial(
                     folder, "fastdiss_tiny", seed, plan["sweep_updates"], options, "valid", sampling
