@@ -4,27 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import sys
-from collections.abc import Iterator
 from contextlib import ExitStack
-from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TextIO
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from fastdiss_cli import logs
 from fastdiss_cli.commands.models import UserModule
-from fastdiss_cli.errors import FastdissError
 
 if TYPE_CHECKING:
-    from fastdiss_cli.data.binarized import TokenFile
     from fastdiss_cli.data.tokenizer import Tokenizer
-    from fastdiss_cli.decoding.generation import Run
     from fastdiss_cli.models.registry import Seq2SeqModel
-    from fastdiss_cli.training.distributed import Processes
-    from fastdiss_cli.training.signals import Stop
 
 Input = {"rich_help_panel": "Input and output"}
 Diffusion = {"rich_help_panel": "Sampling (diffusion models)"}
@@ -168,6 +159,12 @@ def generate(
     from fastdiss_cli.decoding.generation import WINDOW, Run
     from fastdiss_cli.decoding.output import read_all_references
     from fastdiss_cli.decoding.report import summarise, table
+    from fastdiss_cli.decoding.translation import (
+        dataset_source,
+        open_outputs,
+        text_source,
+        translate,
+    )
     from fastdiss_cli.device import pick_device, pick_dtype
     from fastdiss_cli.training.checkpoint import load_model
     from fastdiss_cli.training.distributed import Processes
@@ -179,7 +176,7 @@ def generate(
     model, src, tgt, arch = load_model(path, on, user_module)
     runs = [Run(decoding_options(model, arch.name, {**flags, "steps": n})) for n in step_counts]
     choose = _selector(model, select, mbr_metric, rerank_path, on, user_module, (src, tgt))
-    corpus = _dataset_pairs(data, gen_subset, src, tgt) if data else _input_pairs(str(input), src)
+    corpus = dataset_source(data, gen_subset, src, tgt) if data else text_source(str(input), src)
     if self_cond == "gold":
         if input is not None:
             raise typer.BadParameter("--self-cond gold needs a dataset: it is told the answers")
@@ -194,8 +191,8 @@ def generate(
     stop_tidily = stop_on_signal(stop, "finishing this batch")
     with processes, stop_tidily, ExitStack() as files:
         first_rank = processes.rank == 0
-        outputs = _outputs(files, runs, folder, name) if first_rank else []
-        texts, references, stopped_by = _translate(
+        outputs = open_outputs(files, runs, folder, name) if first_rank else []
+        done = translate(
             model,
             (src, tgt),
             corpus,
@@ -204,20 +201,22 @@ def generate(
             # a diagnosis is over all sentences at once
             window=corpus.total if diagnose else buffer_size or (1 if input == "-" else WINDOW),
             gold=self_cond == "gold",
+            keep=data is not None or answers is not None,
             processes=processes,
             stop=stop,
             select=choose,
             max_tokens=max_tokens,
             dtype=autocast,
         )
-        if stopped_by:
+        if done.signal:
             of = f" of {corpus.total:,}" if corpus.total else ""
             logs.info(
-                f"stopped by signal {stopped_by} after {len(texts[0]):,}{of} sentences"
+                f"stopped by signal {done.signal} after {done.sentences:,}{of} sentences"
                 + ("; no file is written" if outputs and outputs[0].path else "")
             )
         elif first_rank:
-            summaries = summarise(runs, texts, answers or [[line] for line in references])
+            references = answers or [[line] for line in done.references]
+            summaries = summarise(runs, done.texts, references)
             for summary, output in zip(summaries, outputs, strict=True):
                 if output.path:
                     print(summary.line(name, arch.name), file=output.file)
@@ -234,95 +233,8 @@ def generate(
                     beside = output.path.with_suffix(".diagnosis.json")
                     beside.write_text(json.dumps(tables, indent=1) + "\n", encoding="utf-8")
                     logs.info(f"wrote {beside}")
-    if stopped_by:
-        raise SystemExit(128 + stopped_by)
-
-
-@dataclasses.dataclass
-class Source:
-    """What is to be translated.
-
-    Attributes:
-        pairs: (source, target or None) ids.
-        total: how many, if that is known.
-        split: the two sides of a dataset's split, if it is one.
-    """
-
-    pairs: Iterator[tuple[list[int], list[int] | None]]
-    total: int | None = None
-    split: dict[str, TokenFile] | None = None
-
-
-def _translate(
-    model: Seq2SeqModel,
-    tokenizers: tuple[Tokenizer, Tokenizer],
-    corpus: Source,
-    runs: list[Run],
-    outputs: list[TextIO],
-    window: int,
-    gold: bool,
-    processes: Processes,
-    stop: Stop,
-    **how: Any,
-) -> tuple[list[list[str]], list[str], int]:
-    """Decode a corpus window by window, writing the lines of each run in corpus order.
-
-    The first rank reads and writes; all of them decode.
-
-    Returns:
-        The hypotheses of each run and the references (none for raw text), as text; and the signal
-        that came before all was done, or 0.
-    """
-    from fastdiss_cli.decoding.generation import Run, decode
-    from fastdiss_cli.decoding.output import format_lines, hypothesis_text
-    from fastdiss_cli.training.sharing import decode_shared
-
-    src, tgt = tokenizers
-    first_rank, signal = processes.rank == 0, 0
-    to_terminal = sys.stdout in outputs and logs.is_terminal()
-    texts: list[list[str]] = [[] for _ in runs]
-    references: list[str] = []
-    with logs.progress("generating", corpus.total, hidden=to_terminal) as bar:
-        while not signal and (pairs := processes.gather(_read(corpus, window, stop, first_rank))):
-            sources, targets = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
-            first = len(texts[0])
-            answers = targets if gold else None
-            if first == 0 and window > 1:  # thread and memory pools fill outside the clock
-                with processes.attempt("decoding") as tried:
-                    decode(model, sources[:16], [Run(runs[0].options)], gold=answers, **how)
-                processes.agree(tried, stop)
-            given = {"first": first, "gold": answers, "done": bar.advance, **how}
-            signal = decode_shared(model, sources, runs, processes=processes, stop=stop, **given)
-            for i, (source, target) in enumerate(pairs):
-                if runs[0].best[i] is None:  # a signal came: what lies behind it is not in order
-                    break
-                source_text = src.decode(source)
-                reference = None if target is None else tgt.decode(target)
-                if reference is not None:
-                    references.append(reference)
-                for n, (run, kept) in enumerate(zip(runs, texts, strict=True)):
-                    kept.append(hypothesis_text(run.best[i], tgt))
-                    if outputs:
-                        lines = format_lines(
-                            first + i, source_text, run.best[i], tgt, reference, to_terminal
-                        )
-                        outputs[n].write(lines)
-            for output in outputs:
-                output.flush()
-    return texts, references, signal or stop.signal
-
-
-def _read(corpus: Source, count: int, stop: Stop, first_rank: bool) -> list[Any]:
-    """Return the next pairs; none where the corpus ends, a signal comes, or another rank reads."""
-    from fastdiss_cli.training.signals import Stopped
-
-    stop.waiting = first_rank
-    try:
-        return list(islice(corpus.pairs, count)) if first_rank else []
-    except Stopped:
-        return []
-    finally:
-        stop.waiting = False
+    if done.signal:
+        raise SystemExit(128 + done.signal)
 
 
 def decoding_options(model: Seq2SeqModel, arch: str, flags: dict[str, Any]) -> Any:
@@ -358,6 +270,7 @@ def _selector(
 ) -> Any:
     from fastdiss_cli.decoding.mbr import METRICS
     from fastdiss_cli.decoding.selection import METHODS, by_mbr, by_reranking, by_score
+    from fastdiss_cli.decoding.translation import check_tokenizer
     from fastdiss_cli.training.checkpoint import load_model
 
     select = select or model.default_select
@@ -373,61 +286,5 @@ def _selector(
         return by_mbr(tokenizers[1], metric)
     reranker, *theirs, _ = load_model(rerank_path, device, user_module)
     for side, own, other in zip(("source", "target"), tokenizers, theirs, strict=True):
-        _check_tokenizer(side, own, other, f"{rerank_path}")
+        check_tokenizer(side, own, other, f"{rerank_path}")
     return by_reranking(reranker, device)
-
-
-def _check_tokenizer(side: str, own: Tokenizer, other: Tokenizer, where: str) -> None:
-    if own.hash != other.hash:
-        raise FastdissError(
-            f"the {side} tokenizer of {where} ({other.hash[:16]}) is not the checkpoint's "
-            f"({own.hash[:16]}); use a dataset made with the same --tokenizer, or --input"
-        )
-
-
-def _dataset_pairs(folder: Path, split: str, src: Tokenizer, tgt: Tokenizer) -> Source:
-    from fastdiss_cli.data.binarized import BinarizedDataset
-
-    dataset = BinarizedDataset(folder)
-    _check_tokenizer("source", src, dataset.src_tokenizer, str(folder))
-    _check_tokenizer("target", tgt, dataset.tgt_tokenizer, str(folder))
-    files = dataset[split]
-    for side, file in files.items():
-        file.verify(dataset.manifest.splits[split][side], dataset.manifest.vocab_sizes[side])
-    pairs = zip(files["src"], files["tgt"], strict=True)
-    return Source(((s.tolist(), t.tolist()) for s, t in pairs), len(files["src"]), files)
-
-
-def _input_pairs(input: str, src: Tokenizer) -> Source:
-    from fastdiss_cli.data.text import decode_lines, read_lines
-
-    lines = decode_lines(sys.stdin.buffer, "stdin") if input == "-" else read_lines(Path(input))
-    return Source((src.encode(line), None) for line in lines)
-
-
-@dataclasses.dataclass
-class Output:
-    """Where the lines of one run go: stdout, or a file that takes its name when it is complete."""
-
-    file: TextIO
-    path: Path | None = None
-
-    def finish(self) -> None:
-        assert self.path is not None
-        self.file.close()
-        os.replace(self.file.name, self.path)
-
-
-def _outputs(stack: ExitStack, runs: list[Run], folder: Path | None, name: str) -> list[Output]:
-    if folder is None:
-        return [Output(sys.stdout)]
-    folder.mkdir(parents=True, exist_ok=True)
-    outputs = []
-    for run in runs:
-        steps = f".steps{run.options.steps}" if len(runs) > 1 else ""
-        path = folder / f"generate-{name}{steps}.txt"
-        aside = path.with_name(f".{path.name}.tmp")
-        stack.callback(aside.unlink, missing_ok=True)
-        file = stack.enter_context(aside.open("w", encoding="utf-8", newline="\n"))
-        outputs.append(Output(file, path))
-    return outputs
