@@ -24,7 +24,7 @@ def sample(
     gold: Tensor | None = None,
     grid: str = "log-snr",
     tell: Callable[[Tensor], Tensor] = lambda z0_hat: z0_hat,
-    clamp: Callable[[Tensor], Tensor] = lambda z0_hat: z0_hat,
+    clamp: Callable[[Tensor], Tensor] | None = None,
     watch: Callable[[Tensor, Tensor, Tensor], None] | None = None,
 ) -> tuple[Tensor, int]:
     """Sample with exactly ``steps`` steps.
@@ -41,7 +41,7 @@ def sample(
         gold: float [N, T, D], needed for ``gold``.
         grid: one of `TIME_GRIDS`.
         tell: maps an estimate z0_hat to the form in which the network is told it.
-        clamp: maps an estimate to what the solver takes for z_0.
+        clamp: maps an estimate to what the solver takes for z_0; None: what ``tell`` gives.
         watch: called at every step with its t (0-d), z and z0_hat.
 
     Returns:
@@ -70,5 +70,11 @@ def sample(
             watch(times[k], z, z0_hat)
         if k + 1 < steps:
             earlier = tell(z0_hat)
-            z = move(z, clamp(z0_hat), times[k], times[k + 1], lambda draw=k + 1: noise(draw))
+            z = move(
+                z,
+                clamp(z0_hat) if clamp else earlier,
+                times[k],
+                times[k + 1],
+                lambda draw=k + 1: noise(draw),
+            )
     return z0_hat, nfe

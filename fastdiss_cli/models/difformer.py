@@ -309,6 +309,9 @@ class Difformer(Seq2SeqModel):
         def denoise(z: Tensor, t: Tensor, told: Tensor) -> Tensor:
             return self.denoise(z, t, told, memory, pad_mask)
 
+        def clamp(z0_hat: Tensor) -> Tensor:
+            return self.embedding.project(z0_hat, options.clamp)
+
         def watch(t: Tensor, z: Tensor, z0_hat: Tensor) -> None:
             fresh = None
             if options.diagnose:
@@ -327,7 +330,7 @@ class Difformer(Seq2SeqModel):
             told,
             options.time_grid,
             self.tell,
-            lambda z0_hat: self.embedding.project(z0_hat, options.clamp),
+            None if options.clamp == self.config.self_cond_form else clamp,
             watch if options.history or options.diagnose else None,
         )
         scores, tokens = (x.tolist() for x in self._read(z0_hat))
