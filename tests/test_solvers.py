@@ -132,3 +132,26 @@ def test_what_each_self_conditioning_mode_tells_the_network() -> None:
     assert run("none") == [0, 0, 0]
     assert run("recompute") == [0, 1, 0, 3, 0, 5]  # an estimate at the same step
     assert run("gold") == [9, 9, 9]
+
+
+@pytest.mark.parametrize("clamped", [True, False])
+def test_the_solver_takes_the_clamped_estimate_and_the_network_is_told_its_form(
+    clamped: bool,
+) -> None:
+    """ddim from pure noise: z at s is alpha_s x + sigma_s noise, x being what the solver takes."""
+    start = torch.randn(1, 2, 3)
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    def denoise(z: Tensor, t: Tensor, told: Tensor) -> Tensor:
+        seen.append((z, told))
+        return torch.full_like(z, 2.0)
+
+    sample(
+        denoise, SCHEDULE, lambda _: start, 2, "ddim", grid="uniform",
+        tell=lambda z0_hat: z0_hat + 1, clamp=(lambda z0_hat: z0_hat * 5) if clamped else None,
+    )  # fmt: skip
+    half = torch.tensor(0.5)
+    taken = 10.0 if clamped else 3.0
+    wanted = SCHEDULE.alpha(half) * taken + SCHEDULE.sigma(half) * start
+    torch.testing.assert_close(seen[1][0], wanted)
+    assert not seen[0][1].any() and (seen[1][1] == 3).all()
