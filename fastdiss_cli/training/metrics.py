@@ -57,7 +57,11 @@ class MetricsFile:
     def __init__(self, path: Path, after: int, active: bool) -> None:
         self.path, self.active = path, active
         if active and path.exists():
-            kept = [line for line in path.read_text("utf-8").splitlines() if _update(line) <= after]
+            kept = [
+                line
+                for line in path.read_text("utf-8", "replace").splitlines()
+                if _update(line) <= after
+            ]
             aside = path.with_name(f".{path.name}.tmp")
             aside.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
             os.replace(aside, path)
@@ -71,6 +75,6 @@ class MetricsFile:
 def _update(line: str) -> float:
     """Return the update of a line; one that a kill left half written belongs to none."""
     try:
-        return json.loads(line)["update"]
-    except (ValueError, KeyError, TypeError):
+        return float(json.loads(line)["update"])
+    except (ValueError, KeyError, TypeError, RecursionError):
         return float("inf")
