@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from glob import escape
 from itertools import islice
 from multiprocessing import get_context, parent_process
 from pathlib import Path
@@ -95,9 +96,10 @@ def preprocess(
             raise typer.BadParameter("without --trainpref a --tokenizer is needed")
         _check_destination(destdir)
         final = destdir.resolve()  # so that a link stays one, and "." has a name
+        _warn_of_leftovers(final)
         aside = final.with_name(f".{final.name}.tmp-{os.getpid()}")
-        aside.mkdir(parents=True)
         try:
+            aside.mkdir(parents=True)
             corpus = Corpus(prefixes, source_lang, target_lang, format)
             tokenizers = _tokenizers(corpus, tokenizer, joined, model_type, vocab_size)
             made_with = {"prefixes": prefixes, "format": format}
@@ -173,6 +175,13 @@ def _check_destination(destdir: Path) -> None:
             f"--destdir {destdir} holds other files ({foreign[0]}); "
             "give a new folder or empty it first"
         )
+
+
+def _warn_of_leftovers(final: Path) -> None:
+    """Name what a killed run left: nobody can tell whether another one is at work there."""
+    for pattern in (f".{escape(final.name)}.tmp-*", f"{escape(final.name)}.old-*"):
+        for path in final.parent.glob(pattern):
+            logs.warn(f"{path} is there: remove it, unless another preprocess is running")
 
 
 def _tokenizers(

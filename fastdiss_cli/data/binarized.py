@@ -327,8 +327,10 @@ def replace_folder(new: Path, final: Path) -> None:
         if old.exists():
             old.rename(final)
         raise
-    _sync(final.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    try:
+        _sync(final.parent)
+    finally:
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def _sync(path: Path) -> None:
