@@ -35,7 +35,7 @@ _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQ")
 _DTYPES = {8: np.dtype("<u2"), 4: np.dtype("<i4")}  # fairseq's codes
 _CODES = {dtype: code for code, dtype in _DTYPES.items()}
-_BLOCK = 1 << 20  # numbers, or bytes, that are handled at once
+_BLOCK = 1 << 16  # numbers, or bytes, that are handled at once
 
 
 @dataclass
