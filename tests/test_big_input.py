@@ -80,18 +80,18 @@ def checkpoint(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 def test_generate_in_flat_memory(checkpoint: Path, tmp_path: Path) -> None:
-    """From 4,000 lines to 12,000, decoded 1,000 at a time."""
+    """From 4,000 lines to 16,000, decoded 1,000 at a time."""
     peaks = []
-    for count in (4_000, 12_000):
+    for count in (4_000, 16_000):
         write_lines(tmp_path / "x", GERMAN, count)
         peaks.append(peak_of(
             "generate", "--path", checkpoint, "--steps", "1", "--input", tmp_path / "x",
             "--buffer-size", "1000", "--results-path", tmp_path,
         ))  # fmt: skip
     print(f"peak: {peaks[0]:,} and {peaks[1]:,} kB")
-    assert (tmp_path / "generate-input.txt").read_text("utf-8").count("\nD-") == 12_000
-    # measured: 1,700 for 8,000 lines, whose answers are kept for a score
-    assert peaks[1] - peaks[0] < 8_000
+    assert (tmp_path / "generate-input.txt").read_text("utf-8").count("\nD-") == 16_000
+    # 25,000 more were measured for 40,000 lines; read all at once they took 380,000 more
+    assert peaks[1] - peaks[0] < 48_000
 
 
 def test_a_line_in_is_a_line_out(checkpoint: Path) -> None:
@@ -102,6 +102,7 @@ def test_a_line_in_is_a_line_out(checkpoint: Path) -> None:
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
+        env={key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"},
     ) as process:
         for number, line in enumerate(["drei vier", "", "neun"]):
             process.stdin.write(f"{line}\n".encode())

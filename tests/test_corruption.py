@@ -279,6 +279,14 @@ def test_a_manifest_that_is_no_manifest(dataset: Path, content: bytes) -> None:
     assert check_dataset(dataset, "manifest.json", content, {})
 
 
+@pytest.mark.parametrize("name", ["", "\0", "../x", "a/b", "\ud800", "a\nb", "x" * 300])
+def test_a_split_of_another_name(dataset: Path, name: str) -> None:
+    facts = json.loads((dataset / "manifest.json").read_text("utf-8"))
+    for part in ("sentences", "splits"):
+        facts[part][name] = facts[part].pop("valid")
+    assert check_dataset(dataset, "manifest.json", json.dumps(facts).encode(), {})
+
+
 @pytest.mark.parametrize("count", [8, *HUGE])
 def test_an_index_that_claims_petabytes(dataset: Path, count: int) -> None:
     whole = (dataset / "train.src.idx").read_bytes()

@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 
 from fastdiss_cli.config import parse_settings, read_recipe
 from fastdiss_cli.data.binarized import BinarizedDataset
-from fastdiss_cli.decoding.output import read_system
+from fastdiss_cli.decoding.output import format_lines, read_system
 from fastdiss_cli.errors import FastdissError
+from fastdiss_cli.models.registry import Hypothesis
 
 NETWORK = {"model_dim": 8, "ffn_dim": 8, "heads": 2, "encoder_layers": 1, "decoder_layers": 1}
 TINY = ["--arch", "fastdiss_tiny", "--max-update", "2", "--set=model.latent_dim=4"]
@@ -291,6 +292,16 @@ def test_what_looks_like_a_generate_file(tmp_path: Path, content: str, told: str
         assert told in one_line_error("score", "--sys", path, "--ref", path)
 
 
+def test_a_line_break_that_a_model_writes_shifts_no_line(data_bin: Path) -> None:
+    """The bytes of every control character are pieces of the vocabulary."""
+    tokenizer = BinarizedDataset(data_bin).tgt_tokenizer
+    tokens = tokenizer.encode("a\nb\n\n\rc\n")[:-1]
+    hypothesis = Hypothesis(tokens, 0.0, [0.0] * len(tokens), 1)
+    lines = format_lines(0, "eins\nzwei", hypothesis, tokenizer, "one\ntwo").split("\n")
+    assert [line[:4] for line in lines] == [f"{kind}-0\t" for kind in "STHDPI"] + [""]
+    assert lines[3] == "D-0\t0.0000\ta b  \rc "
+
+
 # names
 
 
@@ -328,7 +339,6 @@ def test_a_recipe_is_data(data_bin: Path, tmp_path: Path) -> None:
         f"!!python/object/new:os.mkdir ['{mark}']",
         f"!!python/object/apply:builtins.open ['{mark}', 'w']",
         "!!python/name:os.system ''",
-        "!!python/module:antigravity ''",
     ]
     train = ["train", data_bin, "--save-dir", tmp_path / "c"]
     for call in calls:
