@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import sys
 
 import typer
@@ -38,18 +39,32 @@ def options(
     """Few-step diffusion text generation: FastDiSS and the systems it is compared with."""
 
 
+def _drop_output() -> None:
+    """Let what stdout still holds go nowhere, where it cannot be written."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def main() -> None:
     """Run the command line; every expected failure ends here, as one line and exit code 1."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # whatever the locale says, text is UTF-8
-            stream.reconfigure(encoding="utf-8")
+            # the name of a file may be no text at all, and is told all the same
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
     try:
-        app()
+        try:
+            app()
+        finally:
+            sys.stdout.flush()  # a full disk is told here, not by the interpreter as it ends
     except FastdissError as error:
         logs.error(str(error))
         sys.exit(1)
     except OSError as error:
-        logs.error(f"{error.filename or 'input/output'}: {error.strerror or error}")
+        _drop_output()
+        where = error.filename or "input/output"
+        logs.error(str(FastdissError(f"{where}: {error.strerror or error}")))
         sys.exit(1)
     except (RuntimeError, MemoryError) as error:
         from fastdiss_cli.device import out_of_memory

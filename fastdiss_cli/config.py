@@ -7,6 +7,7 @@ line or a checkpoint) into one, and refuses what it does not know.
 from __future__ import annotations
 
 import dataclasses
+import reprlib
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ from fastdiss_cli.errors import FastdissError, suggest
 
 C = TypeVar("C")
 SECTIONS = ("model", "train")
+# what `yaml.safe_load` raises on text that is no YAML, and on values such as `!!int x`
+_NOT_YAML = (yaml.YAMLError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
 
 
 @dataclass(frozen=True)
@@ -111,7 +114,7 @@ def read_recipe(path: Path | None) -> dict[str, dict[str, Any]]:
         recipe = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except OSError as error:
         raise FastdissError(f"{path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except _NOT_YAML as error:
         raise FastdissError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(recipe, dict):
         raise FastdissError(f"{path}: a recipe is a mapping with the sections model and train")
@@ -134,7 +137,7 @@ def parse_settings(settings: Sequence[str]) -> dict[str, dict[str, Any]]:
             raise FastdissError(f"--set {item}: write model.KEY=VALUE or train.KEY=VALUE")
         try:
             parsed[section][key] = yaml.safe_load(value)
-        except yaml.YAMLError:
+        except _NOT_YAML:
             raise FastdissError(f"--set {item}: cannot read the value") from None
     return parsed
 
@@ -147,7 +150,7 @@ def _convert(value: Any, hint: Any, name: str) -> Any:
         if isinstance(value, (list, tuple)) and (variadic or len(value) == len(parts)):
             return tuple(_convert(v, parts[0], name) for v in value)
         what = "a list" if variadic else f"a list of {len(parts)} values"
-        raise FastdissError(f"{name} must be {what}, not {value!r}")
+        raise FastdissError(f"{name} must be {what}, not {reprlib.repr(value)}")
     if hint is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
         try:  # YAML 1.1 takes 5e-4 for a string
             return float(value)
@@ -156,4 +159,4 @@ def _convert(value: Any, hint: Any, name: str) -> Any:
     elif isinstance(value, hint) and (hint is bool or not isinstance(value, bool)):
         return value
     what = {float: "a number", int: "a whole number", bool: "true or false", str: "a word"}[hint]
-    raise FastdissError(f"{name} must be {what}, not {value!r}")
+    raise FastdissError(f"{name} must be {what}, not {reprlib.repr(value)}")

@@ -19,7 +19,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-_console = Console(stderr=True, highlight=False, soft_wrap=True)
+_console = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
 _plain_every = 10.0  # seconds between progress lines where stderr is not a terminal
 _quiet = False
 

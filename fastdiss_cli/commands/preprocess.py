@@ -7,12 +7,14 @@ import re
 import shutil
 from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from glob import escape
 from itertools import islice
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
+from threading import Thread
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -94,9 +96,10 @@ def preprocess(
             raise typer.BadParameter("without --trainpref a --tokenizer is needed")
         _check_destination(destdir)
         final = destdir.resolve()  # so that a link stays one, and "." has a name
+        _warn_of_leftovers(final)
         aside = final.with_name(f".{final.name}.tmp-{os.getpid()}")
-        aside.mkdir(parents=True)
         try:
+            aside.mkdir(parents=True)
             corpus = Corpus(prefixes, source_lang, target_lang, format)
             tokenizers = _tokenizers(corpus, tokenizer, joined, model_type, vocab_size)
             made_with = {"prefixes": prefixes, "format": format}
@@ -106,6 +109,12 @@ def preprocess(
                 made_with |= {"model_type": model_type, "vocab_size": vocab_size}
             _binarize(corpus, tokenizers, aside, workers or os.cpu_count() or 1, made_with)
             replace_folder(aside, final)
+        except OSError as error:
+            raise FastdissError(f"{destdir}: cannot write the dataset: {error.strerror}") from None
+        except BrokenExecutor:
+            raise FastdissError(
+                "a worker process was killed, perhaps for want of memory: use fewer --workers"
+            ) from None
         finally:
             shutil.rmtree(aside, ignore_errors=True)
         logs.info(f"wrote {destdir}")
@@ -166,6 +175,13 @@ def _check_destination(destdir: Path) -> None:
             f"--destdir {destdir} holds other files ({foreign[0]}); "
             "give a new folder or empty it first"
         )
+
+
+def _warn_of_leftovers(final: Path) -> None:
+    """Name what a killed run left: nobody can tell whether another one is at work there."""
+    for pattern in (f".{escape(final.name)}.tmp-*", f"{escape(final.name)}.old-*"):
+        for path in final.parent.glob(pattern):
+            logs.warn(f"{path} is there: remove it, unless another preprocess is running")
 
 
 def _tokenizers(
@@ -248,7 +264,7 @@ def _encode_all(
         yield from map(_encode, chunks)
         return
     fresh = get_context("spawn")  # a forked copy of a process that has threads may hang
-    with ProcessPoolExecutor(workers, fresh, _start_worker, (models, foreign)) as pool:
+    with ProcessPoolExecutor(workers, fresh, _start_process, (models, foreign)) as pool:
         under_way: deque[Future[Encoded]] = deque([pool.submit(_encode, first)])
         for chunk in chunks:
             under_way.append(pool.submit(_encode, chunk))
@@ -256,6 +272,19 @@ def _encode_all(
                 yield under_way.popleft().result()
         while under_way:
             yield under_way.popleft().result()
+
+
+def _start_process(models: tuple[bytes, bytes], foreign: bool) -> None:
+    """Start a worker in a process, which ends when the main one is killed."""
+    parent = parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    Thread(target=watch, daemon=True).start()
+    _start_worker(models, foreign)
 
 
 def _start_worker(models: tuple[bytes, bytes], foreign: bool) -> None:

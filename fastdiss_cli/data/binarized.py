@@ -35,6 +35,7 @@ _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQ")
 _DTYPES = {8: np.dtype("<u2"), 4: np.dtype("<i4")}  # fairseq's codes
 _CODES = {dtype: code for code, dtype in _DTYPES.items()}
+_BLOCK = 1 << 16  # numbers, or bytes, that are handled at once
 
 
 @dataclass
@@ -64,7 +65,9 @@ class Manifest:
 
     def write(self, folder: Path) -> None:
         text = json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n"
-        (folder / "manifest.json").write_text(text, encoding="utf-8")
+        # the bytes of a file name that is no text become \\udcXX, which is JSON too
+        path = folder / "manifest.json"
+        path.write_text(text, encoding="utf-8", errors="backslashreplace")
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:
@@ -83,18 +86,23 @@ class Manifest:
         except FileNotFoundError:
             hint = "make it with `fastdiss preprocess`" if folder.is_dir() else "no such folder"
             raise FastdissError(f"{folder} is not a fastdiss dataset: {hint}") from None
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        except (
+            OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError,
+        ) as error:  # fmt: skip
             raise FastdissError(
                 f"{path} is damaged ({error}): run `fastdiss preprocess` again"
             ) from None
         raise FastdissError(
-            f"{folder} has dataset format {version}; this fastdiss reads format {FORMAT_VERSION}"
+            f"{folder} has dataset format {version!r}; this fastdiss reads format {FORMAT_VERSION}"
         )
 
     def _check_fields(self) -> None:
         """Raise KeyError, TypeError or ValueError where a field that is read later is wrong."""
         if self.sentences.keys() != self.splits.keys():
             raise ValueError("sentences and splits differ")
+        for split in self.splits:
+            if not split.isidentifier():  # it becomes the name of a file
+                raise ValueError(f"{split!r} is no name of a split")
         infos = [sides[side] for sides in self.splits.values() for side in SIDES]
         hashes = [self.tokenizers[side] for side in SIDES]
         hashes += [info.sha256[ending] for info in infos for ending in ENDINGS]
@@ -120,9 +128,9 @@ class Manifest:
 
 
 class TokenWriter:
-    """Write one split and side sentence by sentence, in flat memory (12 bytes a sentence).
+    """Write one split and side sentence by sentence, in flat memory.
 
-    It is a context manager, which closes the file.
+    It is a context manager, which closes the files.
 
     Args:
         stem: the path without its ending, as in ``folder/train.src``.
@@ -131,42 +139,54 @@ class TokenWriter:
 
     def __init__(self, stem: Path, dtype: np.dtype) -> None:
         self.stem, self.dtype = stem, dtype
-        self.unknown = 0
-        self._file = open(f"{stem}.bin", "wb")  # noqa: SIM115 - closed in `__exit__`
+        self.unknown = self.tokens = self.longest = self.sentences = 0
+        # closed in `__exit__`
+        self._bin = open(f"{stem}.bin", "wb")  # noqa: SIM115
+        self._idx = open(f"{stem}.idx", "w+b")  # noqa: SIM115
+        self._idx.seek(_HEADER.size)
         self._bin_hash = hashlib.sha256()
-        self._sizes: list[np.ndarray] = []
 
     def __enter__(self) -> TokenWriter:
         return self
 
     def __exit__(self, *failure: object) -> None:
-        self._file.close()
+        with self._bin, self._idx:  # close both, though closing one may fail
+            pass
 
     def add(self, sizes: np.ndarray, tokens: np.ndarray, unknown: int) -> None:
         """Append sentences given as one flat array and their lengths."""
         data = tokens.astype(self.dtype, copy=False).tobytes()
-        self._file.write(data)
+        self._bin.write(data)
         self._bin_hash.update(data)
-        self._sizes.append(sizes.astype("<i4", copy=False))
+        self._idx.write(sizes.astype("<i4", copy=False).tobytes())
         self.unknown += unknown
+        self.sentences += len(sizes)
+        self.tokens += int(sizes.sum(dtype=np.int64))
+        self.longest = max(self.longest, int(sizes.max(initial=0)))
 
     def finish(self) -> SideInfo:
-        """Write the index, sync both files, and return what the manifest says of them."""
-        sizes = np.concatenate([*self._sizes, np.zeros(0, "<i4")])
-        offsets = np.zeros(len(sizes), "<i8")
-        np.cumsum(sizes[:-1], out=offsets[1:])
-        offsets *= self.dtype.itemsize
-        head = _HEADER.pack(_MAGIC, 1, _CODES[self.dtype], len(sizes))
-        index = head + sizes.tobytes() + offsets.tobytes()
-        with open(f"{self.stem}.idx", "wb") as file:
-            file.write(index)
-            _sync(file)
-        _sync(self._file)
+        """Complete the index, and return what the manifest says of both files."""
+        tokens = 0
+        for start in range(0, self.sentences, _BLOCK):
+            count = min(_BLOCK, self.sentences - start)
+            self._idx.seek(_HEADER.size + 4 * start)
+            sizes = np.frombuffer(self._idx.read(4 * count), "<i4")
+            ends = tokens + np.cumsum(sizes, dtype="<i8")
+            self._idx.seek(_HEADER.size + 4 * self.sentences + 8 * start)
+            self._idx.write(((ends - sizes) * self.dtype.itemsize).tobytes())
+            tokens = int(ends[-1])
+        self._idx.seek(0)
+        self._idx.write(_HEADER.pack(_MAGIC, 1, _CODES[self.dtype], self.sentences))
+        self._idx.flush()
+        self._bin.flush()
         return SideInfo(
-            tokens=int(sizes.sum(dtype=np.int64)),
-            longest=int(sizes.max(initial=0)),
+            tokens=self.tokens,
+            longest=self.longest,
             unknown=self.unknown,
-            sha256={"bin": self._bin_hash.hexdigest(), "idx": hashlib.sha256(index).hexdigest()},
+            sha256={
+                "bin": self._bin_hash.hexdigest(),
+                "idx": _file_hash(Path(f"{self.stem}.idx")),
+            },
         )
 
 
@@ -212,11 +232,13 @@ class TokenFile:
         for ending in ENDINGS:
             if _file_hash(Path(f"{self.stem}.{ending}")) != info.sha256[ending]:
                 raise self._damaged(f".{ending}", "its bytes differ from the manifest's sha256")
-        block = 1 << 24
-        for start in range(0, len(self.tokens), block):
-            top = int(self.tokens[start : start + block].max())
-            if top >= vocab_size:
-                raise self._damaged(".bin", f"id {top} is outside the vocabulary of {vocab_size}")
+        for start in range(0, len(self.tokens), _BLOCK):
+            block = self.tokens[start : start + _BLOCK]
+            for end in (int(block.min()), int(block.max())):
+                if not 0 <= end < vocab_size:
+                    raise self._damaged(
+                        ".bin", f"id {end} is outside the vocabulary of {vocab_size}"
+                    )
 
     def _map(self, ending: str, dtype: np.dtype) -> np.ndarray:
         path = Path(f"{self.stem}{ending}")
@@ -268,12 +290,21 @@ class BinarizedDataset:
         return self.splits[split]
 
     def _tokenizer(self, side: str) -> Tokenizer:
-        tokenizer = load_tokenizer(self.folder / f"tokenizer.{side}")
-        expected = self.manifest.tokenizers[side]
-        if tokenizer.hash != expected:
+        path, expected = self.folder / f"tokenizer.{side}", self.manifest.tokenizers[side]
+        try:
+            found = _file_hash(path)
+        except OSError as error:
+            raise FastdissError(f"{path}: cannot read the tokenizer: {error.strerror}") from None
+        if found != expected:  # told before its bytes are made anything of
             raise FastdissError(
-                f"{self.folder}/tokenizer.{side} has hash {tokenizer.hash[:16]} where the manifest "
-                f"says {expected[:16]}; run `fastdiss preprocess` again"
+                f"{path} has hash {found[:16]} where the manifest says {expected[:16]}; "
+                "run `fastdiss preprocess` again"
+            )
+        tokenizer, size = load_tokenizer(path), self.manifest.vocab_sizes[side]
+        if tokenizer.vocab_size != size:
+            raise FastdissError(
+                f"{path} has {tokenizer.vocab_size} pieces where the manifest says {size}; "
+                "run `fastdiss preprocess` again"
             )
         return tokenizer
 
@@ -284,7 +315,9 @@ def token_dtype(vocab_size: int) -> np.dtype:
 
 
 def replace_folder(new: Path, final: Path) -> None:
-    """Put a finished dataset in its place; an older dataset there is replaced whole."""
+    """Sync a finished dataset and put it in its place; an older one there is replaced whole."""
+    for path in (*new.iterdir(), new):
+        _sync(path)
     old = final.with_name(f"{final.name}.old-{os.getpid()}")
     if final.exists():
         final.rename(old)
@@ -294,18 +327,23 @@ def replace_folder(new: Path, final: Path) -> None:
         if old.exists():
             old.rename(final)
         raise
-    shutil.rmtree(old, ignore_errors=True)
+    try:
+        _sync(final.parent)
+    finally:
+        shutil.rmtree(old, ignore_errors=True)
 
 
-def _sync(file: Any) -> None:
-    file.flush()
-    os.fsync(file.fileno())
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _file_hash(path: Path) -> str:
+    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        return (
-            hashlib.file_digest(file, "sha256").hexdigest()
-            if hasattr(hashlib, "file_digest")
-            else hashlib.sha256(file.read()).hexdigest()
-        )
+        while block := file.read(_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()

@@ -9,6 +9,7 @@ For sentence ``i``, tab-separated, in corpus order:
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,8 +22,8 @@ from fastdiss_cli.data.tokenizer import Tokenizer
 from fastdiss_cli.errors import FastdissError
 from fastdiss_cli.models.registry import Hypothesis
 
-_LINE = re.compile(r"([STHDPI])-(\d+)\t(.*)", re.DOTALL)
-_HISTORY = re.compile(r"E-\d+_\d+\t")
+_LINE = re.compile(r"([STHDPI])-([0-9]{1,18})\t(.*)", re.DOTALL)
+_HISTORY = re.compile(r"E-[0-9]{1,18}_[0-9]+\t")
 # red, yellow, no colour: readable on dark and light terminals
 _CONFIDENCE_STYLES = ((0.5, Style(color="red")), (0.9, Style(color="yellow")), (1.1, Style()))
 
@@ -88,6 +89,8 @@ def read_system(path: Path) -> Generated:
     lines = list(read_lines(path))
     if not lines:
         raise FastdissError(f"{path} is empty")
+    if not (_LINE.match(lines[0]) or _HISTORY.match(lines[0])):
+        return Generated(lines, None)
     found: dict[str, dict[int, str]] = {"D": {}, "T": {}}
     for line in lines:
         match = _LINE.match(line)
@@ -98,11 +101,11 @@ def read_system(path: Path) -> Generated:
             if number in found[kind]:
                 raise FastdissError(f"{path}: {kind}-{number} is there twice")
             found[kind][number] = rest.split("\t", 1)[-1] if kind == "D" else rest
-    if not found["D"] or not (_LINE.match(lines[0]) or _HISTORY.match(lines[0])):
+    if not found["D"]:
         return Generated(lines, None)
-    missing = set(range(max(found["D"]) + 1)) - set(found["D"])
-    if missing:
-        raise FastdissError(f"{path}: no D-{min(missing)} line; the file is not complete")
+    missing = next(number for number in itertools.count() if number not in found["D"])
+    if missing < len(found["D"]):
+        raise FastdissError(f"{path}: no D-{missing} line; the file is not complete")
     references = found["T"] if found["T"].keys() == found["D"].keys() else None
     return Generated(_in_order(found["D"]), None if references is None else _in_order(references))
 

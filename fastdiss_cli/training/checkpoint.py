@@ -12,7 +12,8 @@ import json
 import os
 import re
 import shutil
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -70,7 +71,13 @@ class Checkpoint:
         return {n.removeprefix(start): t for n, t in self.tensors.items() if n.startswith(start)}
 
     def tokenizer(self, side: str) -> Tokenizer:
-        return Tokenizer(self.tensors[f"tokenizer.{side}"].numpy().tobytes(), f"tokenizer.{side}")
+        """Return the tokenizer of a side.
+
+        Raises:
+            FastdissError: it is not in the checkpoint.
+        """
+        model = self.tensors.get(f"tokenizer.{side}", torch.zeros(0))
+        return Tokenizer(model.numpy().tobytes(), f"the checkpoint's tokenizer.{side}")
 
     def save(self, path: Path) -> None:
         """Write the file aside, sync it and rename it, so that ``path`` is never half written.
@@ -90,18 +97,11 @@ class Checkpoint:
         tensors = {name: t.detach().contiguous() for name, t in sorted(self.tensors.items())}
         text = json.dumps(facts, sort_keys=True)
         metadata = {"fastdiss": FORMAT_VERSION, "facts": text, "sha256": _digest(text, tensors)}
-        aside = path.with_name(f".{path.name}.tmp")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+        with _replacing(path) as aside:
             save_file(tensors, aside, metadata)
+            # safetensors may make files that are nobody else's to read
+            aside.chmod(aside.parent.stat().st_mode & 0o666)
             _sync(aside)
-            os.replace(aside, path)
-            _sync(path.parent)
-        except (OSError, SafetensorError) as error:
-            with suppress(OSError):
-                aside.unlink(missing_ok=True)
-            reason = getattr(error, "strerror", None) or str(error)
-            raise FastdissError(f"{path}: cannot write the checkpoint: {reason}") from None
 
     @classmethod
     def load(cls, path: Path) -> Checkpoint:
@@ -118,27 +118,33 @@ class Checkpoint:
                 version = metadata.get("fastdiss")
                 if version == FORMAT_VERSION:
                     tensors = {name: file.get_tensor(name) for name in sorted(file.keys())}
-        except (OSError, SafetensorError, UnicodeDecodeError) as error:
+                    digest = _digest(metadata.get("facts", ""), tensors)
+        # RuntimeError, TypeError: number types that torch knows and cannot handle
+        except (OSError, SafetensorError, ValueError, RuntimeError, TypeError) as error:
             raise FastdissError(f"{path} is not a readable checkpoint: {error}") from None
         if version is None:
             raise FastdissError(f"{path} is a safetensors file, but not a fastdiss checkpoint")
         if version != FORMAT_VERSION:
             raise FastdissError(
-                f"{path} has checkpoint format {version}; this fastdiss reads {FORMAT_VERSION}"
+                f"{path} has checkpoint format {version!r}; this fastdiss reads {FORMAT_VERSION!r}"
             )
-        text = metadata.get("facts", "")
-        if _digest(text, tensors) != metadata.get("sha256"):
+        if digest != metadata.get("sha256"):
             raise FastdissError(f"{path} is damaged: its bytes differ from its sha256")
-        facts = json.loads(text)
-        return cls(
-            facts["arch"],
-            facts["model"],
-            facts["train"],
-            Progress(**facts["progress"]),
-            facts["dataset_hash"],
-            facts["world_size"],
-            tensors,
-        )
+        try:
+            facts = json.loads(metadata["facts"])
+            return cls(
+                str(facts["arch"]),
+                dict(facts["model"]),
+                dict(facts["train"]),
+                Progress(**facts["progress"]),
+                str(facts["dataset_hash"]),
+                int(facts["world_size"]),
+                tensors,
+            )
+        except (KeyError, ValueError, TypeError, RecursionError) as error:
+            raise FastdissError(
+                f"{path} is damaged: its facts are incomplete ({type(error).__name__}: {error})"
+            ) from None
 
 
 def vocabulary(tokenizer: Tokenizer) -> Vocabulary:
@@ -198,7 +204,9 @@ def unpack_optimizer(
 
 
 def prune_numbered(folder: Path, keep: int) -> None:
-    """Delete all but the newest ``keep`` numbered checkpoints."""
+    """Delete all but the newest ``keep`` numbered checkpoints, and what killed saves left."""
+    for left in folder.glob(".checkpoint_*.safetensors.tmp"):
+        shutil.rmtree(left, ignore_errors=True)
     numbered = [(m, p) for p in folder.iterdir() if (m := _NUMBERED.fullmatch(p.name))]
     numbered.sort(key=lambda found: int(found[0][1]))
     for _, path in numbered[: max(len(numbered) - keep, 0)]:
@@ -209,17 +217,37 @@ def copy_checkpoint(source: Path, target: Path) -> None:
     """Give a checkpoint a second name without ever leaving half a file there."""
     if target.exists() and target.samefile(source):
         return
-    aside = target.with_name(f".{target.name}.tmp")
-    try:
-        aside.unlink(missing_ok=True)
+    with _replacing(target) as aside:
         try:
             os.link(source, aside)
         except OSError:  # a file system without hard links
             shutil.copyfile(source, aside)
             _sync(aside)
-        os.replace(aside, target)
-    except OSError as error:
-        raise FastdissError(f"{target}: cannot write: {error.strerror}") from None
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """Yield where to write and sync a file that then takes the place of ``path`` at once.
+
+    It is in a folder of its own, which the next call removes if a kill leaves it: safetensors
+    writes aside too, under names that nobody could tell later.
+
+    Raises:
+        FastdissError: the disk is full or the folder cannot be written.
+    """
+    folder = path.with_name(f".{path.name}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        yield folder / path.name
+        os.replace(folder / path.name, path)
+        _sync(path.parent)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise FastdissError(f"{path}: cannot write the checkpoint: {reason}") from None
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _shape(tensors: dict[str, Any], name: str) -> list[int] | None:

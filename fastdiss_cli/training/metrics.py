@@ -73,7 +73,11 @@ class MetricsFile:
         self._unwritten = ""
         if active and path.exists():
             last = (after, validation_due)
-            kept = [line for line in path.read_text("utf-8").splitlines() if _keep(line, *last)]
+            kept = [
+                line
+                for line in path.read_text("utf-8", "replace").splitlines()
+                if _keep(line, *last)
+            ]
             aside = path.with_name(f".{path.name}.tmp")
             aside.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
             os.replace(aside, path)
@@ -105,5 +109,5 @@ def _keep(line: str, after: int, validation_due: bool) -> bool:
         figures = json.loads(line)
         again = validation_due and figures["split"] == "valid"
         return figures["update"] < after + (not again)
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return False

@@ -1,0 +1,150 @@
+"""Memory does not grow with the size of the input: preprocess, generate, and opening a dataset."""
+
+from __future__ import annotations
+
+import os
+import select
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ENGLISH, GERMAN, run_cli
+
+from fastdiss_cli.data.tokenizer import train_tokenizer
+
+NETWORK = {"model_dim": 8, "ffn_dim": 8, "heads": 2, "encoder_layers": 1, "decoder_layers": 1}
+FEW, MANY = 60_000, 360_000  # lines for preprocess
+SLACK = 5_000  # kilobytes; 300,000 pairs with 12 bytes a side in the index would be 7,200
+COUNTER = """
+import resource, subprocess, sys
+code = subprocess.call(sys.argv[1:])
+print("PEAK", resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss, file=sys.stderr)
+sys.exit(code)
+"""
+
+
+def peak_of(*args: str | Path, stdout: int = subprocess.DEVNULL) -> int:
+    """Run ``fastdiss ARGS``; return the most memory, in kilobytes, of it or of a worker of it."""
+    done = subprocess.run(
+        [sys.executable, "-c", COUNTER, sys.executable, "-m", "fastdiss_cli", *map(str, args)],
+        stdout=stdout,
+        stderr=subprocess.PIPE,
+        encoding="utf-8",
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    return int(done.stderr.split()[-1])
+
+
+def write_lines(path: Path, words: list[str], count: int) -> None:
+    """Write lines of two to four words that repeat every thousand."""
+    lines = [" ".join(words[int(digit)] for digit in f"{i % 1000:02d}") for i in range(1000)]
+    block = "".join(f"{line}\n" for line in lines).encode()
+    with open(path, "wb") as file:
+        for _ in range(count // 1000):
+            file.write(block)
+
+
+@pytest.mark.slow
+def test_preprocess_in_flat_memory(tmp_path: Path) -> None:
+    """From 60,000 lines to 360,000, the main process and the largest worker stay as they are."""
+    (tmp_path / "spm").write_bytes(train_tokenizer([*GERMAN, *ENGLISH], "char", 300).model)
+    peaks = []
+    for count in (FEW, MANY):
+        for language, words in (("de", GERMAN), ("en", ENGLISH)):
+            write_lines(tmp_path / f"x.{language}", words, count)
+        peaks.append(peak_of(
+            "preprocess", "-s", "de", "-t", "en", "--trainpref", tmp_path / "x",
+            "--tokenizer", tmp_path / "spm", "--destdir", tmp_path / "d", "--workers", "1",
+        ))  # fmt: skip
+    print(f"peak: {peaks[0]:,} and {peaks[1]:,} kB")
+    assert peaks[1] - peaks[0] < SLACK
+
+
+@pytest.fixture(scope="module")
+def checkpoint(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    data = [f"--{split}pref={corpus / split}" for split in ("train", "valid")]
+    preprocess = ("preprocess", "-s", "de", "-t", "en", *data, "--model-type", "word")
+    assert run_cli(*preprocess, "--destdir", folder / "d").returncode == 0
+    done = run_cli(
+        "train", folder / "d", "--arch", "fastdiss_tiny", "--save-dir", folder, "--max-update",
+        "1", "--set=train.valid_sentences=0", "--set=model.latent_dim=4",
+        *(f"--set=model.{key}={value}" for key, value in NETWORK.items()),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return folder / "checkpoint_last.safetensors"
+
+
+@pytest.mark.slow
+def test_generate_in_flat_memory(checkpoint: Path, tmp_path: Path) -> None:
+    """From 4,000 lines to 16,000, decoded 1,000 at a time."""
+    peaks = []
+    for count in (4_000, 16_000):
+        write_lines(tmp_path / "x", GERMAN, count)
+        peaks.append(peak_of(
+            "generate", "--path", checkpoint, "--steps", "1", "--input", tmp_path / "x",
+            "--buffer-size", "1000", "--results-path", tmp_path,
+        ))  # fmt: skip
+    print(f"peak: {peaks[0]:,} and {peaks[1]:,} kB")
+    assert (tmp_path / "generate-input.txt").read_text("utf-8").count("\nD-") == 16_000
+    # 25,000 more were measured for 40,000 lines; read all at once they took 380,000 more
+    assert peaks[1] - peaks[0] < 48_000
+
+
+def test_a_line_in_is_a_line_out(checkpoint: Path) -> None:
+    """An answer comes while stdin is still open."""
+    command = [sys.executable, "-m", "fastdiss_cli", "generate", "--path", str(checkpoint)]
+    with subprocess.Popen(
+        [*command, "--steps", "1", "--input", "-"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        env={key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"},
+    ) as process:
+        for number, line in enumerate(["drei vier", "", "neun"]):
+            process.stdin.write(f"{line}\n".encode())
+            process.stdin.flush()
+            said = b""
+            while f"I-{number}\t".encode() not in said:
+                ready, _, _ = select.select([process.stdout], [], [], 120)
+                assert ready, "no answer while stdin is open"
+                said += os.read(process.stdout.fileno(), 1 << 16)
+            assert said.startswith(f"S-{number}\t{line}\n".encode())
+        process.stdin.close()
+        assert b"3 sentences" in process.stdout.read()
+    assert process.returncode == 0
+
+
+OPEN = """
+import resource, sys
+from pathlib import Path
+from fastdiss_cli.data.binarized import TokenFile
+before = resource.getrusage(resource.RUSAGE_SELF)
+file = TokenFile(Path(sys.argv[1]))
+print(len(file.tokens), file[1][:3].tolist(), end=" ")
+after = resource.getrusage(resource.RUSAGE_SELF)
+print(after.ru_maxrss - before.ru_maxrss)
+"""
+
+
+def test_opening_reads_the_index_only(tmp_path: Path) -> None:
+    """Eight gigabytes of tokens, all but none of which are on the disk, or in memory."""
+    sizes = [2**30, 2**30, 2**30, 2**30 - 1]
+    offsets = [2 * sum(sizes[:i]) for i in range(4)]
+    head = struct.pack("<9sQBQ", b"MMIDIDX\0\0", 1, 8, 4)
+    (tmp_path / "x.idx").write_bytes(head + struct.pack("<4i4q", *sizes, *offsets))
+    with open(tmp_path / "x.bin", "wb") as file:
+        file.truncate(2 * sum(sizes))
+        file.seek(offsets[1])
+        file.write(struct.pack("<3H", 7, 8, 9))
+    if (tmp_path / "x.bin").stat().st_blocks > 10_000:
+        pytest.skip("a file system without sparse files")
+    done = subprocess.run(
+        [sys.executable, "-c", OPEN, str(tmp_path / "x")], capture_output=True, text=True
+    )
+    tokens, *ids, grown = done.stdout.replace(",", "").strip().split(" ")
+    assert int(tokens) == sum(sizes) and ids == ["[7", "8", "9]"]
+    assert int(grown) < 10_000  # kilobytes
