@@ -194,6 +194,7 @@ def test_any_text_gives_a_line_for_a_line(
     assert ["\t".join(row[1:]) for row in lines_of(done.stdout, "S")] == expected
 
 
+@pytest.mark.slow
 def test_a_line_of_100_000_characters(tmp_path: Path) -> None:
     """It is stored, left out of training with a report, and translated."""
     for split in ("train", "valid", "test"):
