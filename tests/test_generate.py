@@ -7,9 +7,10 @@ import random
 import signal
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
-from conftest import Ranks, run_cli
+from conftest import Ranks, one_line_error, run_cli
 from runs import command, signalled_in_batch
 
 TYPES = ["transformer_tiny", "difformer_tiny", "fastdiss_tiny"]
@@ -170,3 +171,22 @@ def waiting_input(rank: int) -> None:
         signal.pause()
 
     text.decode_lines = lines
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device that is always full")
+def test_a_full_disk_is_told_with_the_name_of_the_file(
+    data_bin: Path,
+    checkpoints: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    real_open = Path.open
+
+    def full(path: Path, *args: Any, **kwargs: Any) -> Any:
+        return real_open(Path("/dev/full") if path.suffix == ".tmp" else path, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "open", full)
+    model = checkpoints["fastdiss_tiny"]
+    done = run_cli("generate", data_bin, "--path", model, "--results-path", tmp_path)
+    assert "generate-test.txt: cannot write: No space left" in one_line_error(done)
+    assert not list(tmp_path.iterdir())

@@ -197,7 +197,7 @@ def generate(
             (src, tgt),
             corpus,
             runs,
-            [output.file for output in outputs],
+            outputs,
             # a diagnosis is over all sentences at once
             window=corpus.total if diagnose else buffer_size or (1 if input == "-" else WINDOW),
             gold=self_cond == "gold",
@@ -219,7 +219,7 @@ def generate(
             summaries = summarise(runs, done.texts, references)
             for summary, output in zip(summaries, outputs, strict=True):
                 if output.path:
-                    print(summary.line(name, arch.name), file=output.file)
+                    output.write(summary.line(name, arch.name) + "\n")
                     output.finish()
             alone = len(runs) == 1
             print(summaries[0].line(name, arch.name) if alone else table(summaries), flush=True)

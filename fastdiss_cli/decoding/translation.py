@@ -77,8 +77,23 @@ class Output:
     file: TextIO
     path: Path | None = None
 
+    def write(self, text: str) -> None:
+        """Write and flush.
+
+        Raises:
+            FastdissError: the file cannot take it.
+        """
+        try:
+            self.file.write(text)
+            self.file.flush()
+        except OSError as error:
+            if self.path is None:
+                raise
+            raise FastdissError(f"{self.path}: cannot write: {error.strerror}") from None
+
     def finish(self) -> None:
         assert self.path is not None
+        os.fsync(self.file.fileno())
         self.file.close()
         os.replace(self.file.name, self.path)
 
@@ -121,7 +136,7 @@ def translate(
     tokenizers: tuple[Tokenizer, Tokenizer],
     corpus: Source,
     runs: list[Run],
-    outputs: list[TextIO],
+    outputs: list[Output],
     window: int,
     gold: bool,
     keep: bool,
@@ -136,7 +151,7 @@ def translate(
     """
     src, tgt = tokenizers
     first_rank = processes.rank == 0
-    to_terminal = sys.stdout in outputs and logs.is_terminal()
+    to_terminal = any(output.file is sys.stdout for output in outputs) and logs.is_terminal()
     so_far = Translation([[] for _ in runs])
     with logs.progress("generating", corpus.total, hidden=to_terminal) as bar:
         while not so_far.signal and (
@@ -153,6 +168,7 @@ def translate(
             so_far.signal = decode_shared(
                 model, sources, runs, processes=processes, stop=stop, **given
             )
+            lines: list[list[str]] = [[] for _ in outputs]
             for i, (source, target) in enumerate(pairs):
                 if runs[0].best[i] is None:  # a signal came: what lies behind it is not in order
                     break
@@ -161,16 +177,15 @@ def translate(
                 if keep and reference is not None:
                     so_far.references.append(reference)
                 for n, run in enumerate(runs):
+                    best = run.best[i]
                     if keep:
-                        so_far.texts[n].append(hypothesis_text(run.best[i], tgt))
+                        so_far.texts[n].append(hypothesis_text(best, tgt))
                     if outputs:
-                        lines = format_lines(
-                            first + i, source_text, run.best[i], tgt, reference, to_terminal
-                        )
-                        outputs[n].write(lines)
+                        shown = (first + i, source_text, best, tgt, reference, to_terminal)
+                        lines[n].append(format_lines(*shown))
                 so_far.sentences += 1
-            for output in outputs:
-                output.flush()
+            for output, written in zip(outputs, lines, strict=True):
+                output.write("".join(written))
     so_far.signal = so_far.signal or stop.signal
     return so_far
 
