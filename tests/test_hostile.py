@@ -379,7 +379,12 @@ def test_aliases_of_aliases_are_not_written_out(data_bin: Path, tmp_path: Path) 
     indented = "".join(f"  {line}\n" for line in ALIASES.splitlines())
     recipe.write_text(f"train:\n  seed: *j\nmodel:\n{indented}".replace("seed: *j", "lr: 1"))
     assert "unknown option model.a" in one_line_error("train", data_bin, "--config", recipe)
-    nested = "[" + "&a [x, x], &b [*a, *a], &c [*b, *b, *b, *b, *b, *b, *b, *b]" + "]"
+    eight = ", ".join(["*{0}"] * 8)
+    nested = (
+        "[&a [x, x], "
+        + ", ".join(f"&{new} [{eight.format(old)}]" for old, new in ("ab", "bc", "cd"))
+        + "]"
+    )
     line = one_line_error("train", data_bin, f"--set=train.lr={nested}")
     assert "train.lr must be a number" in line and len(line) < 500
     text = ALIASES.replace("j: &j ", "train:\n  lr: ")
