@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,14 +25,15 @@ def plot(path: Path, draw: Callable[[Any], None]) -> None:
 
 def plot_quality(results: Results, axes: Any) -> None:
     for name in results.variants:
-        points = [(s, results.over_seeds(name, "reuse", s)) for s in STEPS]
-        found = [(s, *p) for s, p in points if p]
-        if found:
-            steps, means, spreads = zip(*found, strict=True)
-            axes.errorbar(steps, means, spreads, marker="o", capsize=2, label=name)
-    beam = results.mean("transformer", "beam", None)
-    if beam is not None:
-        axes.axhline(beam, color="0.4", linestyle="--", label="transformer, beam 5")
+        scores = {steps: results.over_seeds(name, "reuse", steps) for steps in STEPS}
+        scores = {steps: values for steps, values in scores.items() if values}
+        means = [statistics.fmean(values) for values in scores.values()]
+        spreads = [statistics.stdev(v) if len(v) > 1 else 0 for v in scores.values()]
+        axes.errorbar(list(scores), means, spreads, marker="o", capsize=2, label=name)
+    beam = results.over_seeds("transformer", "beam", None)
+    if beam:
+        label = f"transformer, beam 5: {statistics.fmean(beam):.1f}"
+        axes.plot([], [], " ", label=label)
     axes.set(xscale="log", xlabel="steps", ylabel=NAMES[results.metric])
     axes.set_xticks(STEPS, labels=map(str, STEPS))
     axes.minorticks_off()

@@ -101,8 +101,8 @@ def targets(results: Results, p: dict[str, float]) -> str:
     sign = 1 if results.higher_is_better else -1
 
     def value(name: str, way: str, steps: int | None) -> float:
-        found = results.mean(name, way, steps)
-        return float("nan") if found is None else sign * found
+        found = results.over_seeds(name, way, steps)
+        return sign * statistics.fmean(found) if found else float("nan")
 
     five = {name: value(name, "reuse", 5) for name in VARIANTS}
     fast = {steps: value("fastdiss", "reuse", steps) for steps in STEPS}

@@ -67,25 +67,18 @@ class Results:
                 self.scores[key] = result.score
         return self.scores[key]
 
-    def over_seeds(
-        self, name: str, way: str, steps: int | None, metric: str = ""
-    ) -> tuple[float, float] | None:
-        """Return mean and standard deviation (0 for one seed) over the seeds that there are."""
-        paths = [self.file(name, seed, way, steps) for seed in self.seeds]
-        values = [self.score(path, metric) for path in paths if path.exists()]
-        if not values:
-            return None
-        return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+    def over_seeds(self, name: str, way: str, steps: int | None, metric: str = "") -> list[float]:
+        """Return the scores of the seeds that there are."""
+        paths = (self.file(name, seed, way, steps) for seed in self.seeds)
+        return [self.score(path, metric) for path in paths if path.exists()]
 
     def cell(self, name: str, way: str, steps: int | None, metric: str = "") -> str:
-        found = self.over_seeds(name, way, steps, metric)
-        if found is None:
+        """Return mean and, with several seeds, standard deviation as text."""
+        values = self.over_seeds(name, way, steps, metric)
+        if not values:
             return "-"
-        return f"{found[0]:.2f}" + (f" ± {found[1]:.2f}" if len(self.seeds) > 1 else "")
-
-    def mean(self, name: str, way: str, steps: int | None) -> float | None:
-        found = self.over_seeds(name, way, steps)
-        return None if found is None else found[0]
+        spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+        return f"{statistics.fmean(values):.2f}{spread}"
 
     def diagnosis(self, name: str, steps: int) -> dict[str, Any]:
         """Return what `generate --diagnose` measured for seed 1."""
