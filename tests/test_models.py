@@ -362,6 +362,10 @@ def test_a_diagnosis_measures_the_gap_to_a_fresh_estimate() -> None:
         for (h,) in model.decode(memory, torch.arange(5), options):
             assert h.nfe == (6 if exact else 3) and len(h.history) == 3
             assert all((step.gap < 1e-9) == exact and step.norm > 0 for step in h.history)
+    silent = make_model("difformer", self_cond_rate=0.0)
+    options = silent.Decoding(steps=2, diagnose=True)
+    for (h,) in silent.decode(silent.encode(pad(sources, VOCAB.pad)[0]), torch.arange(5), options):
+        assert all(math.isnan(step.gap) for step in h.history)
 
 
 def test_losses_at_a_time_are_those_of_training() -> None:

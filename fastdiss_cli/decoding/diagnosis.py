@@ -7,6 +7,7 @@ loss on the right answers, told nothing, a fresh estimate, or a stale one, as sa
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from statistics import fmean
 from typing import Any
@@ -61,10 +62,12 @@ def by_step(hypotheses: Sequence[Hypothesis]) -> list[Row]:
         row = {
             "step": k + 1,
             "t": round(steps[0].time, 4),
-            "gap": fmean(step.gap for step in steps),
             "norm": fmean(step.norm for step in steps),
             "confidence": fmean(fmean(step.confidences) for step in steps),
         }
+        gap = fmean(step.gap for step in steps)
+        if not math.isnan(gap):  # who is never told anything has none
+            row["gap"] = gap
         if k:
             row["changed"] = fmean(_changed(h.history[k - 1], h.history[k]) for h in hypotheses)
         rows.append(row)

@@ -314,7 +314,7 @@ class Difformer(Seq2SeqModel):
 
         def watch(t: Tensor, z: Tensor, z0_hat: Tensor) -> None:
             fresh = None
-            if options.diagnose:
+            if options.diagnose and self.config.self_cond_rate:
                 at = t.expand(len(z))
                 fresh = denoise(z, at, self.tell(denoise(z, at, torch.zeros_like(z))))
             frames.append(self._history(float(t), z0_hat, fresh, lengths))

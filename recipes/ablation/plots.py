@@ -57,6 +57,9 @@ def plot_speed(results: Results, axes: Any) -> None:
 
 def plot_gap(results: Results, axes: Any) -> None:
     for name in results.variants:
-        gaps = [row["gap"] for row in results.diagnosis(name, 20)["by_step"]]
-        axes.plot(range(1, len(gaps) + 1), gaps, marker=".", label=name)
+        rows = [row for row in results.diagnosis(name, 20)["by_step"] if "gap" in row]
+        if rows:
+            steps, gaps = [row["step"] for row in rows], [row["gap"] for row in rows]
+            axes.plot(steps, gaps, marker=".", label=name)
+    axes.set_xticks(range(0, 21, 5))
     axes.set(yscale="log", xlabel="step of 20", ylabel="gap of stale to fresh estimate (MSE)")

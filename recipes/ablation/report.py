@@ -197,7 +197,8 @@ def diagnosis(results: Results) -> tuple[str, str]:
     for name in results.variants:
         tables = results.diagnosis(name, 5)
         for row in tables["by_step"]:
-            cells = (f"{row[key]:.4f}" for key in ("gap", "norm", "confidence"))
+            keys = ("gap", "norm", "confidence")
+            cells = (f"{row[key]:.4f}" if key in row else "-" for key in keys)
             by_step.append([name if row["step"] == 1 else "", row["step"], row["t"], *cells])
         for k, row in enumerate(tables["by_time"][::2]):
             cells = (f"{row[f'anchor_{told}']:.3f}" for told in ("nothing", "fresh", "stale"))
