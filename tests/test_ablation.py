@@ -37,7 +37,6 @@ class InThisThread(Executor):
 
 @pytest.mark.slow
 def test_trials_and_report(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("matplotlib")
     recipe = Path(shutil.copytree(RECIPE, tmp_path / "recipe"))
     shutil.rmtree(recipe / "results", ignore_errors=True)
     (recipe / "embedded.yaml").write_text(SMALL)
