@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
-from results import NAMES, STEPS, Results, speed_of
+from results import NAMES, Results, speed_of
 
 
 def plot(path: Path, draw: Callable[[Any], None]) -> None:
@@ -25,7 +25,7 @@ def plot(path: Path, draw: Callable[[Any], None]) -> None:
 
 def plot_quality(results: Results, axes: Any) -> None:
     for name in results.variants:
-        scores = {steps: results.over_seeds(name, "reuse", steps) for steps in STEPS}
+        scores = {steps: results.over_seeds(name, "reuse", steps) for steps in results.steps}
         scores = {steps: values for steps, values in scores.items() if values}
         means = [statistics.fmean(values) for values in scores.values()]
         spreads = [statistics.stdev(v) if len(v) > 1 else 0 for v in scores.values()]
@@ -35,7 +35,7 @@ def plot_quality(results: Results, axes: Any) -> None:
         label = f"transformer, beam 5: {statistics.fmean(beam):.1f}"
         axes.plot([], [], " ", label=label)
     axes.set(xscale="log", xlabel="steps", ylabel=NAMES[results.metric])
-    axes.set_xticks(STEPS, labels=map(str, STEPS))
+    axes.set_xticks(results.steps, labels=map(str, results.steps))
     axes.minorticks_off()
 
 

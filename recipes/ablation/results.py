@@ -18,7 +18,6 @@ from fastdiss_cli.metrics import METRICS
 # corpus -> the metric of its tables, and whether a higher value is better
 METRIC = {"embedded": ("bleu", True), "multi30k": ("bleu", True), "cmudict_g2p": ("ser", False)}
 NAMES = {"bleu": "BLEU", "ser": "WER (words with a wrong pronunciation, %)", "wer": "PER"}
-STEPS = [int(steps) for steps in ALL_STEPS.split(",")]
 FEW = [int(steps) for steps in FEW_STEPS.split(",")]
 SPEED = re.compile(r"([\d,]+) sentences in ([\d.]+) s, ([\d.]+) sentences/s, NFE ([\d.]+)")
 
@@ -32,6 +31,7 @@ class Results:
         self.metric, self.higher_is_better = METRIC[corpus]
         self.seeds = range(1, self.plan["seeds"] + 1)
         self.variants = self.plan.get("variants", list(VARIANTS))
+        self.steps = [int(steps) for steps in self.plan.get("steps", ALL_STEPS).split(",")]
         self.scores: dict[str, float] = {}
 
     @cached_property
@@ -88,7 +88,7 @@ class Results:
     def speed_files(self) -> list[tuple[Path, str, str]]:
         """Return the files of the speed measurement, what each is, and its group."""
         folder, files = self.work / "speed", []
-        for way, counts, ending in (("single", [*STEPS, 2000], ""), ("mbr", FEW, ", MBR")):
+        for way, counts, ending in (("single", [*self.steps, 2000], ""), ("mbr", FEW, ", MBR")):
             for steps in counts:
                 path = folder / way / f"generate-test.steps{steps}.txt"
                 files.append((path, f"fastdiss, {steps} steps{ending}", way))

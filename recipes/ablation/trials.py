@@ -219,7 +219,7 @@ def fastdiss(log_folder: Path, *arguments: object) -> None:
 
 def measure_speed(work: Path, data: Path, plan: dict[str, Any]) -> None:
     """Sample once more from the models of seed 1, one run at a time and with all cores."""
-    counts = ALL_STEPS + (",2000" if plan.get("many_steps") else "")
+    counts = plan.get("steps", ALL_STEPS) + (",2000" if plan.get("many_steps") else "")
     ways = {
         "single": ("fastdiss", ["--steps", counts]),
         "mbr": ("fastdiss", ["--steps", FEW_STEPS, *MBR]),
@@ -233,13 +233,14 @@ def measure_speed(work: Path, data: Path, plan: dict[str, Any]) -> None:
 
 def variant_trials(work: Path, plan: dict[str, Any]) -> Iterator[Trial]:
     """Yield the variants and the autoregressive reference, seed by seed."""
+    steps = plan.get("steps", ALL_STEPS)
     every_seed = {
-        "reuse": ["--steps", ALL_STEPS],
+        "reuse": ["--steps", steps],
         "recompute": ["--steps", FEW_STEPS, "--self-cond", "recompute"],
         "mbr": ["--steps", "2,5", *MBR],
     }
     first_seed = {
-        "ddim": ["--steps", ALL_STEPS, "--solver", "ddim"],
+        "ddim": ["--steps", steps, "--solver", "ddim"],
         "none": ["--steps", FEW_STEPS, "--self-cond", "none"],
         "gold": ["--steps", FEW_STEPS, "--self-cond", "gold"],
         "diagnosis": ["--steps", "5,20", "--diagnose"],
