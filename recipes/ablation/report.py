@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import platform
 import re
@@ -160,12 +161,15 @@ def sweeps(results: Results) -> str:
         (form, steps) for form in ("raw", "nearest") for steps in (5, 20)
     ]
     header = ["", *FEW, *(f"{form}, {steps}" for form, steps in columns[len(FEW) :])]
-    parts = []
+    parts, missing = [], []
     for sweep in SWEEPS:
-        rows = [
-            [setting, *(f"{value(folder, *column):.2f}" for column in columns)]
-            for setting, (folder, _) in sweep.trials.items()
-        ]
+        rows = []
+        for setting, (folder, _) in sweep.trials.items():
+            scores = [value(folder, *column) for column in columns]
+            if math.isnan(scores[0]):
+                missing.append(f"{sweep.name}: {setting}")
+            else:
+                rows.append([setting, *(f"{score:.2f}" for score in scores)])
         rows.sort(key=lambda row: float(row[1 + FEW.index(5)]), reverse=results.higher_is_better)
         told = sweep.base["self_cond_form"]
         parts.append(f"### {sweep.name} (base: told {told})\n\n" + markdown(header, rows))
@@ -174,6 +178,8 @@ def sweeps(results: Results) -> str:
         for grid, way in (("log-snr", "expected"), *((grid, grid) for grid in GRIDS))
     ]
     parts.append("### Time grid of sampling\n\n" + markdown(["", *FEW], rows))
+    if missing:
+        parts.append(f"Not run: {'; '.join(missing)}.\n")
     return "\n".join(parts)
 
 
