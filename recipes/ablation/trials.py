@@ -98,6 +98,14 @@ SWEEPS = [
         },
     ),
     Sweep(
+        "Scale of the logits",
+        FIRST_BASE,
+        {
+            "1": {"logit_scale": "one"},
+            "1, noise factor 16": {"logit_scale": "one", "noise_factor": "16"},
+        },
+    ),
+    Sweep(
         "MANS",
         SECOND_BASE,
         {
@@ -137,8 +145,6 @@ SWEEPS = [
         "Logits",
         SECOND_BASE,
         {
-            "scale 1": {"logit_scale": "one"},
-            "scale 1, noise factor 16": {"logit_scale": "one", "noise_factor": "16"},
             "scale learned": {"logit_scale": "learned"},
             "no label smoothing": {"label_smoothing": "0"},
         },
