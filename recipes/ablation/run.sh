@@ -14,6 +14,10 @@ if [ "$corpus" != embedded ] && [ -z "$text" ]; then
     echo "run.sh: $corpus needs the folder with its text" >&2
     exit 2
 fi
+if ! python -c "import matplotlib" 2> /dev/null; then
+    echo "run.sh: the plots need matplotlib: pip install -e '.[plot]'" >&2
+    exit 1
+fi
 mkdir -p "$work/text"
 if [ ! -e "$work/data-bin/manifest.json" ]; then
     case $corpus in
