@@ -170,6 +170,8 @@ def sweeps(results: Results) -> str:
                 missing.append(f"{sweep.name}: {setting}")
             else:
                 rows.append([setting, *(f"{score:.2f}" for score in scores)])
+        if len(rows) == 1:  # the base alone
+            continue
         rows.sort(key=lambda row: float(row[1 + FEW.index(5)]), reverse=results.higher_is_better)
         told = sweep.base["self_cond_form"]
         parts.append(f"### {sweep.name} (base: told {told})\n\n" + markdown(header, rows))
@@ -241,8 +243,14 @@ def main() -> None:
     steps_table, time_table = diagnosis(results)
     plot(folder / "quality_by_steps.svg", lambda axes: plot_quality(results, axes))
     plot(folder / "gap_by_step.svg", lambda axes: plot_gap(results, axes))
+    measured_speed = []
     if (results.work / "speed").exists():
         plot(folder / "quality_by_speed.svg", lambda axes: plot_speed(results, axes))
+        measured_speed = [
+            "## Speed\n\nSeed 1, one run after the other, nothing else running.\n\n"
+            "![](quality_by_speed.svg)\n",
+            speed(results),
+        ]
 
     seeds = len(results.seeds)
     spread = "mean ± standard deviation over seeds" if seeds > 1 else "one seed: no spread is known"
@@ -267,9 +275,7 @@ def main() -> None:
         self_conditioning(results),
         "## 15 candidates (5 lengths x 3 noises), MBR\n",
         candidates(results),
-        "## Speed\n\nSeed 1, one run after the other, nothing else running.\n\n"
-        "![](quality_by_speed.svg)\n",
-        speed(results),
+        *measured_speed,
         "## Why: by step of 5 (seed 1)\n\n![](gap_by_step.svg)\n\n"
         "gap: mean squared difference of a coordinate of z0_hat between the stale and a fresh "
         "self-conditioning; norm: its mean square (1 for true embeddings).\n",

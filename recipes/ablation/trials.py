@@ -22,7 +22,7 @@ HERE = Path(__file__).parent
 ALL_STEPS = "1,2,3,5,10,20,50,100"
 FEW_STEPS = "1,2,5,20"
 
-# The network is the same in all of them.
+# One network. MANS takes its confidence from SCP's pass where there is one.
 VARIANTS: dict[str, dict[str, str]] = {
     "no self-conditioning": {"arch": "difformer_tiny", "self_cond_rate": "0"},
     "difformer": {"arch": "difformer_tiny"},
@@ -31,9 +31,14 @@ VARIANTS: dict[str, dict[str, str]] = {
         "arch": "fastdiss_tiny",
         "scp_offset": "none",
         "self_cond_rate": "0.5",
+        "mans_strength": "0.25",
         "mans_shared_pass": "false",
     },
-    "fastdiss": {"arch": "fastdiss_tiny"},
+    "fastdiss": {
+        "arch": "fastdiss_tiny",
+        "mans_strength": "0.25",
+        "mans_shared_pass": "true",
+    },
 }
 
 # What the settings of the sweeps start from: options given in full, so that they stay what they
