@@ -107,7 +107,9 @@ class MANS:
             that of the gold token.
         anchors: (easy, hard): the confidence values where r is 1 and where it is 0.
         start_update: the update from which on it is used.
-        shared_pass: take the confidence from SCP's pass instead of a pass of its own.
+        shared_pass: take the confidence from SCP's pass instead of a pass of its own. It saves a
+            pass, but then the times t_i tell the network which of the estimates that it is told
+            are right, and in sampling nothing does.
     """
 
     strength: float

@@ -40,7 +40,7 @@ class FastDiSSConfig(DiffusionConfig):
     mans_confidence: str = "distance"
     mans_anchors: tuple[float, ...] = ()  # (easy, hard); empty: `DEFAULT_ANCHORS`
     mans_start_update: int = 0
-    mans_shared_pass: bool = True
+    mans_shared_pass: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
