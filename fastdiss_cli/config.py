@@ -150,7 +150,7 @@ def _convert(value: Any, hint: Any, name: str) -> Any:
         if isinstance(value, (list, tuple)) and (variadic or len(value) == len(parts)):
             return tuple(_convert(v, parts[0], name) for v in value)
         what = "a list" if variadic else f"a list of {len(parts)} values"
-        raise FastdissError(f"{name} must be {what}, not {reprlib.repr(value)}")
+        raise FastdissError(f"{name} must be {what}, not {_shown(value)}")
     if hint is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
         try:  # YAML 1.1 takes 5e-4 for a string
             return float(value)
@@ -159,4 +159,10 @@ def _convert(value: Any, hint: Any, name: str) -> Any:
     elif isinstance(value, hint) and (hint is bool or not isinstance(value, bool)):
         return value
     what = {float: "a number", int: "a whole number", bool: "true or false", str: "a word"}[hint]
-    raise FastdissError(f"{name} must be {what}, not {reprlib.repr(value)}")
+    raise FastdissError(f"{name} must be {what}, not {_shown(value)}")
+
+
+def _shown(value: Any) -> str:
+    """Return a value for a message, cut: a few aliases of YAML can stand for a billion words."""
+    text = reprlib.repr(value)
+    return text if len(text) <= 100 else f"{text[:97]}..."
