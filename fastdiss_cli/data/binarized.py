@@ -317,7 +317,7 @@ def token_dtype(vocab_size: int) -> np.dtype:
 def replace_folder(new: Path, final: Path) -> None:
     """Sync a finished dataset and put it in its place; an older one there is replaced whole."""
     for path in (*new.iterdir(), new):
-        _sync(path)
+        sync(path)
     old = final.with_name(f"{final.name}.old-{os.getpid()}")
     if final.exists():
         final.rename(old)
@@ -328,12 +328,13 @@ def replace_folder(new: Path, final: Path) -> None:
             old.rename(final)
         raise
     try:
-        _sync(final.parent)
+        sync(final.parent)
     finally:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Wait until a file, or a folder's names, are on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

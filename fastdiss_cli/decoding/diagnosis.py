@@ -2,7 +2,8 @@
 
 By step of sampling: how far the estimate is from the one that the network would give if it were
 told a fresh estimate of the same step instead of the stale one of the step before. By time: the
-loss on the right answers, told nothing, a fresh estimate, or a stale one, as sampling has it.
+loss on the right answers, told nothing, a fresh estimate, or a stale one, made at t + 1/N: the step
+before on the uniform grid, whichever grid the run was sampled on.
 """
 
 from __future__ import annotations
@@ -86,7 +87,7 @@ def by_time(
     Args:
         model: one that has ``losses_at``.
         batcher: of the split; the means are over all of its tokens.
-        steps: a stale estimate is that of the time 1/steps earlier in sampling.
+        steps: a stale estimate is made at t + 1/steps; above 1, nothing is told.
         dtype: bfloat16 computes under autocast.
     """
     device = next(model.parameters()).device
@@ -112,7 +113,7 @@ def describe(steps: int, tables: dict[str, list[Row]]) -> str:
     """Return the tables of a run as text."""
     return (
         f"\n{steps} steps, by step of sampling\n{_table(tables['by_step'])}\n\n"
-        "losses by time, told nothing, a fresh estimate, or the stale one of the step before\n"
+        "losses by time, told nothing, a fresh estimate, or a stale one (t + 1/steps)\n"
         f"{_table(tables['by_time'])}"
     )
 

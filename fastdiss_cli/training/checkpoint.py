@@ -24,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from fastdiss_cli.data.binarized import sync
 from fastdiss_cli.data.tokenizer import Tokenizer
 from fastdiss_cli.errors import FastdissError
 from fastdiss_cli.models.registry import Architecture, Seq2SeqModel, Vocabulary, architecture
@@ -101,7 +102,7 @@ class Checkpoint:
             save_file(tensors, aside, metadata)
             # safetensors may make files that are nobody else's to read
             aside.chmod(aside.parent.stat().st_mode & 0o666)
-            _sync(aside)
+            sync(aside)
 
     @classmethod
     def load(cls, path: Path) -> Checkpoint:
@@ -222,7 +223,7 @@ def copy_checkpoint(source: Path, target: Path) -> None:
             os.link(source, aside)
         except OSError:  # a file system without hard links
             shutil.copyfile(source, aside)
-            _sync(aside)
+            sync(aside)
 
 
 @contextmanager
@@ -242,7 +243,7 @@ def _replacing(path: Path) -> Iterator[Path]:
         folder.mkdir()
         yield folder / path.name
         os.replace(folder / path.name, path)
-        _sync(path.parent)
+        sync(path.parent)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise FastdissError(f"{path}: cannot write the checkpoint: {reason}") from None
@@ -261,11 +262,3 @@ def _digest(text: str, tensors: dict[str, Tensor]) -> str:
         array = tensor.cpu().flatten().view(torch.uint8).numpy() if tensor.numel() else b""
         digest.update(np.ascontiguousarray(array) if tensor.numel() else b"")
     return digest.hexdigest()
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
