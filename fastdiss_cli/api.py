@@ -15,7 +15,14 @@ from fastdiss_cli.data.tokenizer import Tokenizer
 from fastdiss_cli.decoding import mbr
 from fastdiss_cli.decoding.generation import Run, decode, default_max_tokens
 from fastdiss_cli.decoding.output import hypothesis_text, reference_streams
-from fastdiss_cli.decoding.selection import METHODS, Select, by_mbr, by_reranking, by_score
+from fastdiss_cli.decoding.selection import (
+    METHODS,
+    Select,
+    by_mbr,
+    by_reranking,
+    by_score,
+    with_runners_up,
+)
 from fastdiss_cli.device import pick_device, pick_dtype
 from fastdiss_cli.errors import FastdissError, suggest
 from fastdiss_cli.models.registry import Hypothesis, Seq2SeqModel
@@ -128,7 +135,7 @@ class Translator:
             FastdissError: an option that there is not, or that the model does not have, or a
                 value out of range; or memory ran out.
         """
-        chosen, _ = self._decode(sentences, options)
+        chosen = self._decode(sentences, options)
         return [hypothesis_text(best, self.tgt_tokenizer) for best in chosen]
 
     def candidates(
@@ -138,18 +145,14 @@ class Translator:
 
         Args and errors are those of `generate`.
         """
-        chosen, candidates = self._decode(sentences, options)
-        ranked = [
-            [best, *sorted((h for h in row if h is not best), key=lambda h: -h.score)]
-            for best, row in zip(chosen, candidates, strict=True)
-        ]
         text = self.tgt_tokenizer
-        return [[Candidate(hypothesis_text(h, text), h.score) for h in row] for row in ranked]
+        return [
+            [Candidate(hypothesis_text(h, text), h.score) for h in (best, *best.runners_up)]
+            for best in self._decode(sentences, options)
+        ]
 
-    def _decode(
-        self, sentences: Sequence[str], options: GenerateOptions
-    ) -> tuple[list[Hypothesis], list[list[Hypothesis]]]:
-        """Return the chosen hypothesis and all candidates of each sentence."""
+    def _decode(self, sentences: Sequence[str], options: GenerateOptions) -> list[Hypothesis]:
+        """Return the chosen hypothesis of each sentence, the other candidates with it."""
         if isinstance(sentences, str):
             raise FastdissError("give a list of sentences, not one string")
         decoding = dict(options)
@@ -170,20 +173,12 @@ class Translator:
                 )
         if decoding.get("self_cond") == "gold":
             raise FastdissError("self_cond='gold' needs the answers: `fastdiss generate` has them")
-        rows: dict[int, list[Hypothesis]] = {}  # by the identity of the chosen one
-
-        def keep(
-            sources: Sequence[Sequence[int]], candidates: list[list[Hypothesis]]
-        ) -> list[Hypothesis]:
-            chosen = select(sources, candidates)
-            rows.update((id(best), row) for best, row in zip(chosen, candidates, strict=True))
-            return chosen
-
         run = Run(build(self.model.Decoding, decoding, "generate"))
         if sentences:
             sources = [self.src_tokenizer.encode(sentence) for sentence in sentences]
-            decode(self.model, sources, [run], keep, max_tokens, dtype=self.dtype)
-        return run.best, [rows[id(best)] for best in run.best]
+            select = with_runners_up(select, run.options.candidates - 1)
+            decode(self.model, sources, [run], select, max_tokens, dtype=self.dtype)
+        return run.best
 
     def _selector(self, select: str | None, metric: str, reranker: Translator | None) -> Select:
         select = select or ("rerank" if reranker else self.model.default_select)

@@ -86,6 +86,7 @@ def test_candidates_are_all_with_the_chosen_one_first(
     for row in rows:
         scores = [candidate.score for candidate in row[1:]]
         assert scores == sorted(scores, reverse=True) and max(scores) < 0
+        assert len({candidate.score for candidate in row}) == 6  # each of them once
     by_score = translator.candidates(SENTENCES, **options, select="score")
     assert all(row[0].score == max(c.score for c in row) for row in by_score)
     ranker = fastdiss_cli.load(autoregressive)

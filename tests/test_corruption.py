@@ -469,7 +469,7 @@ def test_a_shape_that_claims_petabytes(saved: bytes, original: Checkpoint, tmp_p
         assert check_checkpoint(tmp_path / "x", joined(header, tensors), original)
 
 
-@pytest.mark.parametrize("version", ["2", "10", "", "1\n2", "0"])
+@pytest.mark.parametrize("version", ["1", "3", "10", "", "2\n3", "0"])
 def test_another_version_of_a_checkpoint_says_so(
     saved: bytes, tmp_path: Path, version: str
 ) -> None:
@@ -479,7 +479,7 @@ def test_another_version_of_a_checkpoint_says_so(
     with pytest.raises(FastdissError) as caught:
         Checkpoint.load(tmp_path / "x")
     told(caught.value)
-    assert f"checkpoint format {version!r}; this fastdiss reads '1'" in str(caught.value)
+    assert f"checkpoint format {version!r}; this fastdiss reads '2'" in str(caught.value)
 
 
 def test_facts_that_are_incomplete_under_a_right_hash(
@@ -496,7 +496,7 @@ def test_facts_that_are_incomplete_under_a_right_hash(
     def change(changed: dict[str, Any]) -> None:
         text = json.dumps(changed)
         digest = _digest(text, dict(sorted(original.tensors.items())))
-        forged = {"fastdiss": "1", "facts": text, "sha256": digest}
+        forged = {"fastdiss": "2", "facts": text, "sha256": digest}
         path.write_bytes(joined({**header, "__metadata__": forged}, tensors))
         for read in (Checkpoint.load, lambda path: load_model(path, CPU)):
             try:

@@ -67,13 +67,14 @@ def sample(
             told = gold[rows]
         z0_hat = denoise(z, times[k], told)
         nfe[rows] += 2 if self_cond == "recompute" else 1
-        answer[rows] = z0_hat
         if watch is not None:
             watch(times[k], z, z0_hat)
         if k + 1 == steps:
+            answer[rows] = z0_hat
             break
         kept = go_on(z0_hat) if go_on else None
         if kept is not None:
+            answer[rows] = z0_hat
             rows, z, z0_hat = rows[kept], z[kept], z0_hat[kept]
             move.select(kept)
             if not len(rows):

@@ -3,8 +3,8 @@
 Source: Gao et al. 2024, "Empowering diffusion models on the embedding space for text
 generation" (arXiv 2212.09412); the noise schedule and losses are those of the README.
 """
-# B sentences, N rows (B x candidates), S source length, T target length, D latent, H model,
-# V vocabulary
+# B sentences, N rows (B x candidates), S source length, T target length, P tokens of a batch,
+# D latent, H model, V vocabulary
 
 from __future__ import annotations
 
@@ -264,7 +264,8 @@ class Difformer(Seq2SeqModel):
                 history[place].append(step)
 
         def go_on(z0_hat: Tensor) -> Tensor | None:
-            return running.drop_unchanged(self._read(z0_hat, running.denoiser.layout)[1])
+            layout = running.denoiser.layout
+            return running.drop_unchanged(layout.padded(self._logits(z0_hat, layout).argmax(-1)))
 
         clamp = None  # where it is what the network is told it is not computed twice
         if options.clamp != self.config.self_cond_form:
@@ -307,10 +308,15 @@ class Difformer(Seq2SeqModel):
 
     def _read(self, z0_hat: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
         """Return log-probability and id of the best token at every position, both [N, T]."""
-        logits = self.embedding.logits(layout.flat(z0_hat))
-        logits[:, [self.tgt.bos, self.tgt.pad]] = float("-inf")
+        logits = self._logits(z0_hat, layout)
         best, tokens = logits.max(dim=-1)
         return layout.padded(best - logits.logsumexp(dim=-1)), layout.padded(tokens)
+
+    def _logits(self, z0_hat: Tensor, layout: Layout) -> Tensor:
+        """Score all tokens that an answer may have for estimates [N, T, D]; float32 [P, V]."""
+        logits = self.embedding.logits(layout.flat(z0_hat))
+        logits[:, [self.tgt.bos, self.tgt.pad]] = float("-inf")
+        return logits
 
     def _history(
         self, time: float, z0_hat: Tensor, fresh: Tensor | None, layout: Layout

@@ -31,7 +31,7 @@ from fastdiss_cli.errors import FastdissError
 from fastdiss_cli.models.frozen import freeze
 from fastdiss_cli.models.registry import Architecture, Seq2SeqModel, Vocabulary, architecture
 
-FORMAT_VERSION = "1"
+FORMAT_VERSION = "2"
 _NUMBERED = re.compile(r"checkpoint_\d+_(\d+)\.safetensors")
 
 
