@@ -206,16 +206,18 @@ class Training:
                     sums[name] = sums.get(name, 0) + value
         if tried.failure:
             self.optimizer.zero_grad(set_to_none=True)  # the others wait for this rank's message
-        lost = not tried.failure and not torch.isfinite(sums["loss"])
-        flags = [float(tried.failure is not None), float(lost)]
-        failed, lost = self.processes.sum_gradients(self.model.parameters(), flags)
+        failing = float(tried.failure is not None)
+        (failed,) = self.processes.sum_gradients(self.model.parameters(), [failing])
         self.processes.fail_together(tried, failed)
 
         grad_norm = torch.nn.utils.clip_grad_norm_(
             self.model.parameters(), config.clip_norm or math.inf
         )
+        # the update's one wait for the device; the same message tells the ranks whether to stop
+        means = self.processes.sum([*torch.stack([*sums.values()]).tolist(), *self.stop.votes])
+        figures = dict(zip(sums, means, strict=False)) | {"grad_norm": float(grad_norm)}
         rate = learning_rate(update, config)
-        if torch.isfinite(grad_norm) and not lost:
+        if all(map(math.isfinite, figures.values())):
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
             self.optimizer.step()
@@ -225,10 +227,7 @@ class Training:
         else:
             self._skip()
         progress.update = update
-        # the same message tells the ranks whether to stop
-        means = self.processes.sum([*torch.stack([*sums.values()]).tolist(), *self.stop.votes])
-        figures = dict(zip(sums, means, strict=False))
-        figures |= {"grad_norm": float(grad_norm), "lr": rate, "skipped": progress.skipped}
+        figures |= {"lr": rate, "skipped": progress.skipped}
         return figures, elected(means[len(sums) :])
 
     def _skip(self) -> None:
