@@ -21,14 +21,13 @@ from fastdiss_cli.commands.train import train
 from fastdiss_cli.errors import FastdissError
 
 app = typer.Typer(
-    help="Few-step diffusion text generation: FastDiSS and the systems it is compared with.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 for command in (preprocess, train, generate, score, plot, export, card, models):
     app.command()(command)
-app.command("average", help="The same as export, which averages what it is given.")(export)
+app.command("average", help="Average checkpoints into one file (the same as export).")(export)
 
 
 def _print_version(wanted: bool) -> None:
@@ -39,7 +38,9 @@ def _print_version(wanted: bool) -> None:
 
 @app.callback()
 def options(
-    version: bool = typer.Option(False, "--version", callback=_print_version, is_eager=True),
+    version: bool = typer.Option(
+        False, "--version", callback=_print_version, is_eager=True, help="Print the version."
+    ),
 ) -> None:
     """Few-step diffusion text generation: FastDiSS and the systems it is compared with."""
 

@@ -12,26 +12,17 @@ import torch
 
 from fastdiss_cli.config import build
 from fastdiss_cli.data.tokenizer import Tokenizer
-from fastdiss_cli.decoding import mbr
 from fastdiss_cli.decoding.generation import Run, decode, default_max_tokens
 from fastdiss_cli.decoding.output import hypothesis_text, reference_streams
-from fastdiss_cli.decoding.selection import (
-    METHODS,
-    Select,
-    by_mbr,
-    by_reranking,
-    by_score,
-    with_runners_up,
-)
+from fastdiss_cli.decoding.selection import check_selection, selector, with_runners_up
 from fastdiss_cli.device import pick_device, pick_dtype
 from fastdiss_cli.errors import FastdissError, suggest
+from fastdiss_cli.models import OBSERVING
 from fastdiss_cli.models.registry import Hypothesis, Seq2SeqModel
 from fastdiss_cli.training.checkpoint import load_model
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack  # of Python 3.11
-
-_OF_THE_COMMAND = ("history", "diagnose")  # what `fastdiss generate` shows besides the answers
 
 
 class GenerateOptions(TypedDict, total=False):
@@ -39,7 +30,7 @@ class GenerateOptions(TypedDict, total=False):
 
     Decoding, for diffusion models:
         steps: denoising steps, each one evaluation of the network; at least 1 (5).
-        length_beam, noise_beam: candidates a sentence: lengths x noise draws; at least 1 (1, 1).
+        length_beam, noise_beam: candidates per sentence: lengths x noise draws; at least 1 (1, 1).
         solver: ``ddpm``, ``ddim`` or ``dpm-solver++`` (ddpm).
         time_grid: ``uniform``, ``quadratic`` or ``log-snr`` (log-snr).
         clamp: ``raw``, ``nearest`` or ``expected``: what the solver takes for z_0 (expected).
@@ -59,7 +50,7 @@ class GenerateOptions(TypedDict, total=False):
         reranker: the autoregressive model that ``select="rerank"`` asks.
 
     Machine:
-        max_tokens: padded source tokens a batch, all candidates counted (8000; on a CPU 2000).
+        max_tokens: padded source tokens per batch, all candidates counted (8000; on a CPU 2000).
     """
 
     steps: int
@@ -100,7 +91,7 @@ class Score:
     """A figure of a system on a test set; `str` gives sacreBLEU's line.
 
     Attributes:
-        value: mostly 0 to 100.
+        value: 0 to 100; TER and WER may exceed 100.
         signature: of sacreBLEU: everything that the value depends on.
     """
 
@@ -129,10 +120,10 @@ class Translator:
             **options: see `GenerateOptions`; ``steps=5, noise_beam=3`` for instance.
 
         Returns:
-            One translation a sentence, in order.
+            One translation per sentence, in order.
 
         Raises:
-            FastdissError: an option that there is not, or that the model does not have, or a
+            FastdissError: an unknown option, or one that the model does not have, or a
                 value out of range; or memory ran out.
         """
         chosen = self._decode(sentences, options)
@@ -158,13 +149,16 @@ class Translator:
         decoding = dict(options)
         device = next(self.model.parameters()).device
         max_tokens = decoding.pop("max_tokens", default_max_tokens(device))
-        select = self._selector(
-            decoding.pop("select", None),
-            decoding.pop("mbr_metric", "bleu"),
-            decoding.pop("reranker", None),
-        )
+        reranker = decoding.pop("reranker", None)
+        method, metric = decoding.pop("select", None), decoding.pop("mbr_metric", "bleu")
+        check_selection(method, metric, reranker is not None)
+        for side in ("src_tokenizer", "tgt_tokenizer") if reranker else ():
+            if getattr(self, side).hash != getattr(reranker, side).hash:
+                raise FastdissError(f"the reranker has another {side}; train both on one dataset")
+        method = method or self.model.default_select
+        select = selector(method, metric, self.tgt_tokenizer, reranker and reranker.model)
         fields = [field.name for field in dataclasses.fields(self.model.Decoding)]
-        known = [name for name in fields if name not in _OF_THE_COMMAND]
+        known = [name for name in fields if name not in OBSERVING]
         for name in decoding:
             if name not in known:
                 raise FastdissError(
@@ -178,22 +172,7 @@ class Translator:
             sources = [self.src_tokenizer.encode(sentence) for sentence in sentences]
             select = with_runners_up(select, run.options.candidates - 1)
             decode(self.model, sources, [run], select, max_tokens, dtype=self.dtype)
-        return run.best
-
-    def _selector(self, select: str | None, metric: str, reranker: Translator | None) -> Select:
-        select = select or ("rerank" if reranker else self.model.default_select)
-        if select not in METHODS:
-            raise FastdissError(f"select={select!r}: choose from {', '.join(METHODS)}")
-        if metric not in mbr.METRICS:
-            raise FastdissError(f"mbr_metric={metric!r}: choose from {', '.join(mbr.METRICS)}")
-        if (select == "rerank") != (reranker is not None):
-            raise FastdissError("select='rerank' and a reranker go together")
-        if reranker is None:
-            return by_mbr(self.tgt_tokenizer, metric) if select == "mbr" else by_score
-        for side in ("src_tokenizer", "tgt_tokenizer"):
-            if getattr(self, side).hash != getattr(reranker, side).hash:
-                raise FastdissError(f"the reranker has another {side}; train both on one dataset")
-        return by_reranking(reranker.model, next(reranker.model.parameters()).device)
+        return list(filter(None, run.best))
 
 
 def load(
@@ -216,11 +195,11 @@ def load(
     Raises:
         FastdissError: no such checkpoint, device or type; or the file is damaged.
     """
-    on = pick_device(device)
+    torch_device = pick_device(device)
+    torch_dtype = pick_dtype(dtype, torch_device)
     module = None if user_module is None else Path(user_module)
-    computes_in = pick_dtype(dtype, on)
-    model, src, tgt, _ = load_model(Path(path), on, module, computes_in)
-    return Translator(model, src, tgt, computes_in)
+    model, src, tgt, _ = load_model(Path(path), torch_device, module, torch_dtype)
+    return Translator(model, src, tgt, torch_dtype)
 
 
 def score(
@@ -231,9 +210,9 @@ def score(
     """Score translations with sacreBLEU.
 
     Args:
-        hypotheses: one a sentence.
-        references: one a sentence, or a list of alternatives for each.
-        metrics: see ``fastdiss score --help``.
+        hypotheses: one per sentence.
+        references: one per sentence, or a list of alternatives for each.
+        metrics: keys of `metrics.METRICS`: bleu, chrf, ter, rouge1, wer, ...
 
     Returns:
         The score of each metric, by its name.

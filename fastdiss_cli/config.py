@@ -31,7 +31,7 @@ class TrainConfig:
     arch: str = "fastdiss_small"
     seed: int = 1
     # batches
-    max_tokens: int = 8000  # padded tokens a batch and side, per process
+    max_tokens: int = 8000  # padded tokens per batch and side, per process
     max_positions: int = 1024  # longer training sentences are left out, with a report
     update_freq: int = 1  # batches whose gradients are added up for one update
     # length

@@ -15,7 +15,7 @@ if TYPE_CHECKING:  # `--help` and `score` have nothing to say, and need not wait
     from rich.progress import Progress
     from rich.text import Text
 
-_plain_every = 10.0  # seconds between progress lines where stderr is not a terminal
+PLAIN_EVERY = 10.0  # seconds between progress lines where stderr is not a terminal
 _quiet = False
 
 
@@ -51,10 +51,10 @@ class Bar:
         total: int | None,
         done: int,
         bar: Progress | None,
-        plain_every: float = _plain_every,
+        hidden: bool = False,
     ) -> None:
         self.what, self.total, self.done, self._bar = what, total, done, bar
-        self._plain_every = plain_every
+        self._hidden = hidden
         self._start_done = done
         self._started = self._said = time.monotonic()
         if bar is not None:
@@ -67,7 +67,7 @@ class Bar:
         if self._bar is not None:
             shown = {"figures": text} if figures else {}
             self._bar.update(self._task, completed=self.done, **shown)
-        elif time.monotonic() - self._said >= self._plain_every:
+        elif not self._hidden and time.monotonic() - self._said >= PLAIN_EVERY:
             self._said = time.monotonic()
             info(f"{self.what} {self._progress()}  {text}".rstrip())
 
@@ -94,7 +94,7 @@ def progress(
         hidden: say nothing, because the results themselves pass through the terminal.
     """
     if _quiet or hidden or not _console().is_terminal:
-        yield Bar(what, total, done, None, _plain_every if not hidden else float("inf"))
+        yield Bar(what, total, done, None, hidden)
         return
     from rich.progress import (
         BarColumn,
@@ -133,11 +133,13 @@ def _clock(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
 
 
-def is_terminal() -> bool:
+def stdout_is_terminal() -> bool:
     """Tell whether stdout, where the data goes, is a terminal."""
     return sys.stdout.isatty()
 
 
 def wants_colour() -> bool:
     """Tell whether stdout may be coloured: a terminal that has colours, and no ``NO_COLOR`` set."""
-    return is_terminal() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+    return (
+        stdout_is_terminal() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+    )

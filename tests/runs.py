@@ -17,11 +17,11 @@ import torch
 
 from fastdiss_cli.config import TrainConfig, build
 from fastdiss_cli.data.binarized import BinarizedDataset
+from fastdiss_cli.distributed import Processes
 from fastdiss_cli.models.difformer import Difformer
 from fastdiss_cli.models.registry import architecture
 from fastdiss_cli.training import checkpoint, loop, validation
 from fastdiss_cli.training.checkpoint import Checkpoint
-from fastdiss_cli.training.distributed import Processes
 from fastdiss_cli.training.loop import Training
 
 NETWORK = {"model_dim": 16, "ffn_dim": 32, "heads": 2, "encoder_layers": 1, "decoder_layers": 1}

@@ -107,8 +107,8 @@ def test_candidates_are_all_with_the_chosen_one_first(
         ({"steps": 0}, "steps must be at least 1"),
         ({"solver": "euler"}, "solver must be one of ddpm"),
         ({"self_cond": "gold"}, "self_cond='gold'"),
-        ({"select": "best"}, "select='best': choose from score, mbr, rerank"),
-        ({"mbr_metric": "ter"}, "mbr_metric='ter': choose from bleu, chrf"),
+        ({"select": "best"}, "select best: choose from score, mbr, rerank"),
+        ({"mbr_metric": "ter"}, "mbr_metric ter: choose from bleu, chrf"),
         ({"select": "rerank"}, "a reranker go together"),
     ],
 )
@@ -117,9 +117,7 @@ def test_a_wrong_option_is_named(diffusion: Path, options: dict[str, object], sa
         fastdiss_cli.load(diffusion).generate(SENTENCES, **options)
 
 
-def test_other_wrong_use_is_named(
-    diffusion: Path, autoregressive: Path, corpus: Path, tmp_path: Path
-) -> None:
+def test_other_wrong_use_is_named(diffusion: Path, corpus: Path, tmp_path: Path) -> None:
     translator = fastdiss_cli.load(diffusion)
     with pytest.raises(FastdissError, match="a list of sentences"):
         translator.generate("drei vier")

@@ -160,7 +160,7 @@ def test_nbest_writes_the_chosen_one_first(
 def test_history_is_coloured_with_a_legend_in_a_terminal(
     data_bin: Path, fastdiss: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(logs, "is_terminal", lambda: True)
+    monkeypatch.setattr(logs, "stdout_is_terminal", lambda: True)
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.delenv("NO_COLOR", raising=False)
     command = ["generate", data_bin, "--path", fastdiss, "--steps", "2", "--print-history"]
@@ -374,7 +374,7 @@ def test_python_api(fastdiss: Path) -> None:
 
 @pytest.mark.parametrize(
     "command",
-    ["", "preprocess", "train", "generate", "score", "plot", "export", "card", "models"],
+    ["", "preprocess", "train", "generate", "score", "plot", "export", "average", "card", "models"],
 )
 def test_help_is_there_without_torch(command: str) -> None:
     """Help must come at once, so it may not import what takes long to import."""

@@ -237,7 +237,7 @@ def test_bytes_tell_which_tokenizer_they_are() -> None:
 
 
 def test_it_trains_generates_and_scores_as_it_is(
-    separate: Path, checkpoint: Path, raw, text, tmp_path: Path
+    separate: Path, checkpoint: Path, raw, tmp_path: Path
 ) -> None:
     before = {path.name: path.read_bytes() for path in separate.iterdir()}
     done = run_cli(
@@ -255,7 +255,7 @@ def test_it_trains_generates_and_scores_as_it_is(
     assert {path.name: path.read_bytes() for path in separate.iterdir()} == before
 
 
-def test_the_checkpoint_is_complete(separate: Path, checkpoint: Path, text, tmp_path: Path) -> None:
+def test_the_checkpoint_is_complete(separate: Path, checkpoint: Path, text) -> None:
     saved = Checkpoint.load(checkpoint)
     for side, language in (("src", "de"), ("tgt", "en")):
         content = (separate / f"dict.{language}.txt").read_bytes()
@@ -398,9 +398,7 @@ def test_a_dataset_of_fastdiss_has_its_one_direction(data_bin: Path, tmp_path: P
 # damage
 
 
-def test_what_is_wrong_is_told_in_one_line(
-    joined: Path, checkpoint: Path, text, tmp_path: Path
-) -> None:
+def test_what_is_wrong_is_told_in_one_line(joined: Path, tmp_path: Path) -> None:
     def said(name: str, change) -> str:
         """Let ``change(folder)`` do its worst to a copy; both commands must tell the same."""
         folder = shutil.copytree(joined, tmp_path / name)

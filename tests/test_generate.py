@@ -31,7 +31,7 @@ def checkpoints(data_bin: Path, tmp_path_factory: pytest.TempPathFactory) -> dic
 
 
 @pytest.fixture(scope="module")
-def raw(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+def raw() -> list[str]:
     """Return 64 sentences of one to twelve words."""
     draw = random.Random(3)
     words = ["null", "eins", "zwei", "drei", "vier", "fünf"]

@@ -146,9 +146,7 @@ def test_no_line_shifts_from_a_dataset(data_bin: Path, checkpoint: Path) -> None
 
 @pytest.mark.parametrize("way", ["file", "stdin"])
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
-def test_no_line_shifts_from_raw_text(
-    data_bin: Path, checkpoint: Path, tmp_path: Path, way: str, end: str
-) -> None:
+def test_no_line_shifts_from_raw_text(checkpoint: Path, tmp_path: Path, way: str, end: str) -> None:
     text = "".join(f"{line}{end}" for line in HOSTILE)
     path = tmp_path / "Eingabe mit Lücke.txt"
     path.write_bytes(b"\xef\xbb\xbf" + text.encode())
@@ -278,7 +276,7 @@ def test_score_of_hostile_text_is_that_of_its_lines(tmp_path: Path) -> None:
         ("D-999999999999\t0\tx\n", "no D-0 line"),
         (f"D-{'9' * 5000}\t0\tx\n", None),
         ("D-0\t0\tx\nD-2\t0\tx\n", "no D-1 line"),
-        ("D-0\t0\tx\nD-1\t0\tx\nD-0\t0\tx\n", "D-0 is there twice"),
+        ("D-0\t0\tx\nD-1\t0\tx\nD-0\t0\tx\n", "D-0 appears twice"),
         ("plain\nD-0\t0\tx\nD-0\t0\tx\n", None),
         ("D-٣\t0\tx\n", None),
     ],

@@ -12,9 +12,9 @@ from fastdiss_cli.models.layers import Cache, Layout, attend, dropout
 def test_attention_in_bfloat16_is_that_of_float32(causal: bool) -> None:
     query, key, value = torch.randn(3, 4, 2, 7, 16)
     lengths = torch.tensor([7, 3, 5, 1])[:, None, None, None]
-    seen = None if causal else torch.arange(7) < lengths
-    wanted = attend(query, key, value, seen, causal)
-    found = attend(query.bfloat16(), key.bfloat16(), value.bfloat16(), seen, causal)
+    attn_mask = None if causal else torch.arange(7) < lengths
+    wanted = attend(query, key, value, attn_mask, causal)
+    found = attend(query.bfloat16(), key.bfloat16(), value.bfloat16(), attn_mask, causal)
     assert found.dtype == torch.bfloat16
     torch.testing.assert_close(found.float(), wanted, rtol=0.05, atol=0.03)
 
@@ -60,4 +60,4 @@ def test_a_layout_takes_padding_away_and_puts_it_back() -> None:
     chosen = layout.select(torch.tensor([2, 0]))
     assert torch.equal(chosen.flat(batch[[2, 0]]), batch[[2, 0]][~mask[[2, 0]]])
     full = layout.select(torch.tensor([0, 0]))  # without padding nothing is moved, nothing masked
-    assert full.visible is None and torch.equal(full.padded(full.flat(batch[:2])), batch[:2])
+    assert full.attn_mask is None and torch.equal(full.padded(full.flat(batch[:2])), batch[:2])

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sacrebleu import BLEU, CHRF
 
-from fastdiss_cli.decoding.mbr import expected_utility, utility_matrix
+from fastdiss_cli.decoding.mbr import expected_utility, pairwise_utility
 from fastdiss_cli.errors import FastdissError
 
 SCORERS = {"bleu": BLEU(effective_order=True), "chrf": CHRF()}
@@ -30,7 +30,7 @@ def pairwise(candidates: list[str], metric: str) -> np.ndarray:
 
 
 def check(candidates: list[str], metric: str) -> None:
-    found = utility_matrix(candidates, metric)
+    found = pairwise_utility(candidates, metric)
     assert found.dtype == np.float64
     np.testing.assert_allclose(found, pairwise(candidates, metric), rtol=0, atol=1e-9)
 
@@ -68,14 +68,14 @@ def test_closed_form_bleu() -> None:
     # 1 of 4 words; orders without a match: 1/2 of 3, 1/4 of 2, 1/8 of 1.
     long = 100 * (1 / 4 * 1 / 6 * 1 / 8 * 1 / 8) ** (1 / 4)
     expected = [[100, short * math.exp(1 - 4 / 3)], [long, 100]]
-    np.testing.assert_allclose(utility_matrix(["a b c", "a x y z"]), expected, rtol=1e-12)
+    np.testing.assert_allclose(pairwise_utility(["a b c", "a x y z"]), expected, rtol=1e-12)
 
 
 def test_closed_form_chrf() -> None:
     # Orders 1 and 2 count: precision (2/2 + 1/1) / 2, recall (2/3 + 1/2) / 2.
     precision, recall = 1, 7 / 12
     expected = 100 * 5 * precision * recall / (4 * precision + recall)
-    assert utility_matrix(["ab", "a b c"], "chrf")[0, 1] == pytest.approx(expected, rel=1e-12)
+    assert pairwise_utility(["ab", "a b c"], "chrf")[0, 1] == pytest.approx(expected, rel=1e-12)
 
 
 @pytest.mark.parametrize("metric", SCORERS)
@@ -100,11 +100,11 @@ def test_single_candidate_is_scored_against_itself(text: str, utility: float) ->
 
 
 def test_no_candidates() -> None:
-    assert utility_matrix([]).shape == (0, 0)
+    assert pairwise_utility([]).shape == (0, 0)
     assert expected_utility([], "chrf").shape == (0,)
 
 
-@pytest.mark.parametrize("function", [utility_matrix, expected_utility])
+@pytest.mark.parametrize("function", [pairwise_utility, expected_utility])
 def test_unknown_metric(function) -> None:
     with pytest.raises(FastdissError, match=r"'ter'.*bleu, chrf"):
         function(["a", "b"], "ter")

@@ -160,7 +160,7 @@ def test_a_foreign_tokenizer_that_changes_text_is_reported(
     assert "test: 2 pairs decode to other text" in outcome.err
 
 
-def test_workers_do_not_change_a_byte(tmp_path: Path, corpus: Path, preprocess: Command) -> None:
+def test_workers_do_not_change_a_byte(tmp_path: Path, preprocess: Command) -> None:
     write_pairs(tmp_path / "big", 2 * CHUNK + 100)
     (tmp_path / "spm").write_bytes(train_tokenizer(["eins two"], "char", 300).model)
     for workers in ("1", "2"):

@@ -90,9 +90,7 @@ def test_without_averages_the_weights_themselves_are_taken(data_bin: Path, tmp_p
     assert all(torch.equal(w, exported.group("model")[n]) for n, w in newest.group("model").items())
 
 
-def test_the_card(
-    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data_bin: Path
-) -> None:
+def test_the_card(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every command has its default, and the card says where the model comes from."""
     (tmp_path / "checkpoints").symlink_to(trained)
     (tmp_path / "words.md").write_text("# Numbers\n\nFür Zahlen.", encoding="utf-8")

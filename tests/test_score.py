@@ -16,7 +16,7 @@ from conftest import one_line_error, run_cli
 
 from fastdiss_cli import metrics
 from fastdiss_cli.commands import score
-from fastdiss_cli.decoding.report import Summary, read_line
+from fastdiss_cli.decoding.report import Summary, parse_summary
 
 REFERENCES = [f"the {n} small cats sat on {n} mats" for n in range(30)]
 POOR = [line.replace("small", "big") if n % 2 else line for n, line in enumerate(REFERENCES)]
@@ -141,7 +141,7 @@ def test_references_of_generate_files_must_agree(tmp_path: Path) -> None:
     assert [row["score"] for row in rows] == [0, 50]  # scored by the references of the first
     other = write(tmp_path / "other", good.read_text().replace("T-3\t", "T-3\tnot ").splitlines())
     said = one_line_error(run_cli("score", good, other))
-    assert "hold other references: give --ref" in said
+    assert "hold different references: give --ref" in said
     short = write(tmp_path / "short", ["one line"])
     assert "1 sentences" in one_line_error(run_cli("score", good, short), "30")
 
@@ -194,13 +194,13 @@ def test_score_does_not_wait_for_torch(tmp_path: Path) -> None:
 
 
 def test_a_summary_line_is_read_back() -> None:
-    figures = read_line(summary("fastdiss_tiny", 1234.5, steps=5, noise_beam=3, solver="ddpm"))
+    figures = parse_summary(summary("fastdiss_tiny", 1234.5, steps=5, noise_beam=3, solver="ddpm"))
     assert figures is not None and (figures.arch, figures.steps) == ("fastdiss_tiny", 5)
     assert figures.speed == pytest.approx(1234.5, abs=0.1)
     assert figures.options == {"steps": "5", "noise_beam": "3", "solver": "ddpm"}
-    beam = read_line(summary("transformer_base", 8, beam=5, lenpen=1.0))
+    beam = parse_summary(summary("transformer_base", 8, beam=5, lenpen=1.0))
     assert beam is not None and beam.steps is None and beam.speed == 8
-    assert read_line("Generate poems with words: 5 sentences") is None
+    assert parse_summary("Generate poems with words: 5 sentences") is None
 
 
 needs_matplotlib = pytest.mark.skipif(
@@ -287,7 +287,7 @@ def log(path: Path, validations: bool = True) -> Path:
 def test_training_curves_of_several_runs(tmp_path: Path) -> None:
     runs = [log(tmp_path / name / "metrics.jsonl", name != "b") for name in "abc"]
     out = tmp_path / "curves.svg"
-    done = run_cli("plot", runs[0].parent, *runs[1:], "--out", out)
+    done = run_cli("plot", runs[0].parent, *runs[1:], "--output", out)
     assert done.returncode == 0, done.stderr
     shown = out.read_text()
     for text in (">loss<", ">learning rate<", ">validation BLEU<", ">updates<", ">training<"):
@@ -301,5 +301,5 @@ def test_no_training_curves_without_a_log(tmp_path: Path) -> None:
     said = one_line_error(run_cli("plot", tmp_path))
     assert "metrics.jsonl: No such file" in said
     said = one_line_error(run_cli("plot", generated(tmp_path / "out.txt", POOR)))
-    assert "line 1 is no line of a metrics.jsonl" in said and "score --plot" in said
+    assert "line 1 is not a record of metrics.jsonl" in said and "score --plot" in said
     assert "is empty" in one_line_error(run_cli("plot", write(tmp_path / "metrics.jsonl", [])))

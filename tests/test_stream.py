@@ -16,7 +16,7 @@ from runs import command
 
 from fastdiss_cli.data.text import ComingLines
 from fastdiss_cli.decoding import translation
-from fastdiss_cli.decoding.translation import text_source
+from fastdiss_cli.decoding.translation import text_input
 from fastdiss_cli.models.difformer import Difformer
 
 WORDS = ["null", "eins", "zwei", "drei", "vier", "fünf", "sechs", "sieben", "acht", "neun"]
@@ -71,7 +71,7 @@ def test_what_waits_is_decoded_together(monkeypatch: pytest.MonkeyPatch) -> None
     stdin = io.TextIOWrapper(io.BufferedReader(Blocks(blocks)))
     monkeypatch.setattr(sys, "stdin", stdin)
     monkeypatch.setattr(translation, "WINDOW", 3)
-    windows = text_source("-", Letters(), None).windows
+    windows = text_input("-", Letters(), 0).windows
     shown = ["".join(chr(ids[0]) for ids, _ in window) for window in windows]
     assert shown == ["a", "bc", "def", "ghi", "j", "k", "lm", "n"]
 
@@ -118,9 +118,7 @@ def test_plain_is_a_line_for_a_line(data_bin: Path, checkpoint: Path, tmp_path: 
     assert run_cli(*more, data_bin, "--plain", "--print-history").returncode == 2
 
 
-def test_a_line_that_is_no_text_ends_what_comes_behind_it(
-    checkpoint: Path, piped: subprocess.Popen[bytes]
-) -> None:
+def test_a_line_that_is_no_text_ends_what_comes_behind_it(piped: subprocess.Popen[bytes]) -> None:
     said, told = piped.communicate(b"eins\nzwei\n\xff\ndrei\n")
     assert piped.returncode == 1 and said.count(b"\n") == 2
     assert b"stdin: line 3 is not valid UTF-8" in told.splitlines()[-1]

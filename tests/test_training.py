@@ -19,10 +19,10 @@ from torch import nn
 
 from fastdiss_cli.config import TrainConfig, build
 from fastdiss_cli.data.binarized import BinarizedDataset
+from fastdiss_cli.distributed import Processes
 from fastdiss_cli.errors import FastdissError
 from fastdiss_cli.models.registry import Loss, architecture
 from fastdiss_cli.training.checkpoint import Checkpoint, load_model
-from fastdiss_cli.training.distributed import Processes
 from fastdiss_cli.training.loop import Training
 from fastdiss_cli.training.optimizer import EMA, learning_rate
 

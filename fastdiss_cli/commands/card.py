@@ -15,7 +15,7 @@ def card(
 ) -> None:
     """Show what a checkpoint is: architecture, sizes, data, training, licence.
 
-    The form is Markdown with YAML front matter, as model hubs want it.
+    The form is Markdown with YAML front matter, as model hubs expect it.
     """
     from fastdiss_cli.training.checkpoint import Checkpoint
     from fastdiss_cli.training.release import card_as_text, model_card

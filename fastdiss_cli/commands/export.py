@@ -40,11 +40,11 @@ def export(
     """Write a checkpoint for release, or the average of several.
 
     It holds the weights that generate would load (their uniform mean), the tokenizers and a model
-    card, which `fastdiss card` shows; no optimizer state, so no training can go on from it.
+    card, which `fastdiss card` shows; no optimizer state, so training cannot resume from it.
     """
     given = checkpoints or [Path("checkpoints")]
     if last and not all(path.is_dir() for path in given):
-        raise typer.BadParameter("--last counts the checkpoints of a folder: give one")
+        raise typer.BadParameter("--last needs a folder, not files")
     if _OF_TRAINING.fullmatch(output.name):
         raise typer.BadParameter(f"--output {output}: the name belongs to `fastdiss train`")
     text = None if card is None else _read(card)

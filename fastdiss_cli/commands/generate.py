@@ -12,18 +12,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fastdiss_cli import logs
-from fastdiss_cli.commands.models import UserModule
-from fastdiss_cli.commands.train import SourceLang, TargetLang
+from fastdiss_cli.commands.options import SourceLang, TargetLang, UserModule
+from fastdiss_cli.errors import FastdissError
 
 if TYPE_CHECKING:
-    from fastdiss_cli.data.tokenizer import Tokenizer
     from fastdiss_cli.models.registry import Seq2SeqModel
 
-Input = {"rich_help_panel": "Input and output"}
-Diffusion = {"rich_help_panel": "Sampling (diffusion models)"}
-Beam = {"rich_help_panel": "Beam search (autoregressive models)"}
-Selection = {"rich_help_panel": "Choosing among candidates"}
-Machine = {"rich_help_panel": "Machine"}
+INPUT = {"rich_help_panel": "Input and output"}
+SAMPLING = {"rich_help_panel": "Sampling (diffusion models)"}
+BEAM = {"rich_help_panel": "Beam search (autoregressive models)"}
+SELECTION = {"rich_help_panel": "Choosing among candidates"}
+MACHINE = {"rich_help_panel": "Machine"}
 
 
 def generate(
@@ -34,19 +33,19 @@ def generate(
     path: Annotated[
         Path, typer.Option(metavar="CHECKPOINT", help="As written by `fastdiss train`.")
     ] = Path("checkpoints/checkpoint_best.safetensors"),
-    gen_subset: Annotated[str, typer.Option(help="The split to generate.", **Input)] = "test",
+    gen_subset: Annotated[str, typer.Option(help="The split to generate.", **INPUT)] = "test",
     source_lang: SourceLang = None,
     target_lang: TargetLang = None,
     input: Annotated[
         str | None,
-        typer.Option(metavar="FILE|-", help="Raw text instead of a dataset; - is stdin.", **Input),
+        typer.Option(metavar="FILE|-", help="Raw text instead of a dataset; - is stdin.", **INPUT),
     ] = None,
     buffer_size: Annotated[
         int,
         typer.Option(
             min=0,
-            help="Sentences decoded together; 0: of stdin as many as wait there, else 4096.",
-            **Input,
+            help="Sentences decoded together; 0: what is waiting on stdin, or 4096 of a file.",
+            **INPUT,
         ),
     ] = 0,
     ref: Annotated[
@@ -54,27 +53,30 @@ def generate(
         typer.Option(
             metavar="FILE",
             help="References for BLEU instead of the dataset's; .tsv has alternatives. Repeatable.",
-            **Input,
+            **INPUT,
         ),
     ] = None,
     results_path: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Write files there, not stdout.", **Input)
+        Path | None,
+        typer.Option(metavar="DIR", help="Write files there, not stdout.", **INPUT),
     ] = None,
     plain: Annotated[
         bool,
         typer.Option(
-            "--plain", help="Write the hypotheses' text only, a line for a line.", **Input
+            "--plain",
+            help="Write only the text of the hypotheses, one line per input line.",
+            **INPUT,
         ),
     ] = False,
     print_history: Annotated[
-        bool, typer.Option("--print-history", help="Show every step of sampling.", **Input)
+        bool, typer.Option("--print-history", help="Show every step of sampling.", **INPUT)
     ] = False,
     diagnose: Annotated[
         bool,
         typer.Option(
             "--diagnose",
             help="Measure stale against fresh self-conditioning by step, and losses by time.",
-            **Input,
+            **INPUT,
         ),
     ] = False,
     steps: Annotated[
@@ -82,85 +84,95 @@ def generate(
         typer.Option(
             metavar="N[,N...]",
             help="Denoising steps; each is one NFE. (default: 5)",
-            **Diffusion,
+            **SAMPLING,
         ),
     ] = None,
     solver: Annotated[
-        str | None, typer.Option(help="ddpm, ddim or dpm-solver++. (default: ddpm)", **Diffusion)
+        str | None,
+        typer.Option(help="ddpm, ddim or dpm-solver++. (default: ddpm)", **SAMPLING),
     ] = None,
     time_grid: Annotated[
         str | None,
-        typer.Option(help="uniform, quadratic or log-snr. (default: log-snr)", **Diffusion),
+        typer.Option(help="uniform, quadratic or log-snr. (default: log-snr)", **SAMPLING),
     ] = None,
     clamp: Annotated[
         str | None,
         typer.Option(
             help="What the solver takes for z_0: raw, nearest or expected embedding. "
             "(default: expected)",
-            **Diffusion,
+            **SAMPLING,
         ),
     ] = None,
     self_cond: Annotated[
         str | None,
         typer.Option(
-            help="reuse, none, recompute (2 NFE a step) or gold. (default: reuse)", **Diffusion
+            help="reuse, none, recompute (2 NFE per step) or gold. (default: reuse)",
+            **SAMPLING,
         ),
     ] = None,
     length_beam: Annotated[
-        int | None, typer.Option(help="Target lengths tried. (default: 1)", **Diffusion)
+        int | None, typer.Option(help="Target lengths tried. (default: 1)", **SAMPLING)
     ] = None,
     noise_beam: Annotated[
-        int | None, typer.Option(help="Noise draws for each length. (default: 1)", **Diffusion)
+        int | None,
+        typer.Option(help="Noise draws for each length. (default: 1)", **SAMPLING),
     ] = None,
     early_exit: Annotated[
         bool,
         typer.Option(
             "--early-exit",
             help="Stop a sentence when a step changes none of its tokens; NFE is then a mean.",
-            **Diffusion,
+            **SAMPLING,
         ),
     ] = False,
     seed: Annotated[
-        int | None, typer.Option(help="Of the noise. (default: 1)", **Diffusion)
+        int | None, typer.Option(help="Seed of the noise. (default: 1)", **SAMPLING)
     ] = None,
-    beam: Annotated[int | None, typer.Option(help="1: greedy search. (default: 5)", **Beam)] = None,
+    beam: Annotated[int | None, typer.Option(help="1: greedy search. (default: 5)", **BEAM)] = None,
     lenpen: Annotated[
-        float | None, typer.Option(help="Length penalty. (default: 1.0)", **Beam)
+        float | None, typer.Option(help="Length penalty. (default: 1.0)", **BEAM)
     ] = None,
     max_len_a: Annotated[
-        float | None, typer.Option(help="Longest answer: a x source + b. (default: 0)", **Beam)
+        float | None,
+        typer.Option(help="Longest answer: a x source + b. (default: 0)", **BEAM),
     ] = None,
-    max_len_b: Annotated[int | None, typer.Option(help="(default: 200)", **Beam)] = None,
-    min_len: Annotated[int | None, typer.Option(help="(default: 1)", **Beam)] = None,
+    max_len_b: Annotated[
+        int | None, typer.Option(help="See --max-len-a. (default: 200)", **BEAM)
+    ] = None,
+    min_len: Annotated[
+        int | None, typer.Option(help="Shortest answer, in tokens. (default: 1)", **BEAM)
+    ] = None,
     select: Annotated[
         str | None,
         typer.Option(
-            help="score, mbr or rerank. (default: mbr; score after beam search)", **Selection
+            help="score, mbr or rerank. (default: mbr; score after beam search)", **SELECTION
         ),
     ] = None,
-    mbr_metric: Annotated[str, typer.Option(help="bleu or chrf.", **Selection)] = "bleu",
+    mbr_metric: Annotated[str, typer.Option(help="bleu or chrf.", **SELECTION)] = "bleu",
     rerank_path: Annotated[
         Path | None,
-        typer.Option(metavar="CHECKPOINT", help="The transformer that reranks.", **Selection),
+        typer.Option(metavar="CHECKPOINT", help="The transformer that reranks.", **SELECTION),
     ] = None,
     nbest: Annotated[
         int,
         typer.Option(
-            min=1, help="Candidates written, the chosen one first, then by score.", **Selection
+            min=1,
+            help="Candidates written, the chosen one first, then by score.",
+            **SELECTION,
         ),
     ] = 1,
     max_tokens: Annotated[
         int | None,
         typer.Option(
             min=1,
-            help="Padded source tokens a batch, all candidates counted. "
+            help="Padded source tokens per batch, all candidates counted. "
             "(default: 8000; on a CPU 2000)",
-            **Machine,
+            **MACHINE,
         ),
     ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.", **Machine)] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.", **MACHINE)] = "auto",
     dtype: Annotated[
-        str, typer.Option(help="auto, float32 or bfloat16 (autocast).", **Machine)
+        str, typer.Option(help="auto, float32 or bfloat16 (autocast).", **MACHINE)
     ] = "auto",
     user_module: UserModule = None,
 ) -> None:
@@ -174,6 +186,10 @@ def generate(
         raise typer.BadParameter("--plain leaves no room for --print-history")
     if input is not None and (source_lang or target_lang):
         raise typer.BadParameter("--source-lang and --target-lang are of a dataset, not of --input")
+    if input is not None and self_cond == "gold":
+        raise typer.BadParameter("--self-cond gold needs a dataset: it is told the answers")
+    if input is not None and diagnose:
+        raise typer.BadParameter("--diagnose needs a dataset: it measures losses on the answers")
     step_counts = _step_counts(steps)
     flags = {
         "solver": solver,
@@ -195,46 +211,57 @@ def generate(
 
     from fastdiss_cli.data.fairseq import open_dataset
     from fastdiss_cli.decoding.diagnosis import describe, diagnosis_of
-    from fastdiss_cli.decoding.generation import WINDOW, Run, default_max_tokens
+    from fastdiss_cli.decoding.generation import Run, default_max_tokens
     from fastdiss_cli.decoding.output import confidence_legend, read_all_references
     from fastdiss_cli.decoding.report import summarise, table
-    from fastdiss_cli.decoding.selection import with_runners_up
+    from fastdiss_cli.decoding.selection import check_selection, selector, with_runners_up
     from fastdiss_cli.decoding.translation import (
-        dataset_source,
+        WINDOW,
+        check_tokenizer,
+        dataset_input,
         open_outputs,
-        text_source,
+        text_input,
         translate,
     )
     from fastdiss_cli.device import keep_freed_memory, pick_device, pick_dtype
+    from fastdiss_cli.distributed import Processes
+    from fastdiss_cli.signals import Stop, stop_on_signal
     from fastdiss_cli.training.checkpoint import load_model
-    from fastdiss_cli.training.distributed import Processes
-    from fastdiss_cli.training.signals import Stop, stop_on_signal
 
+    try:
+        check_selection(select, mbr_metric, rerank_path is not None)
+    except FastdissError as error:
+        raise typer.BadParameter(str(error)) from None
     keep_freed_memory()
     processes, stop = Processes(pick_device(device)), Stop()
-    on = processes.device
-    computes_in = pick_dtype(dtype, on)
-    max_tokens = max_tokens or default_max_tokens(on)
-    model, src, tgt, arch = load_model(path, on, user_module, computes_in)
+    torch_device = processes.device
+    torch_dtype = pick_dtype(dtype, torch_device)
+    max_tokens = max_tokens or default_max_tokens(torch_device)
+    model, src, tgt, arch = load_model(path, torch_device, user_module, torch_dtype)
     runs = [Run(decoding_options(model, arch.name, {**flags, "steps": n})) for n in step_counts]
-    choose = _selector(model, select, mbr_metric, rerank_path, on, user_module, (src, tgt))
     if nbest > (most := runs[0].options.candidates):
         raise typer.BadParameter(f"--nbest {nbest}: a sentence has {most} candidates")
+    reranker = None
+    if rerank_path is not None:
+        reranker, *theirs, _ = load_model(rerank_path, torch_device, user_module, torch_dtype)
+        for side, own, other in zip(("source", "target"), (src, tgt), theirs, strict=True):
+            check_tokenizer(side, own, other, f"{rerank_path}")
+    method = "rerank" if reranker else select or model.default_select
+    choose = selector(method, mbr_metric, tgt, reranker)
+    chosen_by = {} if most == 1 else {"select": method}
+    if method == "mbr" and chosen_by:
+        chosen_by["mbr_metric"] = mbr_metric
     if nbest > 1:
         choose = with_runners_up(choose, nbest - 1)
-    # a diagnosis is over all sentences at once
-    window = None if diagnose else buffer_size or WINDOW
     if data:
         dataset = open_dataset(data, source_lang, target_lang)
-        corpus = dataset_source(dataset, gen_subset, src, tgt, window)
+        # a diagnosis is over all sentences at once
+        window = 0 if diagnose else buffer_size or WINDOW
+        corpus = dataset_input(dataset, gen_subset, src, tgt, window)
     else:
-        corpus = text_source(str(input), src, buffer_size or None)
+        corpus = text_input(str(input), src, buffer_size)
     if self_cond == "gold":
-        if input is not None:
-            raise typer.BadParameter("--self-cond gold needs a dataset: it is told the answers")
         logs.warn("--self-cond gold tells the model the right answers: for diagnosis only")
-    if diagnose and corpus.split is None:
-        raise typer.BadParameter("--diagnose needs a dataset: it measures losses on the answers")
     answers = read_all_references(ref, corpus.total) if ref else None
     name = gen_subset if data else "input"
     folder = results_path
@@ -248,7 +275,8 @@ def generate(
     with processes, stop_tidily, ExitStack() as files:
         first_rank = processes.rank == 0
         logs.info(
-            f"{path} ({arch.name}): {what} on {on}, {str(computes_in).removeprefix('torch.')}"
+            f"{path} ({arch.name}): {what} on {torch_device}, "
+            + str(torch_dtype).removeprefix("torch.")
             + (" (end with Ctrl-D)" if input == "-" and sys.stdin.isatty() else "")
         )
         outputs = open_outputs(files, runs, folder, name) if first_rank else []
@@ -257,15 +285,15 @@ def generate(
             (src, tgt),
             corpus,
             runs,
+            choose,
             outputs,
+            max_tokens=max_tokens,
+            dtype=torch_dtype,
             gold=self_cond == "gold",
             keep=data is not None or answers is not None,
             plain=plain,
             processes=processes,
             stop=stop,
-            select=choose,
-            max_tokens=max_tokens,
-            dtype=computes_in,
         )
         if done.signal:
             of = f" of {corpus.total:,}" if corpus.total else ""
@@ -279,21 +307,22 @@ def generate(
             for summary, output in zip(summaries, outputs, strict=True):
                 if output.path:
                     if not plain:
-                        output.write(summary.line(name, arch.name) + "\n")
+                        output.write(summary.line(name, arch.name, **chosen_by) + "\n")
                     output.finish()
             alone = len(runs) == 1
-            figures = summaries[0].line(name, arch.name) if alone else table(summaries)
+            line = summaries[0].line(name, arch.name, **chosen_by)
+            figures = line if alone else table(summaries)
             on_stdout = folder or not plain
             if on_stdout:
                 print(figures, flush=True)
-            if not (on_stdout and logs.is_terminal()):  # else who waits there would not see them
+            if not (on_stdout and logs.stdout_is_terminal()):  # then the user has seen them
                 logs.info(figures)
             for output in outputs:
                 if output.path:
                     logs.info(f"wrote {output.path}")
             for run, output in zip(runs, outputs, strict=True):
                 if diagnose:
-                    tables = diagnosis_of(run, model, corpus.split, max_tokens, computes_in)
+                    tables = diagnosis_of(run, model, corpus.split, max_tokens, torch_dtype)
                     print(describe(run.options.steps, tables))
                     beside = output.path.with_suffix(".diagnosis.json")
                     beside.write_text(json.dumps(tables, indent=1) + "\n", encoding="utf-8")
@@ -320,36 +349,5 @@ def _step_counts(steps: str | None) -> list[int | None]:
     if not all(count.strip().isdecimal() and int(count) >= 1 for count in counts):
         raise typer.BadParameter(f"--steps {steps}: give whole numbers of at least 1, as in 1,2,5")
     if len(set(map(int, counts))) < len(counts):
-        raise typer.BadParameter(f"--steps {steps}: a step count is there twice")
+        raise typer.BadParameter(f"--steps {steps}: a step count is given twice")
     return [int(count) for count in counts]
-
-
-def _selector(
-    model: Seq2SeqModel,
-    select: str | None,
-    metric: str,
-    rerank_path: Path | None,
-    device: Any,
-    user_module: Path | None,
-    tokenizers: tuple[Tokenizer, Tokenizer],
-) -> Any:
-    from fastdiss_cli.decoding.mbr import METRICS
-    from fastdiss_cli.decoding.selection import METHODS, by_mbr, by_reranking, by_score
-    from fastdiss_cli.decoding.translation import check_tokenizer
-    from fastdiss_cli.training.checkpoint import load_model
-
-    select = select or model.default_select
-    if select not in METHODS:
-        raise typer.BadParameter(f"--select {select}: choose from {', '.join(METHODS)}")
-    if metric not in METRICS:
-        raise typer.BadParameter(f"--mbr-metric {metric}: choose from {', '.join(METRICS)}")
-    if (select == "rerank") != (rerank_path is not None):
-        raise typer.BadParameter("--select rerank and --rerank-path go together")
-    if select == "score":
-        return by_score
-    if select == "mbr":
-        return by_mbr(tokenizers[1], metric)
-    reranker, *theirs, _ = load_model(rerank_path, device, user_module)
-    for side, own, other in zip(("source", "target"), tokenizers, theirs, strict=True):
-        check_tokenizer(side, own, other, f"{rerank_path}")
-    return by_reranking(reranker, device)

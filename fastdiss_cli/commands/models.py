@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated
-
 import typer
 
-UserModule = Annotated[
-    Path | None,
-    typer.Option(metavar="FILE.py", help="A Python file that registers models of your own."),
-]
+from fastdiss_cli.commands.options import UserModule
 
 
 def models(user_module: UserModule = None) -> None:

@@ -9,37 +9,26 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fastdiss_cli import logs
+from fastdiss_cli.commands.options import drawable
 from fastdiss_cli.errors import FastdissError
 
 if TYPE_CHECKING:
     from fastdiss_cli.plots import Curves
-
-FORMATS = (".png", ".svg", ".pdf")
-
-
-def drawable(path: Path | None) -> Path | None:
-    """Check, before any work is done, that a picture can be drawn.
-
-    Raises:
-        FastdissError: matplotlib is not installed.
-    """
-    if path is None:
-        return None
-    if path.suffix not in FORMATS:
-        raise typer.BadParameter(f"{path}: the name must end in {', '.join(FORMATS)}")
-    from fastdiss_cli.extras import load_extra
-
-    load_extra("matplotlib", "plot", "a plot")
-    return path
 
 
 def plot(
     runs: Annotated[
         list[Path], typer.Argument(help="Folders of `fastdiss train`, or their metrics.jsonl.")
     ],
-    out: Annotated[
+    output: Annotated[
         Path,
-        typer.Option(metavar="FILE.png|svg|pdf", callback=drawable, help="The picture to write."),
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="FILE.png|svg|pdf",
+            callback=drawable,
+            help="The picture to write.",
+        ),
     ] = Path("curves.png"),
 ) -> None:
     """Draw training curves: losses, BLEU, gradient norm, learning rate and speed by update.
@@ -48,8 +37,8 @@ def plot(
     """
     from fastdiss_cli.plots import plot_training
 
-    plot_training(out, [read_curves(path) for path in runs])
-    logs.info(f"wrote {out}")
+    plot_training(output, [read_curves(path) for path in runs])
+    logs.info(f"wrote {output}")
 
 
 def read_curves(path: Path) -> Curves:
@@ -59,7 +48,7 @@ def read_curves(path: Path) -> Curves:
         path: the file, or the folder that it is in.
 
     Raises:
-        FastdissError: it is missing or empty, or a line is none of the log's.
+        FastdissError: it is missing or empty, or a line is not one of its records.
     """
     from fastdiss_cli.data.text import read_lines
     from fastdiss_cli.plots import Curves
@@ -74,8 +63,8 @@ def read_curves(path: Path) -> Curves:
             known = False
         if not known:
             raise FastdissError(
-                f"{path}: line {number} is no line of a metrics.jsonl; generate files are drawn by "
-                "`fastdiss score --plot`"
+                f"{path}: line {number} is not a record of metrics.jsonl; generate files are "
+                "drawn by `fastdiss score --plot`"
             )
         rows.append(row)
     if not rows:

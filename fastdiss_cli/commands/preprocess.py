@@ -20,8 +20,8 @@ from fastdiss_cli.data.text import FORMATS, Block, count_pairs, read_blocks, rea
 from fastdiss_cli.data.tokenizer import MODEL_TYPES, Tokenizer, load_tokenizer, train_tokenizer
 from fastdiss_cli.errors import FastdissError, suggest
 
-Text = {"rich_help_panel": "Text"}
-Vocabulary = {"rich_help_panel": "Tokenizer"}
+TEXT = {"rich_help_panel": "Text"}
+TOKENIZER = {"rich_help_panel": "Tokenizer"}
 _DATASET_FILE = re.compile(
     r"manifest\.json|tokenizer\.(src|tgt)|(train|(valid|test)\d*)\.(src|tgt)\.(bin|idx)"
 )
@@ -30,44 +30,44 @@ _DATASET_FILE = re.compile(
 def preprocess(
     destdir: Annotated[Path, typer.Option(help="The folder to make.")] = Path("data-bin"),
     source_lang: Annotated[
-        str, typer.Option("--source-lang", "-s", help="Ending or key of the sources.", **Text)
+        str, typer.Option("--source-lang", "-s", help="Ending or key of the sources.", **TEXT)
     ] = "src",
     target_lang: Annotated[
-        str, typer.Option("--target-lang", "-t", help="Ending or key of the targets.", **Text)
+        str, typer.Option("--target-lang", "-t", help="Ending or key of the targets.", **TEXT)
     ] = "trg",
     trainpref: Annotated[
         str | None,
-        typer.Option(help="Training text: PREF.src and PREF.trg, or one file.", **Text),
+        typer.Option(help="Training text: PREF.src and PREF.trg, or one file.", **TEXT),
     ] = None,
     validpref: Annotated[
-        str | None, typer.Option(help="Validation text; several with commas.", **Text)
+        str | None, typer.Option(help="Validation text; several with commas.", **TEXT)
     ] = None,
     testpref: Annotated[
-        str | None, typer.Option(help="Test text; several with commas.", **Text)
+        str | None, typer.Option(help="Test text; several with commas.", **TEXT)
     ] = None,
     format: Annotated[
         str,
-        typer.Option(help="text (parallel files), jsonl or tsv; each also as .gz.", **Text),
+        typer.Option(help="text (parallel files), jsonl or tsv; each also as .gz.", **TEXT),
     ] = "text",
     vocab_size: Annotated[
-        int, typer.Option(help="Most pieces of the tokenizer to train.", **Vocabulary)
+        int, typer.Option(help="Vocabulary of the trained tokenizer, at most.", **TOKENIZER)
     ] = 8000,
     model_type: Annotated[
-        str, typer.Option(help=f"{', '.join(MODEL_TYPES)} (SentencePiece).", **Vocabulary)
+        str, typer.Option(help=f"{', '.join(MODEL_TYPES)} (SentencePiece).", **TOKENIZER)
     ] = "unigram",
     joined: Annotated[
         bool,
-        typer.Option("--joined/--separate", help="One tokenizer for both sides.", **Vocabulary),
+        typer.Option("--joined/--separate", help="One tokenizer for both sides.", **TOKENIZER),
     ] = True,
     tokenizer: Annotated[
         str | None,
         typer.Option(
             metavar="FILE[,TGT-FILE]",
             help="Use this SentencePiece model, or dict.LANG.txt of fairseq, instead of training.",
-            **Vocabulary,
+            **TOKENIZER,
         ),
     ] = None,
-    workers: Annotated[int, typer.Option(min=0, help="Processes; 0: one a core.")] = 0,
+    workers: Annotated[int, typer.Option(min=0, help="Processes; 0: one per core.")] = 0,
     verify: Annotated[
         bool, typer.Option("--verify", help="Check every byte of the dataset afterwards.")
     ] = False,
@@ -106,7 +106,7 @@ def preprocess(
             raise FastdissError(f"{destdir}: cannot write the dataset: {error.strerror}") from None
         except BrokenExecutor:
             raise FastdissError(
-                "a worker process was killed, perhaps for want of memory: use fewer --workers"
+                "a worker process was killed, probably out of memory: use fewer --workers"
             ) from None
         finally:
             shutil.rmtree(aside, ignore_errors=True)

@@ -7,17 +7,16 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fastdiss_cli.commands.plot import drawable
+from fastdiss_cli.commands.options import drawable
 from fastdiss_cli.errors import FastdissError, suggest
 
 if TYPE_CHECKING:
-    from sacrebleu.metrics.base import Metric
-
     from fastdiss_cli.decoding.output import Generated
 
 # sacreBLEU takes a while to import, so that --help does not ask it
@@ -50,7 +49,9 @@ class Result:
 def score(
     systems: Annotated[
         list[Path] | None,
-        typer.Argument(metavar="[FILE]...", help="More systems, as a * of the shell gives them."),
+        typer.Argument(
+            metavar="[FILE]...", help="More hypothesis files, as a shell wildcard gives them."
+        ),
     ] = None,
     sys: Annotated[
         list[Path] | None,
@@ -76,7 +77,8 @@ def score(
         ),
     ] = "bleu,chrf,ter",
     bertscore_model: Annotated[
-        str, typer.Option(metavar="NAME|FOLDER", help="For other languages than English, say.")
+        str,
+        typer.Option(metavar="NAME|FOLDER", help="The model of BERTScore; English needs no other."),
     ] = "roberta-large",
     paired: Annotated[
         Path | None,
@@ -104,6 +106,8 @@ def score(
         raise typer.BadParameter(f"--paired-test {paired_test}: choose from {', '.join(TESTS)}")
     if paired is not None:
         paths = [paired, *(path for path in paths if path != paired)]
+        if len(paths) == 1:
+            raise typer.BadParameter("--paired needs another system than the baseline itself")
 
     from fastdiss_cli.decoding.output import read_system
 
@@ -116,7 +120,7 @@ def score(
             )
     needed = any(name in AGAINST_REFERENCES for name in wanted)
     streams = _streams(paths, read, ref) if needed else []
-    with _no_garbage():
+    with _gc_paused():
         rows = _score(read, streams, wanted, bertscore_model, paired_test if paired else None)
     _say(paths, rows, paired_test if paired else None, as_json)
     if plot is not None:
@@ -148,12 +152,12 @@ def _streams(
         raise FastdissError(f"{paths[0]} holds no references (T- lines): give --ref")
     for path, references in told:
         if references != told[0][1]:
-            raise FastdissError(f"{path} and {told[0][0]} hold other references: give --ref")
+            raise FastdissError(f"{path} and {told[0][0]} hold different references: give --ref")
     return [list(told[0][1])]
 
 
 @contextmanager
-def _no_garbage() -> Iterator[None]:
+def _gc_paused() -> Iterator[None]:
     """Do not look for cycles among the counts of n-grams: that took a fifth of the time."""
     gc.disable()
     try:
@@ -173,12 +177,8 @@ def _score(
     from fastdiss_cli import metrics
 
     columns: dict[str, list[Result]] = {}
-    given = {"bertscore": (bertscore_model,)}
-    used: dict[str, Metric] = {
-        name: metrics.METRICS[name](*given.get(name, ()))
-        for name in wanted
-        if name in AGAINST_REFERENCES
-    }
+    known = metrics.METRICS | {"bertscore": partial(metrics.BERTScore, bertscore_model)}
+    used = {name: known[name]() for name in wanted if name in AGAINST_REFERENCES}
     if test is not None and used:
         hypotheses = [system.hypotheses for system in systems]
         tested = metrics.paired_test(hypotheses, streams, used, test)
@@ -231,11 +231,10 @@ def _table(paths: list[Path], rows: list[list[Result]], test: str | None) -> str
     lines = ["  ".join(header).rstrip()]
     for name, results in zip(names, rows, strict=True):
         cells = [f"{name:<{width}}"]
-        for result, base, last in zip(results, rows[0], rows[-1], strict=True):
+        for result, last in zip(results, rows[-1], strict=True):
             cells.append(f"{result.score:>{max(len(result.name), 6)}.2f}")
             if result.p_value is not None:
-                # of a system against itself sacreBLEU finds that chance cannot explain it
-                marked = result.p_value < 0.05 and result.score != base.score
+                marked = result.p_value < 0.05
                 cells.append(f"{result.p_value:.4f}{'*' if marked else ' '}")
             elif last.p_value is not None:
                 cells.append(" " * 7)
@@ -250,13 +249,13 @@ def _plot(
     plot: Path, paths: list[Path], systems: list[Generated], results: list[Result], metric: str
 ) -> None:
     from fastdiss_cli import logs
-    from fastdiss_cli.decoding.report import read_line
+    from fastdiss_cli.decoding.report import parse_summary
     from fastdiss_cli.metrics import LOWER_IS_BETTER
     from fastdiss_cli.plots import Point, plot_quality
 
     points = []
     for path, system, result in zip(paths, systems, results, strict=True):
-        figures = read_line(system.summary)
+        figures = parse_summary(system.summary)
         if figures is None:
             raise FastdissError(
                 f"{path} does not end in the summary of `fastdiss generate`, where --plot finds "

@@ -7,20 +7,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fastdiss_cli.commands.models import UserModule
+from fastdiss_cli.commands.options import SourceLang, TargetLang, UserModule
 from fastdiss_cli.models import FAMILIES, SIZES
 
 if TYPE_CHECKING:
     from fastdiss_cli.config import TrainConfig
 
-SourceLang = Annotated[
-    str | None,
-    typer.Option("--source-lang", "-s", help="Of a fairseq data-bin that serves both directions."),
-]
-TargetLang = Annotated[str | None, typer.Option("--target-lang", "-t", help="Likewise.")]
-Optimisation = {"rich_help_panel": "Optimisation (a recipe changes the defaults)"}
-Validation = {"rich_help_panel": "Validation and checkpoints"}
-Machine = {"rich_help_panel": "Machine"}
+OPTIMISATION = {"rich_help_panel": "Optimisation (a recipe changes the defaults)"}
+VALIDATION = {"rich_help_panel": "Validation and checkpoints"}
+MACHINE = {"rich_help_panel": "Machine"}
 
 
 def _architectures(incomplete: str) -> list[str]:
@@ -57,89 +52,99 @@ def train(
     source_lang: SourceLang = None,
     target_lang: TargetLang = None,
     user_module: UserModule = None,
-    seed: Annotated[int | None, typer.Option(help="(default: 1)")] = None,
+    seed: Annotated[int | None, typer.Option(help="Random seed. (default: 1)")] = None,
     max_tokens: Annotated[
         int | None,
-        typer.Option(help="Padded tokens a batch and process. (default: 8000)", **Optimisation),
+        typer.Option(help="Padded tokens per batch and process. (default: 8000)", **OPTIMISATION),
     ] = None,
     update_freq: Annotated[
-        int | None, typer.Option(help="Batches an update. (default: 1)", **Optimisation)
+        int | None, typer.Option(help="Batches per update. (default: 1)", **OPTIMISATION)
     ] = None,
     max_update: Annotated[
         int | None,
-        typer.Option(help="Stop after so many updates. (default: 100000)", **Optimisation),
+        typer.Option(help="Stop after this many updates. (default: 100000)", **OPTIMISATION),
     ] = None,
     max_epoch: Annotated[
         int | None,
-        typer.Option(help="Stop after so many epochs; 0: no limit. (default: 0)", **Optimisation),
+        typer.Option(help="Stop after this many epochs; 0: no limit. (default: 0)", **OPTIMISATION),
     ] = None,
     lr: Annotated[
         float | None,
-        typer.Option(help="Peak learning rate of AdamW. (default: 5e-4)", **Optimisation),
+        typer.Option(help="Peak learning rate of AdamW. (default: 5e-4)", **OPTIMISATION),
     ] = None,
     lr_scheduler: Annotated[
         str | None,
-        typer.Option(help="inverse_sqrt or cosine. (default: inverse_sqrt)", **Optimisation),
+        typer.Option(help="inverse_sqrt or cosine. (default: inverse_sqrt)", **OPTIMISATION),
     ] = None,
     warmup_updates: Annotated[
-        int | None, typer.Option(help="Updates of linear warm-up. (default: 4000)", **Optimisation)
+        int | None,
+        typer.Option(help="Updates of linear warm-up. (default: 4000)", **OPTIMISATION),
     ] = None,
     clip_norm: Annotated[
         float | None,
-        typer.Option(help="Largest gradient norm; 0: any. (default: 1.0)", **Optimisation),
+        typer.Option(
+            help="Clip gradients to this norm; 0: no clipping. (default: 1.0)", **OPTIMISATION
+        ),
     ] = None,
     weight_decay: Annotated[
-        float | None, typer.Option(help="(default: 0.01)", **Optimisation)
+        float | None, typer.Option(help="Of AdamW, for matrices. (default: 0.01)", **OPTIMISATION)
     ] = None,
     dropout: Annotated[
-        float | None, typer.Option(help="(default: that of the architecture)", **Optimisation)
+        float | None,
+        typer.Option(help="Dropout rate. (default: that of the architecture)", **OPTIMISATION),
     ] = None,
     label_smoothing: Annotated[
-        float | None, typer.Option(help="(default: 0.1)", **Optimisation)
+        float | None, typer.Option(help="Of the cross-entropy. (default: 0.1)", **OPTIMISATION)
     ] = None,
     ema_decay: Annotated[
         float | None,
         typer.Option(
-            help="Of the weights' moving average; 0: none. (default: 0.9999)", **Optimisation
+            help="Decay of the moving average of the weights; 0: no average. (default: 0.9999)",
+            **OPTIMISATION,
         ),
     ] = None,
     validate_interval_updates: Annotated[
-        int | None, typer.Option(help="0: every epoch. (default: 1000)", **Validation)
+        int | None,
+        typer.Option(
+            help="Validate every N updates; 0: after every epoch. (default: 1000)", **VALIDATION
+        ),
     ] = None,
     valid_steps: Annotated[
         int | None,
-        typer.Option(help="Sampling steps for validation BLEU. (default: 5)", **Validation),
+        typer.Option(help="Sampling steps for validation BLEU. (default: 5)", **VALIDATION),
     ] = None,
     patience: Annotated[
         int | None,
         typer.Option(
-            help="Stop after so many validations without a new best; 0: never. (default: 20)",
-            **Validation,
+            help="Stop after this many validations without a new best; 0: never. (default: 20)",
+            **VALIDATION,
         ),
     ] = None,
     save_interval_updates: Annotated[
         int | None,
-        typer.Option(help="Save checkpoint_last this often. (default: 1000)", **Validation),
+        typer.Option(help="Save checkpoint_last this often. (default: 1000)", **VALIDATION),
     ] = None,
     keep_last: Annotated[
         int | None,
-        typer.Option(help="Numbered checkpoints kept besides. (default: 1)", **Validation),
+        typer.Option(
+            help="Numbered checkpoints to keep, besides last and best. (default: 1)", **VALIDATION
+        ),
     ] = None,
     accept_changes: Annotated[
         bool,
         typer.Option(
             "--accept-changes",
             help="Resume although the data or options differ from before.",
-            **Validation,
+            **VALIDATION,
         ),
     ] = False,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.", **Machine)] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.", **MACHINE)] = "auto",
     dtype: Annotated[
         str | None,
-        typer.Option(help="auto, float32 or bfloat16 (autocast). (default: auto)", **Machine),
+        typer.Option(help="auto, float32 or bfloat16 (autocast). (default: auto)", **MACHINE),
     ] = None,
     compile: Annotated[
-        bool | None, typer.Option("--compile", help="Use torch.compile.", **Machine)
+        bool | None, typer.Option("--compile", help="Use torch.compile.", **MACHINE)
     ] = None,
 ) -> None:
     """Train a model; a second call resumes where the first one stopped.
@@ -175,8 +180,8 @@ def train(
     from fastdiss_cli.config import TrainConfig, build, parse_settings, read_recipe
     from fastdiss_cli.data.fairseq import open_dataset
     from fastdiss_cli.device import keep_freed_memory, pick_device
+    from fastdiss_cli.distributed import Processes
     from fastdiss_cli.models.registry import architecture
-    from fastdiss_cli.training.distributed import Processes
     from fastdiss_cli.training.loop import Training
     from fastdiss_cli.training.state import BEST, LAST
 

@@ -286,7 +286,7 @@ class TokenFile:
         try:
             size = path.stat().st_size
             if size % dtype.itemsize:
-                raise self._damaged(ending, f"{size} bytes are no whole number of tokens")
+                raise self._damaged(ending, f"{size} bytes are not a whole number of tokens")
             # as a plain array: every slice of a memmap is made one too, which takes its time
             return np.asarray(np.memmap(path, dtype, mode="r")) if size else np.zeros(0, dtype)
         except OSError as error:
@@ -357,7 +357,7 @@ class BinarizedDataset:
             found = file_hash(path)
         except OSError as error:
             raise FastdissError(f"{path}: cannot read the tokenizer: {error.strerror}") from None
-        if found != expected:  # told before its bytes are made anything of
+        if found != expected:  # before its bytes are parsed
             raise FastdissError(
                 f"{path} has hash {found[:16]} where the manifest says {expected[:16]}; "
                 "run `fastdiss preprocess` again"

@@ -40,7 +40,7 @@ class Encoded:
     altered: int
 
 
-class Encoder:
+class BlockEncoder:
     """Turn blocks of text into tokens.
 
     Args:
@@ -82,13 +82,13 @@ def encode_blocks(
 
     Args:
         blocks: of `CHUNK` sentence pairs.
-        models, dtype: see `Encoder`.
+        models, dtype: see `BlockEncoder`.
         workers: processes; with one, or a single block, it is this one.
     """
     first = next(blocks)
     second = next(blocks, None)
     if workers == 1 or second is None:  # too little text to start processes for
-        encoder = Encoder(models, dtype)
+        encoder = BlockEncoder(models, dtype)
         yield from map(encoder.encode, chain([first], [second] if second else [], blocks))
         return
     fresh = get_context("spawn")  # a forked copy of a process that has threads may hang
@@ -114,7 +114,7 @@ def _start_process(models: tuple[bytes, bytes], dtype: np.dtype) -> None:
         os._exit(1)
 
     Thread(target=watch, daemon=True).start()
-    _encoder = Encoder(models, dtype)
+    _encoder = BlockEncoder(models, dtype)
 
 
 def _encode(block: Block) -> Encoded:

@@ -231,7 +231,8 @@ def _unequal(
         counts = [count + len(side) for count, side in zip(counts, lines, strict=True)]
     (shorter, few), (longer, many) = sorted(zip(paths, counts, strict=True), key=itemgetter(1))
     return FastdissError(
-        f"{longer} has {many} lines but {shorter} has {few}: parallel files need a line for a line"
+        f"{longer} has {many} lines but {shorter} has {few}: parallel files must "
+        "have the same number of lines"
     )
 
 
@@ -249,7 +250,7 @@ def _json_pair(source: str, target: str, line: str, name: str, number: int) -> t
     if _SURROGATE.search(src) or _SURROGATE.search(tgt):
         raise FastdissError(
             f"{name}: line {number} holds half of a character (a lone \\u surrogate); "
-            "mend or remove the line"
+            "fix or remove the line"
         )
     return src.replace("\n", " "), tgt.replace("\n", " ")
 

@@ -141,7 +141,7 @@ class SentencePiece(Tokenizer):
 
     @cached_property
     def _written(self) -> list[str]:
-        """What is written on each piece; a line break, which no text has, if it decodes to else."""
+        """The text of each piece; a line break, which no text has, where decoding gives another."""
         written = []
         for i, piece in enumerate(self.pieces(range(self.vocab_size))):
             text = piece.replace(_SPACE, " ")
@@ -252,8 +252,8 @@ def _explain(message: str, model_type: str, vocab_size: int) -> str:
     limit = re.search(r"value <= (\d+)", message)
     if limit:
         return (
-            f"--vocab-size {vocab_size} is more {model_type} pieces than the text has: "
-            f"use at most {limit[1]}"
+            f"--vocab-size {vocab_size} is too large for this text: "
+            f"at most {limit[1]} {model_type} pieces"
         )
     needed = re.search(r"smaller than required_chars\. \d+ vs (\d+)", message)
     if needed or vocab_size < _FIXED_PIECES:

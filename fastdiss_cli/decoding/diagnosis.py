@@ -67,7 +67,7 @@ def by_step(hypotheses: Sequence[Hypothesis]) -> list[Row]:
             "confidence": fmean(fmean(step.confidences) for step in steps),
         }
         gap = fmean(step.gap for step in steps)
-        if not math.isnan(gap):  # who is never told anything has none
+        if not math.isnan(gap):  # absent without self-conditioning
             row["gap"] = gap
         if k:
             row["changed"] = fmean(_changed(h.history[k - 1], h.history[k]) for h in hypotheses)

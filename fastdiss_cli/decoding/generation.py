@@ -17,8 +17,6 @@ from fastdiss_cli.device import autocast, out_of_memory
 from fastdiss_cli.errors import FastdissError
 from fastdiss_cli.models.registry import Hypothesis, Seq2SeqModel
 
-WINDOW = 4096  # sentences that are sorted by length together, and held in memory
-
 
 def default_max_tokens(device: torch.device) -> int:
     """Return a padded batch size that is fast: on a CPU one whose layers stay in its cache."""
@@ -31,13 +29,14 @@ class Run:
 
     Attributes:
         options: the model's `Decoding`.
-        best: the chosen hypothesis of each sentence, in the order given.
+        best: the chosen hypothesis of each sentence, in the order given; None where it is not
+            decoded, by this rank or because a signal came.
         seconds: time spent, encoder included.
         nfe: decoder evaluations, summed over sentences.
     """
 
     options: Any
-    best: list[Hypothesis] = field(default_factory=list)
+    best: list[Hypothesis | None] = field(default_factory=list)
     seconds: float = 0.0
     nfe: int = 0
     sentences: int = 0
@@ -79,7 +78,7 @@ def decode(
     order = np.argsort(-lengths, kind="stable")
     widest = max(run.options.candidates for run in runs)
     for run in runs:
-        run.best = [None] * len(sources)  # type: ignore[list-item]
+        run.best = [None] * len(sources)
     batches = batches_by_tokens(order, lengths, max(max_tokens // widest, 1))
     for rows in batches[share[0] :: share[1]]:
         try:

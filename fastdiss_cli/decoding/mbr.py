@@ -25,30 +25,6 @@ CHRF_BETA = 2
 _tokenizer_13a = BLEU(effective_order=True).tokenizer
 
 
-def utility_matrix(candidates: Sequence[str], metric: str = "bleu") -> np.ndarray:
-    """Score every candidate as hypothesis against every candidate as its only reference.
-
-    Entry [i, j] is sacreBLEU's sentence score of candidate i against candidate j, by
-    ``BLEU(effective_order=True)`` (13a tokens, exponential smoothing) or by ``CHRF()``
-    (characters without white space, beta 2).
-
-    Args:
-        candidates: C texts, detokenised; empty texts are allowed.
-        metric: "bleu" or "chrf".
-
-    Returns:
-        Utilities in 0..100, float64 [C, C]; not symmetric.
-
-    Raises:
-        FastdissError: the metric is unknown.
-
-    Source: Papineni et al. 2002 (BLEU); Chen and Cherry 2014, method 3 (smoothing); Popović
-    2015 (chrF); Post 2018 (sacreBLEU).
-    """
-    texts, index = _different(candidates)
-    return _score_all(texts, metric)[index[:, None], index]
-
-
 def expected_utility(candidates: Sequence[str], metric: str = "bleu") -> np.ndarray:
     """Average each candidate's utility over the C - 1 other candidates.
 
@@ -68,7 +44,7 @@ def expected_utility(candidates: Sequence[str], metric: str = "bleu") -> np.ndar
     Source: Kumar and Byrne 2004 (minimum Bayes risk), all samples with one weight.
     """
     texts, index = _different(candidates)
-    utilities = _score_all(texts, metric)
+    utilities = pairwise_utility(texts, metric)
     if len(candidates) > 1:
         others = np.bincount(index) - np.eye(len(texts))
         utilities = utilities * others / (len(candidates) - 1)
@@ -82,8 +58,26 @@ def _different(candidates: Sequence[str]) -> tuple[list[str], np.ndarray]:
     return list(places), np.array(index, dtype=np.int64)
 
 
-def _score_all(texts: list[str], metric: str) -> np.ndarray:
-    """Return the utilities of all pairs of texts [U, U]."""
+def pairwise_utility(texts: Sequence[str], metric: str = "bleu") -> np.ndarray:
+    """Score every text as hypothesis against every text as its only reference.
+
+    Entry [i, j] is sacreBLEU's sentence score of text i against text j, by
+    ``BLEU(effective_order=True)`` (13a tokens, exponential smoothing) or by ``CHRF()``
+    (characters without white space, beta 2).
+
+    Args:
+        texts: U texts, detokenised; empty texts are allowed.
+        metric: "bleu" or "chrf".
+
+    Returns:
+        Utilities in 0..100, float64 [U, U]; not symmetric.
+
+    Raises:
+        FastdissError: the metric is unknown.
+
+    Source: Papineni et al. 2002 (BLEU); Chen and Cherry 2014, method 3 (smoothing); Popović
+    2015 (chrF); Post 2018 (sacreBLEU).
+    """
     if metric == "bleu":
         return _bleu(*_match_ngrams([_split_13a(text) for text in texts], BLEU_ORDER))
     if metric == "chrf":

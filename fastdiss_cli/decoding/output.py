@@ -125,7 +125,7 @@ def read_system(path: Path) -> Generated:
             continue
         kind, number, rest = match[1], int(match[2]), match[3]
         if number in found[kind] and not (kind == "D" and number == newest):
-            raise FastdissError(f"{path}: {kind}-{number} is there twice")
+            raise FastdissError(f"{path}: {kind}-{number} appears twice")
         if kind == "D":
             newest, rest = number, rest.split("\t", 1)[-1]
         found[kind].setdefault(number, []).append(rest)

@@ -12,13 +12,14 @@ from sacrebleu.metrics.bleu import BLEUScore
 
 from fastdiss_cli.decoding.output import reference_streams
 from fastdiss_cli.errors import FastdissError
+from fastdiss_cli.models import OBSERVING
 
 if TYPE_CHECKING:  # `score` reads summaries, and need not wait for torch
     from fastdiss_cli.decoding.generation import Run
 
 _LINE = re.compile(
     r"Generate \S+ with (?P<arch>\S+)(?P<options>( \w+=\S+)*): .*?"
-    r"(?P<speed>[\d.,]+) sentences/s, NFE "
+    r"(?P<speed>[\d.,]+) sentences/s, NFE (?P<nfe>[\d.]+)$"
 )
 
 
@@ -32,17 +33,21 @@ class Summary:
 
     @property
     def speed(self) -> float:
-        """Sentences a second, over encoder, sampling and selection."""
+        """Sentences per second, over encoder, sampling and selection."""
         return self.run.sentences / max(self.run.seconds, 1e-9)
 
     @property
     def nfe(self) -> float:
-        """Decoder evaluations a sentence."""
+        """Decoder evaluations per sentence."""
         return self.run.nfe / max(self.run.sentences, 1)
 
-    def line(self, name: str, arch: str) -> str:
-        """Return the summary line of a split, or of raw text, under ``name``."""
-        shown = {k: v for k, v in vars(self.run.options).items() if not isinstance(v, bool)}
+    def line(self, name: str, arch: str, **more: str) -> str:
+        """Return the summary line of a split, or of raw text, under ``name``.
+
+        Options are those of decoding and ``more``; a switch is named where it is on.
+        """
+        options = {k: v for k, v in vars(self.run.options).items() if k not in OBSERVING}
+        shown = {k: v for k, v in {**options, **more}.items() if v is not False}
         how = " ".join(f"{key}={value}" for key, value in shown.items())
         quality = f"{self.bleu.format(signature=self.signature)} | " if self.bleu else ""
         return (
@@ -58,12 +63,14 @@ class Figures:
     Attributes:
         arch: the architecture.
         options: of decoding, as text.
-        speed: sentences a second.
+        speed: sentences per second.
+        nfe: decoder evaluations per sentence.
     """
 
     arch: str
     options: dict[str, str]
     speed: float
+    nfe: float
 
     @property
     def steps(self) -> int | None:
@@ -71,13 +78,14 @@ class Figures:
         return int(self.options["steps"]) if "steps" in self.options else None
 
 
-def read_line(line: str) -> Figures | None:
+def parse_summary(line: str) -> Figures | None:
     """Read the figures from `Summary.line`; None if it is no such line."""
     match = _LINE.match(line)
     if match is None:
         return None
     options = dict(option.split("=", 1) for option in match["options"].split())
-    return Figures(match["arch"], options, float(match["speed"].replace(",", "")))
+    speed = float(match["speed"].replace(",", ""))
+    return Figures(match["arch"], options, speed, float(match["nfe"]))
 
 
 def summarise(

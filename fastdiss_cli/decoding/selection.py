@@ -6,11 +6,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import numpy as np
-import torch
 
 from fastdiss_cli.data.batching import pad
 from fastdiss_cli.data.tokenizer import Tokenizer
-from fastdiss_cli.decoding.mbr import expected_utility
+from fastdiss_cli.decoding.mbr import METRICS, expected_utility
 from fastdiss_cli.errors import FastdissError
 from fastdiss_cli.models.registry import Hypothesis, Seq2SeqModel
 
@@ -18,6 +17,39 @@ METHODS = ("score", "mbr", "rerank")
 
 # (sources [B], candidates [B][C]) -> the chosen one of each sentence
 Select = Callable[[Sequence[Sequence[int]], list[list[Hypothesis]]], list[Hypothesis]]
+
+
+def check_selection(method: str | None, metric: str, reranked: bool) -> None:
+    """Check how candidates are to be chosen, before anything is loaded.
+
+    Args:
+        method: one of `METHODS`; None: the default of the model, or ``rerank`` if there is a
+            reranker.
+        metric: of MBR.
+        reranked: whether there is a reranker.
+
+    Raises:
+        FastdissError: there is no such method or metric, or a reranker too many or too few.
+    """
+    if method not in (None, *METHODS):
+        raise FastdissError(f"select {method}: choose from {', '.join(METHODS)}")
+    if metric not in METRICS:
+        raise FastdissError(f"mbr_metric {metric}: choose from {', '.join(METRICS)}")
+    if method is not None and (method == "rerank") != reranked:
+        raise FastdissError("select rerank and a reranker go together")
+
+
+def selector(
+    method: str, metric: str, tokenizer: Tokenizer, reranker: Seq2SeqModel | None
+) -> Select:
+    """Return the function that chooses; `check_selection` has the arguments.
+
+    Args:
+        tokenizer: of the target side.
+    """
+    if reranker is not None:
+        return by_reranking(reranker)
+    return by_mbr(tokenizer, metric) if method == "mbr" else by_score
 
 
 def by_score(
@@ -52,18 +84,18 @@ def by_mbr(tokenizer: Tokenizer, metric: str) -> Select:
     return select
 
 
-def by_reranking(reranker: Seq2SeqModel, device: torch.device) -> Select:
+def by_reranking(reranker: Seq2SeqModel) -> Select:
     """Choose the candidate that an autoregressive model finds most likely.
 
     Args:
         reranker: a model that has ``log_likelihood``, with the same tokenizers.
-        device: where it is.
 
     Raises:
         FastdissError: the model cannot score given answers.
     """
     if not hasattr(reranker, "log_likelihood"):
-        raise FastdissError("--rerank-path must be a `transformer` checkpoint: only it can rerank")
+        raise FastdissError("the reranker must be a `transformer` checkpoint: only it can rerank")
+    device = next(reranker.parameters()).device
 
     def select(
         sources: Sequence[Sequence[int]], candidates: list[list[Hypothesis]]

@@ -9,25 +9,30 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
+
+import torch
 
 from fastdiss_cli import logs
 from fastdiss_cli.data.binarized import BinarizedDataset, TokenFile
 from fastdiss_cli.data.text import ComingLines, count_lines, decode_lines, read_lines
 from fastdiss_cli.data.tokenizer import Tokenizer
-from fastdiss_cli.decoding.generation import WINDOW, Run, decode
+from fastdiss_cli.decoding.generation import Run, decode
 from fastdiss_cli.decoding.output import format_lines, hypothesis_text
+from fastdiss_cli.decoding.selection import Select
+from fastdiss_cli.decoding.sharing import decode_shared
+from fastdiss_cli.distributed import Processes
 from fastdiss_cli.errors import FastdissError
 from fastdiss_cli.models.registry import Seq2SeqModel
-from fastdiss_cli.training.distributed import Processes
-from fastdiss_cli.training.sharing import decode_shared
-from fastdiss_cli.training.signals import Stop, Stopped
+from fastdiss_cli.signals import Stop, Stopped
+
+WINDOW = 4096  # sentences that are sorted by length together, and held in memory
 
 Pair = tuple[list[int], "list[int] | None"]  # ids of a source, and of its reference if it has one
 
 
 @dataclass
-class Source:
+class Input:
     """What is to be translated.
 
     Attributes:
@@ -41,13 +46,13 @@ class Source:
     split: dict[str, TokenFile] | None = None
 
 
-def dataset_source(
-    dataset: BinarizedDataset, split: str, src: Tokenizer, tgt: Tokenizer, window: int | None
-) -> Source:
+def dataset_input(
+    dataset: BinarizedDataset, split: str, src: Tokenizer, tgt: Tokenizer, window: int
+) -> Input:
     """Return a split of a dataset, whose bytes are checked.
 
     Args:
-        window: pairs of a window; None: all of them.
+        window: pairs of a window; 0: all of them.
 
     Raises:
         FastdissError: it is damaged, or was made with other tokenizers than the checkpoint's.
@@ -58,24 +63,24 @@ def dataset_source(
     dataset.verify(split)
     pairs = zip(files["src"], files["tgt"], strict=True)
     ids = ((s.tolist(), t.tolist()) for s, t in pairs)
-    return Source(_windows(ids, window), len(files["src"]), files)
+    return Input(_windows(ids, window or len(files["src"])), len(files["src"]), files)
 
 
-def text_source(input: str, src: Tokenizer, window: int | None) -> Source:
+def text_input(input: str, src: Tokenizer, window: int) -> Input:
     """Return the lines of a file, or of stdin for ``-``, read as they are needed.
 
     Args:
-        window: lines of a window; None: `WINDOW` of a file, and of stdin what waits there.
+        window: lines of a window; 0: `WINDOW` of a file, and of stdin what waits there.
     """
     if input != "-":
         path = Path(input)
         total = count_lines(path) if path.is_file() else None  # a named pipe can be read once
-        return Source(_windows(_ids(read_lines(path), src), window or WINDOW), total)
+        return Input(_windows(_ids(read_lines(path), src), window or WINDOW), total)
     if window:
         lines = decode_lines(sys.stdin.buffer, "stdin")
-        return Source(_windows(_ids(lines, src), window))
+        return Input(_windows(_ids(lines, src), window))
     coming = ComingLines(sys.stdin.buffer)
-    return Source(_as_they_come(coming, _ids(decode_lines(coming, "stdin"), src)))
+    return Input(_as_they_come(coming, _ids(decode_lines(coming, "stdin"), src)))
 
 
 def _ids(lines: Iterable[str], src: Tokenizer) -> Iterator[Pair]:
@@ -93,7 +98,7 @@ def _ids(lines: Iterable[str], src: Tokenizer) -> Iterator[Pair]:
         )
 
 
-def _windows(pairs: Iterator[Pair], size: int | None) -> Iterator[list[Pair]]:
+def _windows(pairs: Iterator[Pair], size: int) -> Iterator[list[Pair]]:
     return iter(lambda: list(islice(pairs, size)), [])
 
 
@@ -188,24 +193,38 @@ class Translation:
 def translate(
     model: Seq2SeqModel,
     tokenizers: tuple[Tokenizer, Tokenizer],
-    corpus: Source,
+    corpus: Input,
     runs: list[Run],
+    select: Select,
     outputs: list[Output],
+    *,
+    max_tokens: int,
+    dtype: torch.dtype,
     gold: bool,
     keep: bool,
     plain: bool,
     processes: Processes,
     stop: Stop,
-    **how: Any,
 ) -> Translation:
     """Decode a corpus window by window, writing the lines of each run in corpus order.
 
     The first rank reads and writes; all of them decode. Memory is that of a window, unless the
-    texts are kept, for scores. Plain lines are the hypotheses' text alone.
+    texts are kept.
+
+    Args:
+        model, runs, select, max_tokens, dtype: as in `decode`.
+        tokenizers: of the source and the target.
+        corpus: what is decoded.
+        outputs: of the runs, on the first rank; nothing on the others.
+        gold: tell the model the right answers.
+        keep: keep texts and references, for scores.
+        plain: write the text of the hypotheses alone.
+        processes: this process among the others.
+        stop: after a signal the batch at hand is the last.
     """
     src, tgt = tokenizers
     first_rank = processes.rank == 0
-    to_terminal = any(output.file is sys.stdout for output in outputs) and logs.is_terminal()
+    to_terminal = any(output.file is sys.stdout for output in outputs) and logs.stdout_is_terminal()
     colour = to_terminal and logs.wants_colour()
     so_far = Translation([[] for _ in runs])
     with logs.progress("generating", corpus.total, hidden=to_terminal) as bar:
@@ -217,11 +236,21 @@ def translate(
             answers = targets if gold else None
             if first == 0 and len(pairs) > 1:  # thread and memory pools fill outside the clock
                 with processes.attempt("decoding") as tried:
-                    decode(model, sources[:16], [Run(runs[0].options)], gold=answers, **how)
+                    warm = [Run(runs[0].options)]
+                    decode(model, sources[:16], warm, select, max_tokens, 0, answers, dtype)
                 processes.agree(tried, stop)
-            given = {"first": first, "gold": answers, "done": bar.advance, **how}
             so_far.signal = decode_shared(
-                model, sources, runs, processes=processes, stop=stop, **given
+                model,
+                sources,
+                runs,
+                select,
+                max_tokens,
+                processes,
+                stop,
+                first=first,
+                gold=answers,
+                dtype=dtype,
+                done=bar.advance,
             )
             lines: list[list[str]] = [[] for _ in outputs]
             for i, (source, target) in enumerate(pairs):
@@ -247,7 +276,7 @@ def translate(
     return so_far
 
 
-def _read(corpus: Source, stop: Stop) -> list[Pair]:
+def _read(corpus: Input, stop: Stop) -> list[Pair]:
     """Return the next window; nothing where the corpus ends or a signal comes."""
     stop.waiting = True
     try:

@@ -132,7 +132,7 @@ class MANS:
 
 
 def draw_times(batch: int, device: torch.device) -> Tensor:
-    """Draw one time a sentence, uniform on (0, 1) and stratified over the batch; float [B].
+    """Draw one time per sentence, uniform on (0, 1) and stratified over the batch; float [B].
 
     Source: the low-discrepancy sampler of Kingma et al. 2021, Variational diffusion models, I.1.
     """

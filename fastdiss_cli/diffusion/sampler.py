@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from fastdiss_cli.diffusion.objective import Denoise, Tell
 from fastdiss_cli.diffusion.schedule import NoiseSchedule, time_grid
 from fastdiss_cli.diffusion.solvers import SOLVERS
 
@@ -15,7 +16,7 @@ SELF_COND_MODES = ("reuse", "none", "recompute", "gold")
 
 
 def sample(
-    denoise: Callable[[Tensor, Tensor, Tensor], Tensor],
+    denoise: Denoise,
     schedule: NoiseSchedule,
     noise: Callable[[int], Tensor],
     steps: int,
@@ -23,7 +24,7 @@ def sample(
     self_cond: str = "reuse",
     gold: Tensor | None = None,
     grid: str = "log-snr",
-    tell: Callable[[Tensor], Tensor] = lambda z0_hat: z0_hat,
+    tell: Tell = lambda z0_hat: z0_hat,
     clamp: Callable[[Tensor], Tensor] | None = None,
     watch: Callable[[Tensor, Tensor, Tensor], None] | None = None,
     go_on: Callable[[Tensor], Tensor | None] | None = None,

@@ -1,6 +1,6 @@
 """Solvers: from z at time t and the estimate of z_0 to z at an earlier time s.
 
-A solver is made anew for each run (it may remember earlier estimates) and called once a step.
+A solver is made anew for each run (it may remember earlier estimates) and called once per step.
 To add one, write its class and name it in `SOLVERS`.
 """
 # N rows, T target length, D latent

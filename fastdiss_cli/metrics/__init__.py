@@ -47,18 +47,20 @@ def paired_test(
         test: ``bs`` (paired bootstrap, Koehn 2004) or ``ar`` (approximate randomisation).
 
     Returns:
-        For each metric: its name, the scores of all systems, the p-values of all but the first,
-        and the signature.
+        For each metric: its name, the scores of all systems, the p-values of all but the first
+        (1 where a system's outputs are the baseline's), and the signature.
     """
     from sacrebleu.significance import PairedTest  # numpy is slow to import
 
+    # of equal outputs sacreBLEU finds that chance cannot explain their difference
+    same = [list(hypotheses) == list(systems[0]) for hypotheses in systems[1:]]
     named = [(str(number), hypotheses) for number, hypotheses in enumerate(systems)]
     signatures, scores = PairedTest(named, metrics, streams, test_type=test)()
     return [
         (
             name,
             [result.score for result in scores[name]],
-            [result.p_value for result in scores[name][1:]],
+            [1.0 if e else r.p_value for e, r in zip(same, scores[name][1:], strict=True)],
             str(signature),
         )
         for name, signature in signatures.items()

@@ -20,7 +20,7 @@ class Diversity(ABC):
     name: str
 
     @abstractmethod
-    def facts(self) -> dict[str, str]:
+    def signature_fields(self) -> dict[str, str]:
         """Return what the signature says besides sacreBLEU's version."""
 
     @abstractmethod
@@ -32,7 +32,7 @@ class Diversity(ABC):
 
     def get_signature(self) -> Signature:
         signature = Signature({"num_refs": None})
-        for key, value in self.facts().items():
+        for key, value in self.signature_fields().items():
             signature.update(key, value)
         return signature
 
@@ -47,7 +47,7 @@ class Distinct(Diversity):
     def __init__(self, order: int) -> None:
         self.order, self.name = order, f"distinct-{order}"
 
-    def facts(self) -> dict[str, str]:
+    def signature_fields(self) -> dict[str, str]:
         return {"tok": "none", "over": "corpus"}
 
     def measure(self, candidates: Sequence[Sequence[str]]) -> float:
@@ -63,7 +63,7 @@ class SentenceDistinct(Diversity):
 
     name = "sentence-distinct"
 
-    def facts(self) -> dict[str, str]:
+    def signature_fields(self) -> dict[str, str]:
         return {"tok": "none", "over": "sentence"}
 
     def measure(self, candidates: Sequence[Sequence[str]]) -> float:
@@ -79,7 +79,7 @@ class SelfBLEU(Diversity):
 
     name = "self-BLEU"
 
-    def facts(self) -> dict[str, str]:
+    def signature_fields(self) -> dict[str, str]:
         return {"case": "mixed", "eff": "yes", "tok": "13a", "smooth": "exp"}
 
     def measure(self, candidates: Sequence[Sequence[str]]) -> float:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from itertools import pairwise
 
-from fastdiss_cli.metrics.share import Share
+from fastdiss_cli.metrics.ratio import RatioMetric
 
 
-class WER(Share):
+class WER(RatioMetric):
     """Edits (insert, delete, replace a word) to the nearest reference, over its words.
 
     Where the words are phonemes this is the phoneme error rate.
@@ -20,7 +20,7 @@ class WER(Share):
         return min((edit_distance(words, row), len(row)) for row in rows)
 
 
-class SER(Share):
+class SER(RatioMetric):
     """Sentences that equal none of their references, over all sentences.
 
     Where a sentence is the pronunciation of a word this is the word error rate.
@@ -33,7 +33,7 @@ class SER(Share):
         return int(all(words != reference.split() for reference in references)), 1
 
 
-class Repetition(Share):
+class Repetition(RatioMetric):
     """Words that equal the word before them, over all pairs of neighbours."""
 
     name = "repetition"

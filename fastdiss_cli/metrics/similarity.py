@@ -10,12 +10,12 @@ from typing import Any
 
 from fastdiss_cli.errors import FastdissError
 from fastdiss_cli.extras import load_extra
-from fastdiss_cli.metrics.share import Share
+from fastdiss_cli.metrics.ratio import RatioMetric
 
 BERTSCORE_MODEL = "roberta-large"  # bert-score's own choice for English
 
 
-class ROUGE(Share):
+class ROUGE(RatioMetric):
     """F1 of n-grams or of the longest common subsequence with the nearest reference.
 
     Without stemming. rouge-score's tokens are runs of a-z and 0-9 in lower case: other alphabets
@@ -36,7 +36,7 @@ class ROUGE(Share):
         scorer = load_extra("rouge_score.rouge_scorer", "rouge", self._key)
         self._scorer = scorer.RougeScorer([self._key])
 
-    def facts(self) -> dict[str, str]:
+    def signature_fields(self) -> dict[str, str]:
         return {"stem": "no", "rouge-score": version("rouge-score")}
 
     def measure(self, hypothesis: str, references: list[str]) -> tuple[float, int]:
@@ -46,7 +46,7 @@ class ROUGE(Share):
 ROUGES = {f"rouge{kind}": partial(ROUGE, kind) for kind in "12L"}
 
 
-class BERTScore(Share):
+class BERTScore(RatioMetric):
     """F1 of contextual embeddings with the nearest reference, neither weighted nor rescaled.
 
     Args:
@@ -66,7 +66,7 @@ class BERTScore(Share):
         self._model = Path(model).name
         self._scorer = _load_model(model)
 
-    def facts(self) -> dict[str, str]:
+    def signature_fields(self) -> dict[str, str]:
         layer = str(self._scorer.num_layers)
         return {"model": self._model, "layer": layer, "bert-score": version("bert-score")}
 
@@ -99,8 +99,8 @@ def _load_model(model: str) -> Any:
     except (OSError, ValueError) as error:
         reason = str(error).strip().split("\n")[0]
         raise FastdissError(
-            f"bertscore: cannot load {model}: {reason} (where there is no network, put the model "
-            f"in a folder and say --bertscore-model FOLDER/{Path(model).name})"
+            f"bertscore: cannot load {model}: {reason} (offline, put the model "
+            f"in a folder and pass --bertscore-model FOLDER/{Path(model).name})"
         ) from None
     # some tokenizers know no limit, and say 10^30, where bert-score truncates to what they say
     limit = scorer._model.config.max_position_embeddings

@@ -50,7 +50,8 @@ class Candidates:
     """The candidates that are being sampled; those of a sentence are neighbours.
 
     Attributes:
-        denoiser: the network, with the memory of B sentences and the layout of N candidates.
+        denoiser: the network, with the memory of B sentences and the layout of N candidates;
+            it changes with them.
         places: int64 [N], the number of each among all candidates.
         sentences, numbers: int64 [N], the sentence in the corpus and the number in the sentence,
             which seed the noise.
@@ -63,7 +64,8 @@ class Candidates:
     numbers: Tensor
     tokens: Tensor | None = None
 
-    def noise(self, seed: int, draw: int, dim: int) -> Tensor:
+    def noise(self, seed: int, dim: int, draw: int) -> Tensor:
+        """Return the k-th standard normal draw of every candidate, float [N, T, dim]."""
         length = self.denoiser.layout.pad_mask.shape[1]
         return counter_normal(seed, self.sentences, self.numbers, draw, length, dim)
 
@@ -81,8 +83,8 @@ class Candidates:
         if changed.all():
             return None
         rows = changed.repeat_interleave(len(tokens) // len(changed)).nonzero().squeeze(1)
-        memory = memory.select(changed.nonzero().squeeze(1))
-        self.denoiser = Denoiser(self.denoiser.model, memory, layout.select(rows))
+        self.denoiser.memory = memory.select(changed.nonzero().squeeze(1))
+        self.denoiser.layout = layout.select(rows)
         self.places, self.sentences, self.numbers, self.tokens = (
             x[rows] for x in (self.places, self.sentences, self.numbers, tokens)
         )

@@ -1,7 +1,7 @@
 """Continuous embedding diffusion with standard self-conditioning (Difformer-style).
 
 Source: Gao et al. 2024, "Empowering diffusion models on the embedding space for text
-generation" (arXiv 2212.09412); the noise schedule and losses are those of the README.
+generation" (arXiv 2212.09412); the formulas are in docs/method.md.
 """
 # B sentences, N rows (B x candidates), S source length, T target length, P tokens of a batch,
 # D latent, H model, V vocabulary
@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -26,10 +27,10 @@ from fastdiss_cli.diffusion.objective import (
 from fastdiss_cli.diffusion.sampler import SELF_COND_MODES, sample
 from fastdiss_cli.diffusion.schedule import ABAR, TIME_GRIDS, NoiseSchedule
 from fastdiss_cli.diffusion.solvers import SOLVERS
+from fastdiss_cli.models import SIZES
 from fastdiss_cli.models.denoiser import Candidates, Denoiser
 from fastdiss_cli.models.embedding import FORMS, LOGIT_SCALES, LatentEmbedding
 from fastdiss_cli.models.layers import (
-    SIZES,
     Decoder,
     Encoder,
     Layout,
@@ -132,7 +133,7 @@ class Difformer(Seq2SeqModel):
     def denoise(
         self, z_t: Tensor, t: Tensor, self_cond: Tensor, memory: Memory, layout: Layout
     ) -> Tensor:
-        """Estimate z_0: the network f of the README.
+        """Estimate z_0: the network f of docs/method.md.
 
         Args:
             z_t, self_cond: float [N, T, D].
@@ -243,8 +244,9 @@ class Difformer(Seq2SeqModel):
         per_sentence = lengths.shape[1] * options.noise_beam
         lengths = lengths.repeat_interleave(options.noise_beam, dim=1).flatten()
         layout = Layout.of(torch.arange(int(lengths.max()), device=device) >= lengths[:, None])
+        denoiser = Denoiser(self, memory, layout)
         running = Candidates(
-            Denoiser(self, memory, layout),
+            denoiser,
             torch.arange(len(lengths), device=device),
             sentences.repeat_interleave(per_sentence),
             torch.arange(per_sentence, device=device).repeat(len(sentences)),
@@ -256,7 +258,7 @@ class Difformer(Seq2SeqModel):
         history: list[list[HistoryStep]] = [[] for _ in lengths]
 
         def watch(t: Tensor, z: Tensor, z0_hat: Tensor) -> None:
-            fresh, denoiser = None, running.denoiser
+            fresh = None
             if options.diagnose and self.config.self_cond_rate:
                 fresh = denoiser(z, t, denoiser.tell(denoiser(z, t, torch.zeros_like(z))))
             steps = self._history(float(t), z0_hat, fresh, denoiser.layout)
@@ -264,26 +266,26 @@ class Difformer(Seq2SeqModel):
                 history[place].append(step)
 
         def go_on(z0_hat: Tensor) -> Tensor | None:
-            layout = running.denoiser.layout
-            return running.drop_unchanged(layout.padded(self._logits(z0_hat, layout).argmax(-1)))
+            tokens = self._logits(z0_hat, denoiser.layout).argmax(-1)
+            return running.drop_unchanged(denoiser.layout.padded(tokens))
 
         clamp = None  # where it is what the network is told it is not computed twice
         if options.clamp != self.config.self_cond_form:
-            clamp = lambda z0_hat: running.denoiser.project(z0_hat, options.clamp)  # noqa: E731
+            clamp = partial(denoiser.project, form=options.clamp)
         z0_hat, nfe = sample(
-            lambda *given: running.denoiser(*given),
+            denoiser,
             self.schedule,
-            lambda draw: running.noise(options.seed, draw, self.config.latent_dim),
+            partial(running.noise, options.seed, self.config.latent_dim),
             options.steps,
-            options.solver,
-            # who was never told anything in training is told nothing
-            options.self_cond if self.config.self_cond_rate else "none",
-            told,
-            options.time_grid,
-            lambda z0_hat: running.denoiser.tell(z0_hat),
-            clamp,
-            watch if options.history or options.diagnose else None,
-            go_on if options.early_exit else None,
+            solver=options.solver,
+            # a model that was trained without self-conditioning gets none
+            self_cond=options.self_cond if self.config.self_cond_rate else "none",
+            gold=told,
+            grid=options.time_grid,
+            tell=denoiser.tell,
+            clamp=clamp,
+            watch=watch if options.history or options.diagnose else None,
+            go_on=go_on if options.early_exit else None,
         )
         scores, tokens = (x.tolist() for x in self._read(z0_hat, layout))
         answers = []

@@ -76,10 +76,10 @@ class LatentEmbedding(nn.Module):
                 return (F.linear(query, rows, bias).softmax(-1) @ rows).float()
             # it is attention to the table; this way [P, V] is never in memory as a whole
             # (a mask that asks for its gradient would keep torch from it)
-            seen = bias.detach().expand(1, 1, len(query), len(rows))
+            attn_mask = bias.detach().expand(1, 1, len(query), len(rows))
             rows = rows[None, None]
             return F.scaled_dot_product_attention(
-                query[None, None], rows, rows, attn_mask=seen, scale=1.0
+                query[None, None], rows, rows, attn_mask=attn_mask, scale=1.0
             )[0, 0]
 
     def _normalise(self, rows: Tensor) -> Tensor:

@@ -46,8 +46,8 @@ def can_pack(dtype: torch.dtype) -> bool:
 def freeze(model: nn.Module, dtype: torch.dtype) -> None:
     """Replace the layers of a model on a CPU by faster ones that cannot be trained any more.
 
-    What a model knows to do by itself is a method ``freeze(dtype)`` of one of its modules. Linear
-    layers that are elsewhere, or that cannot be packed here, stay as they are.
+    A module may define ``freeze(dtype)`` for its own preparation. Linear layers on
+    another device, or that cannot be packed here, stay as they are.
 
     Args:
         model: in evaluation mode; changed in place.

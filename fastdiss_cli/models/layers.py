@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -36,16 +35,6 @@ class NetworkConfig:
         require(self, "label_smoothing", 0 <= self.label_smoothing < 1, "in [0, 1)")
 
 
-SIZES: dict[str, dict[str, Any]] = {
-    "tiny": dict(model_dim=128, ffn_dim=512, heads=2, encoder_layers=2, decoder_layers=2),
-    "small": dict(model_dim=256, ffn_dim=1024, heads=4, encoder_layers=4, decoder_layers=4),
-    "iwslt_de_en": dict(
-        model_dim=512, ffn_dim=1024, heads=4, encoder_layers=6, decoder_layers=6, dropout=0.3
-    ),
-    "base": dict(model_dim=512, ffn_dim=2048, heads=8, encoder_layers=6, decoder_layers=6),
-}
-
-
 @dataclass
 class Layout:
     """Where the tokens of a right-padded batch are.
@@ -67,7 +56,7 @@ class Layout:
         return cls(pad_mask, None if len(index) == pad_mask.numel() else index)
 
     @property
-    def visible(self) -> Tensor | None:
+    def attn_mask(self) -> Tensor | None:
         """The attention mask, bool [N, 1, 1, T], true where to look; None: everywhere."""
         return None if self.index is None else ~self.pad_mask[:, None, None, :]
 
@@ -155,8 +144,8 @@ class SelfAttention(nn.Module):
     def forward(self, x: Tensor, layout: Layout, causal: bool = False) -> Tensor:
         """Attend among the tokens [P, H] of each row; causal attention never sees padding."""
         query, key, value = self._split(layout.padded(self.query_key_value(x)))
-        seen = None if causal else layout.visible
-        attended = attend(query, key, value, seen, causal)
+        attn_mask = None if causal else layout.attn_mask
+        attended = attend(query, key, value, attn_mask, causal)
         return self.out(layout.flat(attended.transpose(1, 2).flatten(2)))
 
     def step(self, x: Tensor, cache: Cache) -> Tensor:
@@ -186,9 +175,13 @@ class CrossAttention(nn.Module):
         return self._split(key), self._split(value)
 
     def forward(
-        self, x: Tensor, layout: Layout, keys_values: tuple[Tensor, Tensor], seen: Tensor | None
+        self,
+        x: Tensor,
+        layout: Layout,
+        keys_values: tuple[Tensor, Tensor],
+        attn_mask: Tensor | None,
     ) -> Tensor:
-        """Attend from the tokens [P, H] of N rows to B sentences; seen: bool [B, 1, 1, S].
+        """Attend from the tokens [P, H] of N rows to B sentences; attn_mask: bool [B, 1, 1, S].
 
         With N a multiple of B, the candidates of a sentence (neighbouring rows) are folded into
         its query length, so that they share its keys and values without a copy.
@@ -196,7 +189,7 @@ class CrossAttention(nn.Module):
         key, value = keys_values
         rows = layout.padded(self.query(x))
         query = self._split(rows.reshape(len(key), -1, rows.shape[-1]))
-        attended = attend(query, key, value, seen)
+        attended = attend(query, key, value, attn_mask)
         return self.out(layout.flat(attended.transpose(1, 2).reshape(rows.shape)))
 
     def _split(self, x: Tensor) -> Tensor:
@@ -223,7 +216,7 @@ class Layer(nn.Module):
         layout: Layout,
         causal: bool = False,
         memory: tuple[Tensor, Tensor] | None = None,
-        memory_seen: Tensor | None = None,
+        memory_mask: Tensor | None = None,
         cache: Cache | None = None,
     ) -> Tensor:
         """Return the layer's output [P, H].
@@ -237,7 +230,7 @@ class Layer(nn.Module):
             x = x + self._drop(self.self_attention.step(normed, cache))
         if self.cross_attention is not None and memory is not None:
             normed = self.cross_norm(x)
-            x = x + self._drop(self.cross_attention(normed, layout, memory, memory_seen))
+            x = x + self._drop(self.cross_attention(normed, layout, memory, memory_mask))
         hidden = self._drop(F.relu(self.ffn_in(self.ffn_norm(x))))
         return x + self._drop(self.ffn_out(hidden))
 
@@ -298,13 +291,13 @@ class Decoder(nn.Module):
     ) -> Tensor:
         """Decode the tokens [P, H] of N rows against a memory of B sentences.
 
-        With ``caches``, one a layer, they are the newest position of each row.
+        With ``caches``, one per layer, they are the newest position of each row.
         """
         x = dropout(x, self.dropout, self.training)
-        seen = memory.layout.visible
+        attn_mask = memory.layout.attn_mask
         for i, layer in enumerate(self.layers):
             cache = None if caches is None else caches[i]
-            x = layer(x, layout, causal, memory.keys_values[i], seen, cache)
+            x = layer(x, layout, causal, memory.keys_values[i], attn_mask, cache)
         return self.norm(x)
 
 
@@ -315,7 +308,7 @@ def encode(encoder: Encoder, decoder: Decoder, src_tokens: Tensor, pad: int) -> 
 
 
 def attend(
-    query: Tensor, key: Tensor, value: Tensor, seen: Tensor | None = None, causal: bool = False
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, causal: bool = False
 ) -> Tensor:
     """Return scaled dot-product attention, float [N, h, T, H/h].
 
@@ -325,17 +318,19 @@ def attend(
     Args:
         query: float [N, h, T, H/h].
         key, value: float [N, h, S, H/h].
-        seen: bool [N, 1, 1, S], true where to look; None: everywhere.
+        attn_mask: bool [N, 1, 1, S], true where to look; None: everywhere.
         causal: look at no later position; T = S then.
     """
     if query.device.type != "cpu" or query.dtype != torch.bfloat16:
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=seen, is_causal=causal)
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask=attn_mask, is_causal=causal
+        )
     with torch.autocast("cpu", enabled=False):
         scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)
         if causal:
-            seen = scores.new_ones(scores.shape[-2:], dtype=torch.bool).tril()
-        if seen is not None:
-            scores = scores.masked_fill(~seen, float("-inf"))
+            attn_mask = scores.new_ones(scores.shape[-2:], dtype=torch.bool).tril()
+        if attn_mask is not None:
+            scores = scores.masked_fill(~attn_mask, float("-inf"))
         return scores.softmax(-1) @ value
 
 

@@ -134,7 +134,7 @@ class Seq2SeqModel(nn.Module, ABC):
         """
 
     def num_parameters(self) -> int:
-        """Count what is trained; of a frozen model not all of it is parameters any more."""
+        """Count what is trained; only for a model that has not been frozen."""
         return sum(p.numel() for p in self.parameters())
 
 

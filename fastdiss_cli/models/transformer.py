@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from fastdiss_cli.config import require
 from fastdiss_cli.data.batching import Batch, pad
+from fastdiss_cli.models import SIZES
 from fastdiss_cli.models.beam_search import beam_search
 from fastdiss_cli.models.layers import (
-    SIZES,
     Cache,
     Decoder,
     Encoder,

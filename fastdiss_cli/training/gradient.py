@@ -9,8 +9,8 @@ from torch import Tensor
 from fastdiss_cli.config import TrainConfig
 from fastdiss_cli.data.batching import Batch
 from fastdiss_cli.device import autocast
+from fastdiss_cli.distributed import Attempt, Processes
 from fastdiss_cli.models.registry import Seq2SeqModel
-from fastdiss_cli.training.distributed import Attempt, Processes
 
 
 def update_attempt(processes: Processes, config: TrainConfig) -> Attempt:

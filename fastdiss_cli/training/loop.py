@@ -17,9 +17,11 @@ from fastdiss_cli.config import TrainConfig
 from fastdiss_cli.data.batching import Batch, TokenBatcher
 from fastdiss_cli.data.binarized import BinarizedDataset
 from fastdiss_cli.device import pick_dtype
+from fastdiss_cli.distributed import CommonError, Processes
 from fastdiss_cli.errors import FastdissError
 from fastdiss_cli.models.registry import Architecture
 from fastdiss_cli.randomness import seed_everything
+from fastdiss_cli.signals import Stop, Stopped, elected, stop_on_signal
 from fastdiss_cli.training.checkpoint import (
     Checkpoint,
     Progress,
@@ -29,11 +31,9 @@ from fastdiss_cli.training.checkpoint import (
     unpack_optimizer,
     vocabulary,
 )
-from fastdiss_cli.training.distributed import CommonError, Processes
 from fastdiss_cli.training.gradient import add_gradient, update_attempt
-from fastdiss_cli.training.metrics import MetricsFile, Window
+from fastdiss_cli.training.log import MetricsFile, Window
 from fastdiss_cli.training.optimizer import EMA, learning_rate, make_optimizer
-from fastdiss_cli.training.signals import Stop, Stopped, elected, stop_on_signal
 from fastdiss_cli.training.state import BEST, LAST, changes, number_newest, save_newest
 from fastdiss_cli.training.validation import better, validation_bleu, validation_loss
 
@@ -142,7 +142,7 @@ class Training:
         return self.progress.batch >= len(self._epoch_batches())
 
     def _epoch_batches(self) -> list[Any]:
-        """This rank's batches of the present epoch, computed once an epoch."""
+        """This rank's batches of the present epoch, computed once per epoch."""
         if self._schedule is None or self._schedule[0] != self.progress.epoch:
             self._schedule = self.progress.epoch, self.batcher.epoch(self.progress.epoch)
         return self._schedule[1]
@@ -174,10 +174,10 @@ class Training:
         self.model.train()
         batch = self.batcher.collate(max(self._epoch_batches(), key=self.batcher.padded_size))
         with update_attempt(self.processes, config) as tried:
-            # in the place of what is there besides in later updates
-            others = (not self.optimizer.state) * 2 + (config.update_freq > 1)
-            others += self.processes.world_size > 1
-            reserve = [torch.empty_like(p) for p in self.model.parameters() for _ in range(others)]
+            # what later updates hold besides: Adam's moments, earlier gradients, the message
+            copies = (0 if self.optimizer.state else 2) + (config.update_freq > 1)
+            copies += self.processes.world_size > 1
+            reserve = [torch.empty_like(p) for p in self.model.parameters() for _ in range(copies)]
             seed_everything(config.seed, "try", self.progress.epoch, self.processes.rank)
             add_gradient(self.model, batch, self.progress.update + 1, 1.0, self.dtype, tried)
             del reserve
@@ -206,14 +206,13 @@ class Training:
                     sums[name] = sums.get(name, 0) + value
         if tried.failure:
             self.optimizer.zero_grad(set_to_none=True)  # the others wait for this rank's message
-        failing = float(tried.failure is not None)
-        (failed,) = self.processes.sum_gradients(self.model.parameters(), [failing])
+        failed = self.processes.sum_gradients(self.model.parameters(), bool(tried.failure))
         self.processes.fail_together(tried, failed)
 
         grad_norm = torch.nn.utils.clip_grad_norm_(
             self.model.parameters(), config.clip_norm or math.inf
         )
-        # the update's one wait for the device; the same message tells the ranks whether to stop
+        # with one process the only wait for the device; with several, the message that stops them
         means = self.processes.sum([*torch.stack([*sums.values()]).tolist(), *self.stop.votes])
         figures = dict(zip(sums, means, strict=False)) | {"grad_norm": float(grad_norm)}
         rate = learning_rate(update, config)
@@ -383,8 +382,8 @@ class Training:
         )
         if differences and not accept_changes:
             raise FastdissError(
-                f"{path} was trained otherwise: {'; '.join(differences)}. Train into another "
-                "--save-dir, or resume all the same with --accept-changes"
+                f"{path} was trained with different settings: {'; '.join(differences)}. Train into "
+                "another --save-dir, or resume anyway with --accept-changes"
             )
         load_weights(self.model, checkpoint.group("model"), path)
         if self.ema and checkpoint.group("ema"):

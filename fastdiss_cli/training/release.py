@@ -149,6 +149,6 @@ def _check_same(first: Checkpoint, other: Checkpoint, path: Path, other_path: Pa
                 differs = differs or f"the {side} tokenizers differ ({one} and {two})"
     shapes = [{name: w.shape for name, w in c.averaged().items()} for c in (first, other)]
     if not differs and shapes[0] != shapes[1]:
-        differs = "the weights have other names or shapes"
+        differs = "the weights differ in names or shapes"
     if differs:
         raise FastdissError(f"{path} and {other_path} cannot be averaged: {differs}")

@@ -13,12 +13,12 @@ from fastdiss_cli.data.batching import TokenBatcher
 from fastdiss_cli.data.binarized import BinarizedDataset
 from fastdiss_cli.decoding.generation import Run
 from fastdiss_cli.decoding.selection import by_score
+from fastdiss_cli.decoding.sharing import decode_shared
 from fastdiss_cli.device import autocast
+from fastdiss_cli.distributed import Processes
 from fastdiss_cli.models.registry import Seq2SeqModel
 from fastdiss_cli.randomness import seed_everything
-from fastdiss_cli.training.distributed import Processes
-from fastdiss_cli.training.sharing import decode_shared
-from fastdiss_cli.training.signals import Stop, Stopped
+from fastdiss_cli.signals import Stop, Stopped
 
 CHUNK = 64  # sentences, about, that a rank decodes before it asks whether to stop
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
-from results import NAMES, Results, speed_of
+from results import NAMES, Results, figures_of
 
 
 def plot(path: Path, draw: Callable[[Any], None]) -> None:
@@ -43,7 +43,7 @@ def plot_speed(results: Results, axes: Any) -> None:
     groups: dict[str, list[tuple[float, float, str]]] = {}
     for path, what, way in results.speed_files():
         if path.exists() and "2000" not in what:
-            point = (speed_of(path)[0], results.score(path), what.split(", ")[1])
+            point = (figures_of(path).speed, results.score(path), what.split(", ")[1])
             groups.setdefault(way, []).append(point)
     labels = {"single": "fastdiss", "mbr": "fastdiss, 15 candidates, MBR"}
     for way, points in groups.items():

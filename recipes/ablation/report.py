@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 from plots import plot, plot_gap, plot_quality, plot_speed
-from results import FEW, METRIC, NAMES, Results, speed_of
+from results import FEW, METRIC, NAMES, Results, figures_of
 from trials import GRIDS, HERE, SWEEPS, VARIANTS
 
 from fastdiss_cli.metrics import METRICS, paired_test
@@ -178,13 +178,13 @@ def speed(results: Results) -> str:
     rows: list[list[object]] = []
     for path, what, _ in results.speed_files():
         if path.exists():
-            sentences, nfe = speed_of(path)
-            rows.append([what, f"{nfe:g}", f"{sentences:.1f}", f"{results.score(path):.2f}"])
+            figures, score = figures_of(path), results.score(path)
+            rows.append([what, f"{figures.nfe:g}", f"{figures.speed:.1f}", f"{score:.2f}"])
     many = folder / "single" / "generate-test.steps2000.txt"
     note = ""
     if many.exists():
-        five = speed_of(folder / "single" / "generate-test.steps5.txt")[0]
-        ratio = five / speed_of(many)[0]
+        five = figures_of(folder / "single" / "generate-test.steps5.txt").speed
+        ratio = five / figures_of(many).speed
         note = f"\n5 steps are {ratio:.0f} times as fast as 2000, in one run.\n"
     return markdown(["", "NFE", "sentences/s", NAMES[results.metric]], rows) + note
 

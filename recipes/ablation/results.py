@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import statistics
 from functools import cached_property
 from pathlib import Path
@@ -13,13 +12,13 @@ import yaml
 from trials import ALL_STEPS, FEW_STEPS, HERE, VARIANTS, trial_folder
 
 from fastdiss_cli.decoding.output import read_all_references, read_system, reference_streams
+from fastdiss_cli.decoding.report import Figures, parse_summary
 from fastdiss_cli.metrics import METRICS
 
 # corpus -> the metric of its tables, and whether a higher value is better
 METRIC = {"embedded": ("bleu", True), "multi30k": ("bleu", True), "cmudict_g2p": ("ser", False)}
 NAMES = {"bleu": "BLEU", "ser": "WER (words with a wrong pronunciation, %)", "wer": "PER"}
 FEW = [int(steps) for steps in FEW_STEPS.split(",")]
-SPEED = re.compile(r"([\d,]+) sentences in ([\d.]+) s, ([\d.]+) sentences/s, NFE ([\d.]+)")
 
 
 class Results:
@@ -99,8 +98,8 @@ class Results:
         return files
 
 
-def speed_of(path: Path) -> tuple[float, float]:
+def figures_of(path: Path) -> Figures:
     """Return sentences/s and NFE, as the last line of a generate file says."""
-    match = SPEED.search(path.read_text(encoding="utf-8").rsplit("\n", 2)[-2])
-    assert match is not None, path
-    return float(match[3].replace(",", "")), float(match[4])
+    figures = parse_summary(read_system(path).summary)
+    assert figures is not None, path
+    return figures

@@ -28,15 +28,15 @@ from fastdiss_cli.decoding.generation import Run, decode
 from fastdiss_cli.decoding.mbr import expected_utility
 from fastdiss_cli.decoding.selection import by_mbr, by_score
 from fastdiss_cli.device import keep_freed_memory, pick_device
+from fastdiss_cli.distributed import Processes
 from fastdiss_cli.models.frozen import PackedLinear, freeze
 from fastdiss_cli.models.registry import Seq2SeqModel, Vocabulary, architecture
-from fastdiss_cli.training.distributed import Processes
 from fastdiss_cli.training.gradient import add_gradient, update_attempt
 from fastdiss_cli.training.optimizer import EMA, make_optimizer
 
 HERE = Path(__file__).parent
 VOCAB = Vocabulary(size=8000, bos=0, pad=1, eos=2)
-SIZES = "iwslt_de_en"  # d 512, ffn 1024, 6+6 layers
+SIZE = "iwslt_de_en"  # d 512, ffn 1024, 6+6 layers
 DTYPES = (torch.float32, torch.bfloat16)
 DIFFUSION = {  # name -> (options, share of the sentences that it gets)
     "1 step": ({"steps": 1}, 1),
@@ -78,7 +78,7 @@ def sentences(count: int, lengths: np.ndarray | None = None) -> list[list[int]]:
 
 def make(system: str, **options: object) -> Seq2SeqModel:
     torch.manual_seed(1)
-    arch = architecture(f"{system}_{SIZES}")
+    arch = architecture(f"{system}_{SIZE}")
     model = arch.family(arch.config(options), VOCAB, VOCAB)
     if hasattr(model, "length_head"):
         with torch.no_grad():

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+
+import torch
 
 from fastdiss_cli.decoding.generation import Run, decode
 from fastdiss_cli.decoding.selection import Select
+from fastdiss_cli.distributed import Processes
 from fastdiss_cli.models.registry import Seq2SeqModel
-from fastdiss_cli.training.distributed import Processes
-from fastdiss_cli.training.signals import Stop
+from fastdiss_cli.signals import Stop
 
 
 def decode_shared(
@@ -20,19 +21,21 @@ def decode_shared(
     max_tokens: int,
     processes: Processes,
     stop: Stop,
+    *,
+    first: int,
+    dtype: torch.dtype,
+    gold: Sequence[Sequence[int]] | None = None,
     done: Callable[[int], None] = lambda sentences: None,
-    **how: Any,
 ) -> int:
     """Decode this rank's share of the batches and collect what the others have decoded.
 
     The batches are those of one process, and so the answers are the same to the last bit.
 
     Args:
-        model, sources, runs, select, max_tokens, done: as in `decode`, the same on all ranks. The
-            seconds of a run are those of its slowest rank.
+        model, sources, runs, select, max_tokens, first, dtype, gold, done: as in `decode`, the
+            same on all ranks. The seconds of a run are those of its slowest rank.
         processes: this process among the others.
         stop: after a signal this rank ends with the batch at hand; what is left stays None.
-        **how: further arguments of `decode`.
 
     Returns:
         The signal that any rank has received, or 0.
@@ -40,16 +43,28 @@ def decode_shared(
     Raises:
         CommonError: memory ran out on a rank.
     """
-    own = [Run(run.options) for run in runs]
-    how |= {"share": (processes.rank, processes.world_size), "stop": lambda: stop.signal}
+    own, before = [Run(run.options) for run in runs], runs[-1].sentences
     with processes.attempt("decoding") as tried:
-        decode(model, sources, own, select, max_tokens, done=done, **how)
+        decode(
+            model,
+            sources,
+            own,
+            select,
+            max_tokens,
+            first,
+            gold,
+            dtype,
+            done,
+            stop=lambda: stop.signal,
+            share=(processes.rank, processes.world_size),
+        )
     signal = processes.agree(tried, stop)
     for run, parts in zip(runs, zip(*processes.gather([own]), strict=True), strict=True):
         answers = zip(*(part.best for part in parts), strict=True)
-        run.best = [next(filter(None, found), None) for found in answers]  # type: ignore[misc]
+        run.best = [next(filter(None, found), None) for found in answers]
         run.seconds += max(part.seconds for part in parts)
         run.nfe += sum(part.nfe for part in parts)
         run.sentences += sum(part.sentences for part in parts)
-    done(sum(part.sentences for part in parts) - own[-1].sentences)
+    everywhere = runs[-1].sentences - before
+    done(everywhere - own[-1].sentences)
     return signal

@@ -13,7 +13,7 @@ from typing import Any
 from sacrebleu.metrics.base import Metric, Score, Signature
 
 
-class Share(Metric):
+class RatioMetric(Metric):
     """100 times a sum over all sentences, over another; a mean where the other counts sentences.
 
     Attributes:
@@ -22,7 +22,7 @@ class Share(Metric):
 
     name: str
 
-    def facts(self) -> dict[str, str]:
+    def signature_fields(self) -> dict[str, str]:
         """Return what the signature says besides the number of references and the version."""
         return {}
 
@@ -38,7 +38,7 @@ class Share(Metric):
 
     def get_signature(self) -> Signature:
         signature = super().get_signature()
-        for key, value in self.facts().items():
+        for key, value in self.signature_fields().items():
             signature.update(key, value)
         return signature
 

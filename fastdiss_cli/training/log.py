@@ -50,7 +50,7 @@ class Window:
 
     @property
     def speed(self) -> float:
-        """Target tokens a second."""
+        """Target tokens per second."""
         return self.tokens / max(self.seconds, 1e-9)
 
     def summary(self) -> dict[str, float]:
@@ -59,7 +59,7 @@ class Window:
 
 
 class MetricsFile:
-    """``metrics.jsonl``: one JSON object a line, in the order of updates.
+    """``metrics.jsonl``: one JSON object per line, in the order of updates.
 
     Args:
         path: the file.

@@ -17,7 +17,7 @@ from torch import Tensor
 from fastdiss_cli import logs
 from fastdiss_cli.device import out_of_memory
 from fastdiss_cli.errors import FastdissError
-from fastdiss_cli.training.signals import Stop, elected
+from fastdiss_cli.signals import Stop, elected
 
 
 class CommonError(FastdissError):
@@ -108,30 +108,30 @@ class Processes:
             dist.all_reduce(total)
         return total.tolist()
 
-    def sum_gradients(self, parameters: Iterable[Tensor], flags: list[float]) -> list[float]:
+    def sum_gradients(self, parameters: Iterable[Tensor], failed: bool) -> float:
         """Add up gradients over all ranks, in one message; a missing gradient counts as 0.
 
         Args:
             parameters: whose gradients are replaced by the sum.
-            flags: a few small whole numbers that travel in the same message.
+            failed: whether this rank has none; it travels in the same message.
 
         Returns:
-            The sums of the flags.
+            On how many ranks it failed.
         """
         if self.world_size == 1:
-            return flags
+            return float(failed)
         grads = []
         for p in parameters:
             if p.grad is None:
                 p.grad = torch.zeros_like(p)
             grads.append(p.grad)
-        flat = torch.cat([grad.flatten() for grad in grads] + [grads[0].new_tensor(flags)])
+        flat = torch.cat([*(grad.flatten() for grad in grads), grads[0].new_tensor([failed])])
         with self._others():
             dist.all_reduce(flat)
-        *summed, flags_everywhere = flat.split([*(grad.numel() for grad in grads), len(flags)])
+        *summed, failures = flat.split([*(grad.numel() for grad in grads), 1])
         for grad, total in zip(grads, summed, strict=True):
             grad.copy_(total.view_as(grad))
-        return flags_everywhere.tolist()
+        return float(failures)
 
     def gather(self, items: list[Any]) -> list[Any]:
         """Concatenate lists over all ranks, on every rank."""
