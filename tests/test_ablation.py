@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 from conftest import run_cli
 
+from fastdiss_cli.metrics import METRICS
+
 RECIPE = Path(__file__).parent.parent / "recipes" / "ablation"
 SMALL = (
     "model: {model_dim: 16, ffn_dim: 32, heads: 2, encoder_layers: 1, decoder_layers: 1}\n"
@@ -87,4 +89,11 @@ def test_trials_and_report(corpus: Path, tmp_path: Path, monkeypatch: pytest.Mon
     assert f"{sum(five) / 2:.2f} ± " in first
     for plot in ("quality_by_steps", "quality_by_speed", "gap_by_step"):
         assert (recipe / "results" / "embedded" / f"{plot}.svg").read_text().startswith("<?xml")
+    # the spread between trainings counts
+    metric, references = METRICS["ser"](), [list("abcdefgh") * 5]
+    bad, good = ["x"] * 40, [*references[0][:20], *["x"] * 20]
+    always, mostly = [[bad, good]] * 3, [[bad, good], [good, bad], [bad, good]]
+    for outputs, wanted, is_sure in ((always, -50, True), (mostly, -50 / 3, False)):
+        difference, p = report.resampled(metric, outputs, references)
+        assert difference == pytest.approx(wanted) and (p < 0.01) == is_sure
     assert "reached" in first and "nan" not in first.split("## The open choices")[0]

@@ -5,12 +5,15 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Sequence
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
 from fastdiss_cli.config import build
 from fastdiss_cli.data.batching import Batch, pad
+from fastdiss_cli.decoding.diagnosis import by_time
 from fastdiss_cli.decoding.generation import Run, decode
 from fastdiss_cli.decoding.selection import by_score
 from fastdiss_cli.errors import FastdissError
@@ -216,6 +219,21 @@ def test_cached_decoding_is_teacher_forcing() -> None:
         torch.testing.assert_close(logits, full[:, position], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("lenpen", [0.0, 1.0])
+def test_the_nfe_of_beam_search_is_how_long_it_searched(
+    lenpen: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_model("transformer")
+    for p in model.parameters():
+        p.mul_(1.5)  # less uniform than at initialisation: answers of several lengths
+    calls: list[int] = []
+    right = model.embed
+    monkeypatch.setattr(model, "embed", lambda *given: [calls.append(1), right(*given)][1])
+    options = model.Decoding(beam=5, lenpen=lenpen, max_len_b=12, min_len=0)
+    (row,) = model.decode(model.encode(torch.tensor([[4, 5, 2]])), torch.arange(1), options)
+    assert {h.nfe for h in row} == {len(calls)} and len({len(h.tokens) for h in row}) > 1
+
+
 def test_wide_beam_search_finds_the_best_of_all_answers() -> None:
     """With a beam as wide as the space, the answer is the brute-force optimum."""
     vocab = Vocabulary(size=6, bos=0, pad=1, eos=2)
@@ -386,9 +404,49 @@ def test_losses_at_a_time_are_those_of_training() -> None:
         torch.manual_seed(1)
         parts = model.loss(batch, update=1).parts
     torch.testing.assert_close((mse, anchor), (parts["mse"], parts["anchor"]))
-    told = model.losses_at(batch, 0.3, 0.9)[0]  # beyond t = 1 there is nothing to tell
+    told = model.losses_at(batch, 0.3, 0.2)[0]
     torch.manual_seed(1)
-    assert model.losses_at(batch, 0.3, 0.9)[0] == mse != told
+    assert model.losses_at(batch, 0.3, None)[0] == mse != told
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.5])
+def test_losses_by_time_compare_like_with_like(rate: float) -> None:
+    """Each batch has one noise, whatever is told, and nothing stands for what cannot be told."""
+    model = make_model("difformer", self_cond_rate=rate)
+    batches = [make_batch(some, some) for some in (random_sentences(3), random_sentences(2))]
+    drawn: dict[tuple[float, float | None], list[float]] = {}
+
+    def losses_at(batch: Batch, t: float, gap: float | None) -> tuple[torch.Tensor, torch.Tensor]:
+        drawn.setdefault((t, gap), []).append(float(torch.rand(())))
+        torch.rand(3 if gap else 1)  # as a stale estimate draws more than none
+        return torch.ones(()), torch.ones(())
+
+    model.losses_at = losses_at
+    batcher = SimpleNamespace(batches=lambda epoch: batches)
+    rows = by_time(model, batcher, 4, torch.float32)
+    for t in {t for t, _ in drawn}:
+        ways = [noise for (time, _), noise in drawn.items() if time == t]
+        assert all(noise == ways[0] for noise in ways) and len(set(ways[0])) == 2
+    fresh, stale = ([f"mse_{told}" in row for row in rows] for told in ("fresh", "stale"))
+    assert fresh == [rate > 0] * 10
+    assert stale == [rate > 0 and row["t"] + 0.25 <= 1 for row in rows]
+
+
+def test_pairs_of_very_different_length_are_told() -> None:
+    model = make_model("difformer", max_length_offset=5)
+    src, tgt = np.array([3, 9, 20, 4]), np.array([8, 3, 3, 10], dtype=np.uint16)
+    said = model.misfits(src, tgt)
+    assert "3 of 4 pairs" in said and "max_length_offset = 5" in said
+    assert model.misfits(src[:1], tgt[:1]) is None
+    assert make_model("transformer").misfits(src, tgt) is None
+
+
+def test_only_one_and_the_same_vocabulary_is_shared() -> None:
+    arch = architecture("transformer_tiny")
+    sides = [Vocabulary(12, 0, 1, 2, hash=name) for name in ("one", "other")]
+    for src in sides:
+        model = arch.family(arch.config(SMALL), src, sides[0])
+        assert (model.encoder.embedding is model.embedding) == (src is sides[0])
 
 
 def test_an_early_exit_stops_sentences_that_do_not_change() -> None:

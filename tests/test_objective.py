@@ -235,3 +235,13 @@ def test_the_network_is_told_its_estimate_in_the_form_asked_for() -> None:
         scp(offset="fixed", gap=0.2), OFF, z, z, t, 1,
     )  # fmt: skip
     assert (given.self_cond == -7).all()
+
+
+def test_a_time_that_rounds_up_is_below_1(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At t = 1 exactly an offset that is uniform on what is left would be 0/0."""
+    nearly = torch.tensor(1 - 2**-24)
+    monkeypatch.setattr(torch, "rand", lambda *_, **__: nearly)
+    t = draw_times(512, torch.device("cpu"))
+    assert t.max() < 1
+    stale = scp(offset="uniform").token_stale_times(t[:, None], t, t + (1 - t) / 2)
+    assert stale.isfinite().all()

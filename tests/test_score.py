@@ -160,6 +160,7 @@ def test_paired_tests_mark_what_differs_from_the_baseline(
     assert head.split() == ["system", "BLEU", "p", "SER", "p", "distinct-1"]
     assert [row.split()[0] for row in rows] == [str(poor), str(good), str(same)]
     assert "(baseline)" in rows[0] and rows[1].count("*") == 2 and "*" not in rows[0] + rows[2]
+    assert rows[2].count("1.0000") == 2  # chance explains no difference
     assert legend.startswith("* differs from the baseline with p < 0.05")
     found = json.loads(run_cli(*command, "--json").stdout)
     assert [row["p_value"] is None for row in found[:3]] == [True] * 3
@@ -167,6 +168,8 @@ def test_paired_tests_mark_what_differs_from_the_baseline(
     assert bleu["score"] == pytest.approx(100) and bleu["p_value"] < 0.01
     assert f"{test}:{drawn}" in bleu["signature"] and ser["score"] == 0
     assert distinct["p_value"] is None  # it is no sum over sentences
+    alone = run_cli("score", poor, "--ref", ref, "--paired", poor)
+    assert alone.returncode == 2 and "needs another system" in alone.stderr
 
 
 def test_diversity_needs_no_references(tmp_path: Path) -> None:
@@ -201,6 +204,9 @@ def test_a_summary_line_is_read_back() -> None:
     beam = parse_summary(summary("transformer_base", 8, beam=5, lenpen=1.0))
     assert beam is not None and beam.steps is None and beam.speed == 8
     assert parse_summary("Generate poems with words: 5 sentences") is None
+    switches = dict(steps=5, early_exit=True, history=True, diagnose=False)
+    said = parse_summary(summary("fastdiss_tiny", 8, **switches))
+    assert said is not None and said.options == {"steps": "5", "early_exit": "True"}
 
 
 needs_matplotlib = pytest.mark.skipif(

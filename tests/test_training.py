@@ -22,9 +22,10 @@ from fastdiss_cli.data.binarized import BinarizedDataset
 from fastdiss_cli.distributed import Processes
 from fastdiss_cli.errors import FastdissError
 from fastdiss_cli.models.registry import Loss, architecture
-from fastdiss_cli.training.checkpoint import Checkpoint, load_model
+from fastdiss_cli.training.checkpoint import Checkpoint, Progress, load_model
 from fastdiss_cli.training.loop import Training
 from fastdiss_cli.training.optimizer import EMA, learning_rate
+from fastdiss_cli.training.validation import better
 
 
 @pytest.mark.parametrize("arch", ["transformer_tiny", "difformer_tiny", "fastdiss_tiny"])
@@ -219,6 +220,38 @@ def test_training_stops_when_validation_gets_no_better(data_bin: Path, tmp_path:
     )  # fmt: skip
     training.run()
     assert training.progress.bad_validations == 2 and training.progress.update < 50
+
+
+def test_the_best_of_equal_bleu_has_the_lower_loss() -> None:
+    so_far = Progress(best=20.0, best_loss=3.0)
+    assert better(20.0, 2.9, so_far) and better(20.1, 4.0, so_far)
+    assert not better(20.0, 3.0, so_far) and not better(19.9, 1.0, so_far)
+    assert not better(math.nan, 1.0, so_far) and better(0.0, 9.0, Progress())
+
+
+def test_another_measure_of_validation_starts_anew(data_bin: Path, tmp_path: Path) -> None:
+    """A loss is not compared with a BLEU."""
+    options = {"validate_interval_updates": 2, "patience": 3, "max_update": 4}
+    start(data_bin, tmp_path, valid_sentences=4, **options).run()
+    changed = {"max_update": 8, "valid_sentences": 0, "accept_changes": True}
+    by_loss = start(data_bin, tmp_path, **options | changed)
+    assert by_loss.progress.best_is_bleu and by_loss.progress.best >= 0
+    by_loss.run()
+    assert by_loss.progress.best < 0 and by_loss.progress.best_update > 4
+
+
+def test_skipped_updates_are_counted_in_the_log(data_bin: Path, tmp_path: Path) -> None:
+    training = start(data_bin, tmp_path, max_update=6, log_interval=3)
+    right = training.model.loss
+
+    def wrong(batch, update):
+        loss = right(batch, update)
+        return Loss(loss.total * math.nan, loss.parts) if update == 2 else loss
+
+    training.model.loss = wrong
+    training.run()
+    logged = [line for line in metrics(tmp_path) if line["split"] == "train"]
+    assert [line["skipped"] for line in logged] == [1, 1]
 
 
 def test_checkpoints_are_kept_and_named_as_told(data_bin: Path, tmp_path: Path) -> None:

@@ -188,6 +188,8 @@ def generate(
         raise typer.BadParameter("--source-lang and --target-lang are of a dataset, not of --input")
     if input is not None and self_cond == "gold":
         raise typer.BadParameter("--self-cond gold needs a dataset: it is told the answers")
+    if diagnose and early_exit:
+        raise typer.BadParameter("--diagnose compares whole runs: give it without --early-exit")
     if input is not None and diagnose:
         raise typer.BadParameter("--diagnose needs a dataset: it measures losses on the answers")
     step_counts = _step_counts(steps)

@@ -218,7 +218,7 @@ def train(
         raise SystemExit(128 + stopped_by)
     best, file = "", save_dir / LAST
     if progress.best is not None:
-        measure = "BLEU" if train_config.valid_sentences else "loss"
+        measure = "BLEU" if progress.best_is_bleu else "loss"
         best = f"; best validation {measure} {abs(progress.best):.2f} at {progress.best_update:,}"
         file = save_dir / BEST
     logs.info(f"done after update {progress.update:,}{best}; the model is {file}")

@@ -112,6 +112,11 @@ class TokenBatcher:
                 f"are too few for {world_size} process(es)"
             )
 
+    @property
+    def sizes(self) -> tuple[np.ndarray, np.ndarray]:
+        """The tokens of each source and of each target that is not left out, int32 [N]."""
+        return self.src.sizes[self.sentences], self.tgt.sizes[self.sentences]
+
     def epoch(self, epoch: int) -> list[np.ndarray]:
         """Return this rank's batches of an epoch, each an array of sentence numbers."""
         draw = np.random.Generator(np.random.Philox(counter_seed(self.seed, "batches", epoch)))

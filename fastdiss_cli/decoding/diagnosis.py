@@ -85,20 +85,23 @@ def by_time(
     """Return a row for each tenth of the times, with the mean losses of a token at its middle.
 
     Args:
-        model: one that has ``losses_at``.
+        model: one that has ``losses_at`` and ``self_conditioned``.
         batcher: of the split; the means are over all of its tokens.
-        steps: a stale estimate is made at t + 1/steps; above 1, nothing is told.
+        steps: a stale estimate is made at t + 1/steps; there is none above 1.
         dtype: bfloat16 computes under autocast.
     """
     device = next(model.parameters()).device
+    ways = {"nothing": None, "fresh": 0.0, "stale": 1 / steps}
     table = []
     for bucket in range(BUCKETS):
         t = (bucket + 0.5) / BUCKETS
         row: Row = {"t": round(t, 4)}
-        for told, gap in (("nothing", None), ("fresh", 0.0), ("stale", 1 / steps)):
-            seed_everything(1, "diagnose", bucket)  # the same noise, whatever is told
+        for told, gap in ways.items():
+            if gap is not None and (t + gap > 1 or not model.self_conditioned):
+                continue
             mse = anchor = tokens = 0.0
-            for batch in batcher.batches(epoch=0):
+            for number, batch in enumerate(batcher.batches(epoch=0)):
+                seed_everything(1, "diagnose", bucket, number)  # the same noise in every way
                 with autocast(device, dtype):
                     losses = model.losses_at(batch.to(device), t, gap)
                 mse += float(losses[0]) * batch.num_tgt_tokens

@@ -132,12 +132,14 @@ class MANS:
 
 
 def draw_times(batch: int, device: torch.device) -> Tensor:
-    """Draw one time per sentence, uniform on (0, 1) and stratified over the batch; float [B].
+    """Draw one time per sentence, uniform on [0, 1) and stratified over the batch; float [B].
 
-    Source: the low-discrepancy sampler of Kingma et al. 2021, Variational diffusion models, I.1.
+    As the low-discrepancy sampler of Kingma et al. 2021, Variational diffusion models, I.1, but
+    with an offset for each sentence.
     """
     offset = torch.rand(batch, device=device)
-    return (torch.randperm(batch, device=device) + offset) / batch
+    times = (torch.randperm(batch, device=device) + offset) / batch
+    return times.clamp(max=1 - 2**-24)  # the sum may round up to 1, where nothing is left to add
 
 
 def standard_self_conditioning(

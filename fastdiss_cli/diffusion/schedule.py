@@ -36,13 +36,15 @@ class NoiseSchedule:
     name: str
     factor: float
 
+    # in float64: near t = 0, 1 - abar is less than float32 can tell from 0
+
     def alpha(self, t: Tensor) -> Tensor:
         """Return the signal level, in [0, 1], of the shape of t."""
-        return torch.sqrt(ABAR[self.name](t))
+        return torch.sqrt(ABAR[self.name](t.double())).to(t.dtype)
 
     def sigma(self, t: Tensor) -> Tensor:
         """Return the standard deviation of the noise, in [0, F], of the shape of t."""
-        return self.factor * torch.sqrt(1 - ABAR[self.name](t))
+        return (self.factor * torch.sqrt(1 - ABAR[self.name](t.double()))).to(t.dtype)
 
     def scale(self, t: Tensor) -> Tensor:
         """Return the standard deviation of a coordinate of z_t where z_0 has unit variance."""
@@ -73,10 +75,11 @@ class NoiseSchedule:
 
     def transition(self, t: Tensor, later: Tensor) -> tuple[Tensor, Tensor]:
         """Return a = alpha'/alpha and the variance sigma'^2 - a^2 sigma^2 between two times."""
+        dtype, t, later = t.dtype, t.double(), later.double()
         alpha = self.alpha(t)
         a = torch.where(alpha > 0, self.alpha(later) / alpha.clamp_min(1e-30), 1.0)
         variance = self.sigma(later) ** 2 - a**2 * self.sigma(t) ** 2
-        return a, variance.clamp_min(0)
+        return a.to(dtype), variance.clamp_min(0).to(dtype)
 
 
 def _column(level: Tensor, like: Tensor) -> Tensor:

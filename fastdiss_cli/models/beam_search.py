@@ -72,16 +72,18 @@ def beam_search(
                 sums = torch.cat([running[b, parent], totals[b, rank, None]])
                 ids = tokens[b, parent, 1:].tolist()
                 score = float(totals[b, rank]) / (position + 1) ** options.lenpen
-                ended.append(Hypothesis(ids, score, sums.diff().tolist(), position + 1))
+                ended.append(Hypothesis(ids, score, sums.diff().tolist(), nfe=0))
 
         # the K best that go on: false sorts before true, and the sort keeps the order of scores
         go_on = torch.sort(ends.int(), dim=1, stable=True).indices[:, :K]
         parents, best, totals = (x.gather(1, go_on) for x in (parents, best, totals))
-        kept = [
-            b
-            for b, (sentence, full) in enumerate(zip(sentences, at_limit.tolist(), strict=True))
-            if not full and len(answers[sentence]) < K
-        ]
+        kept = []
+        for b, (sentence, full) in enumerate(zip(sentences, at_limit.tolist(), strict=True)):
+            if full or len(answers[sentence]) == K:
+                for answer in answers[sentence]:
+                    answer.nfe = position + 1  # of the search, however short the answer
+            else:
+                kept.append(b)
         if len(kept) < B:
             rows = torch.tensor(kept, dtype=torch.long, device=device)
             memory, limits = memory.select(rows), limits[rows]

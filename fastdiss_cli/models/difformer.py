@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -155,7 +156,23 @@ class Difformer(Seq2SeqModel):
         pooled = memory.hidden.sum(1) / memory.lengths[:, None]
         return F.log_softmax(self.length_head(pooled).float(), dim=-1)
 
+    @property
+    def self_conditioned(self) -> bool:
+        """Whether the network has ever been told an estimate in training."""
+        return self.config.self_cond_rate > 0
+
     # training
+
+    def misfits(self, src_lengths: np.ndarray, tgt_lengths: np.ndarray) -> str | None:
+        limit = self.config.max_length_offset
+        count = int((np.abs(tgt_lengths.astype(np.int64) - src_lengths) > limit).sum())
+        if not count:
+            return None
+        return (
+            f"{count:,} of {len(src_lengths):,} pairs differ in length by more than "
+            f"model.max_length_offset = {limit}: the length head learns {limit} for them; raise it "
+            "to keep their lengths"
+        )
 
     def condition(
         self, denoiser: Denoiser, z_0: Tensor, noise: Tensor, tgt_tokens: Tensor, update: int
@@ -198,15 +215,15 @@ class Difformer(Seq2SeqModel):
         Args:
             batch: sentence pairs.
             t: noise time of all tokens.
-            gap: the network is told its estimate at t + gap, noised further from the same z_t;
-                zeros where that exceeds 1. None: it is told nothing.
+            gap: the network is told its estimate at t + gap, at most 1, noised further from the
+                same z_t. None: it is told nothing.
         """
         denoiser = Denoiser(self, self.encode(batch.src_tokens), Layout.of(batch.tgt_pad_mask))
         z_0 = self.embedding(batch.tgt_tokens)
         now = torch.tensor(t, device=z_0.device)
         z_t = self.schedule.add_noise(z_0, now, torch.randn_like(z_0))
         told = torch.zeros_like(z_0)
-        if gap is not None and t + gap <= 1:
+        if gap is not None:
             later = now + gap
             stale = self.schedule.add_more_noise(z_t, now, later, torch.randn_like(z_0))
             told = denoiser.tell(denoiser(stale, later, told))
@@ -259,7 +276,7 @@ class Difformer(Seq2SeqModel):
 
         def watch(t: Tensor, z: Tensor, z0_hat: Tensor) -> None:
             fresh = None
-            if options.diagnose and self.config.self_cond_rate:
+            if options.diagnose and self.self_conditioned:
                 fresh = denoiser(z, t, denoiser.tell(denoiser(z, t, torch.zeros_like(z))))
             steps = self._history(float(t), z0_hat, fresh, denoiser.layout)
             for place, step in zip(running.places.tolist(), steps, strict=True):
@@ -279,7 +296,7 @@ class Difformer(Seq2SeqModel):
             options.steps,
             solver=options.solver,
             # a model that was trained without self-conditioning gets none
-            self_cond=options.self_cond if self.config.self_cond_rate else "none",
+            self_cond=options.self_cond if self.self_conditioned else "none",
             gold=told,
             grid=options.time_grid,
             tell=denoiser.tell,

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 from torch import Tensor, nn
 
 from fastdiss_cli.config import build
@@ -27,12 +28,13 @@ from fastdiss_cli.models import FAMILIES
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What a model knows of one side's tokenizer."""
+    """What a model knows of one side's tokenizer; equal ones are the same vocabulary."""
 
     size: int
     bos: int
     pad: int
     eos: int
+    hash: str = ""  # of the tokenizer: two of the same size may give an id to different tokens
 
 
 @dataclass
@@ -132,6 +134,14 @@ class Seq2SeqModel(nn.Module, ABC):
             options: a `Decoding`.
             gold: the right answers, for options that diagnose with them.
         """
+
+    def misfits(self, src_lengths: np.ndarray, tgt_lengths: np.ndarray) -> str | None:
+        """Say what of the training data the model cannot represent; None: nothing.
+
+        Args:
+            src_lengths, tgt_lengths: tokens of each pair, int [N].
+        """
+        return None
 
     def num_parameters(self) -> int:
         """Count what is trained; only for a model that has not been frozen."""

@@ -42,7 +42,9 @@ class Progress:
     update: int = 0
     epoch: int = 1
     batch: int = 0  # batches of this epoch that are done
-    best: float | None = None
+    best: float | None = None  # validation score: BLEU, or the loss times -1
+    best_loss: float | None = None  # at the best, for those of equal BLEU
+    best_is_bleu: bool = True
     best_update: int = 0
     bad_validations: int = 0  # in a row
     skipped: int = 0  # updates with a non-finite gradient, in all
@@ -172,7 +174,8 @@ class Checkpoint:
 
 def vocabulary(tokenizer: Tokenizer) -> Vocabulary:
     """Return what a model knows of a tokenizer."""
-    return Vocabulary(tokenizer.vocab_size, tokenizer.bos, tokenizer.pad, tokenizer.eos)
+    ids = (tokenizer.bos, tokenizer.pad, tokenizer.eos)
+    return Vocabulary(tokenizer.vocab_size, *ids, hash=tokenizer.hash)
 
 
 def load_model(

@@ -75,6 +75,8 @@ class Training:
         self.progress = Progress()
         self.batcher = self._batcher("train")
         self.valid_batcher = self._batcher("valid") if "valid" in dataset.splits else None
+        if misfits := self.model.misfits(*self.batcher.sizes):
+            logs.warn(f"train: {misfits}")
         self._schedule: tuple[int, list[Any]] | None = None
         self._resume(accept_changes)
         progress = self.progress
@@ -115,7 +117,9 @@ class Training:
                 window.add(figures, tokens)
                 bar.advance(loss=f"{window.loss:.3f}", **{"tok/s": f"{window.speed:,.0f}"})
                 if progress.update % config.log_interval == 0:
-                    self._record({"split": "train", **window.summary()})
+                    rate = learning_rate(progress.update, config)
+                    now = {"lr": rate, "skipped": progress.skipped}
+                    self._record({"split": "train", **window.summary(), **now})
                     self.window = Window()
 
                 progress.validation_due = self._validation_is_due()
@@ -215,10 +219,9 @@ class Training:
         # with one process the only wait for the device; with several, the message that stops them
         means = self.processes.sum([*torch.stack([*sums.values()]).tolist(), *self.stop.votes])
         figures = dict(zip(sums, means, strict=False)) | {"grad_norm": float(grad_norm)}
-        rate = learning_rate(update, config)
         if all(map(math.isfinite, figures.values())):
             for group in self.optimizer.param_groups:
-                group["lr"] = rate
+                group["lr"] = learning_rate(update, config)
             self.optimizer.step()
             if self.ema:
                 self.ema.update(self.model, update)
@@ -226,7 +229,6 @@ class Training:
         else:
             self._skip()
         progress.update = update
-        figures |= {"lr": rate, "skipped": progress.skipped}
         return figures, elected(means[len(sums) :])
 
     def _skip(self) -> None:
@@ -261,13 +263,15 @@ class Training:
         how = (config, self.processes, self.stop, self.dtype)
         with self._averaged():
             figures = validation_loss(self.model, batcher, progress.update, *how)
-            score = -figures["loss"]
-            if config.valid_sentences:
-                score = validation_bleu(self.model, self.dataset, *how)
-                figures["bleu"] = score
-        if better(score, progress.best):
-            progress.best, progress.best_update = score, progress.update
-            progress.bad_validations = 0
+            if by_bleu := config.valid_sentences > 0:
+                figures["bleu"] = validation_bleu(self.model, self.dataset, *how)
+        loss = figures["loss"]
+        score = figures["bleu"] if by_bleu else -loss
+        if progress.best_is_bleu != by_bleu:  # resumed with another measure
+            progress.best, progress.bad_validations = None, 0
+        if better(score, loss, progress):
+            progress.best, progress.best_loss, progress.best_is_bleu = score, loss, by_bleu
+            progress.best_update, progress.bad_validations = progress.update, 0
         else:
             progress.bad_validations += 1
         self._record({"split": "valid", **figures})

@@ -6,6 +6,7 @@ does, except to go on training. Its card is in the file's metadata.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from fastdiss_cli import __version__
 from fastdiss_cli.errors import FastdissError
-from fastdiss_cli.training.checkpoint import Checkpoint, Progress, numbered
+from fastdiss_cli.training.checkpoint import Checkpoint, numbered
 from fastdiss_cli.training.state import BEST
 
 _FACTS = (
@@ -86,7 +87,7 @@ def release(paths: Sequence[Path], license: str | None, text: str | None) -> Che
         newest.arch,
         newest.model_config,
         newest.train_config,
-        Progress(progress.update, progress.epoch, 0, progress.best, progress.best_update),
+        dataclasses.replace(progress, batch=0, window={}),
         newest.dataset_hash,
         newest.world_size,
         tensors,
@@ -107,7 +108,7 @@ def model_card(checkpoint: Checkpoint) -> dict[str, Any]:
         "epochs": progress.epoch,
     }
     if progress.best is not None:
-        measure = "bleu" if checkpoint.train_config.get("valid_sentences") else "loss"
+        measure = "bleu" if progress.best_is_bleu else "loss"
         best = {measure: round(abs(progress.best), 3), "update": progress.best_update}
         training["best_validation"] = best
     sides = {side: dataset.get(side, "unknown") for side in ("source", "target")}

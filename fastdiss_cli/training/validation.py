@@ -19,6 +19,7 @@ from fastdiss_cli.distributed import Processes
 from fastdiss_cli.models.registry import Seq2SeqModel
 from fastdiss_cli.randomness import seed_everything
 from fastdiss_cli.signals import Stop, Stopped
+from fastdiss_cli.training.checkpoint import Progress
 
 CHUNK = 64  # sentences, about, that a rank decodes before it asks whether to stop
 
@@ -94,6 +95,9 @@ def quick_decoding(model: Seq2SeqModel, steps: int) -> object:
     return model.Decoding(**{k: v for k, v in wanted.items() if k in known})
 
 
-def better(score: float, best: float | None) -> bool:
-    """Tell whether a validation score (higher is better) is a new best."""
-    return not math.isnan(score) and (best is None or score > best)
+def better(score: float, loss: float, so_far: Progress) -> bool:
+    """Tell whether a validation score is a new best; of equal ones that with the lower loss."""
+    if so_far.best is None or math.isnan(score):
+        return not math.isnan(score)
+    tied = score == so_far.best and so_far.best_loss is not None
+    return score > so_far.best or (tied and loss < so_far.best_loss)

@@ -13,14 +13,17 @@ import platform
 import re
 import statistics
 from collections.abc import Iterable, Sequence
-from itertools import chain, pairwise
+from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import torch
 from plots import plot, plot_gap, plot_quality, plot_speed
 from results import FEW, METRIC, NAMES, Results, figures_of
+from sacrebleu.metrics.base import Metric
 from trials import GRIDS, HERE, SWEEPS, VARIANTS
 
+from fastdiss_cli.decoding.output import read_system
 from fastdiss_cli.metrics import METRICS, paired_test
 
 
@@ -73,28 +76,65 @@ def candidates(results: Results) -> str:
 
 
 def significance(results: Results) -> tuple[str, dict[str, float]]:
-    """Compare each variant with the baseline at 5 steps: by seed, and over all seeds together."""
-    rows, pooled_p = [], {}
-    streams = results.references["test"]
+    """Compare each variant with the baseline at 5 steps: by training, and over trainings."""
+    rows, p_of = [], {}
+    metric, streams = METRICS[results.metric](), results.references["test"]
+    signature = ""
     for name in results.variants:
-        if name == "difformer":
+        both = [
+            [results.file(one, k, "reuse", 5) for one in ("difformer", name)] for k in results.seeds
+        ]
+        both = [files for files in both if all(path.exists() for path in files)]
+        if name == "difformer" or not both:
             continue
-        pairs = [
-            [results.hypotheses(system, seed, "reuse", 5) for seed in results.seeds]
-            for system in ("difformer", name)
+        outputs = [[read_system(path).hypotheses for path in files] for files in both]
+        p_values = []
+        for pair in outputs:
+            _, _, (p,), signature = paired_test(pair, streams, {results.metric: metric})[0]
+            p_values.append(p)
+        difference, p = resampled(metric, outputs, streams)
+        p_of[name] = p if len(outputs) > 1 else p_values[0]
+        cells = [f"{value:.3f}" for value in p_values] + ["-"] * (len(results.seeds) - len(both))
+        rows.append([name, f"{difference:+.2f}", *cells, f"{p_of[name]:.3f}"])
+    header = ["", "difference", *(f"p, seed {seed}" for seed in results.seeds), "p, trainings too"]
+    return markdown(header, rows) + f"\nSignature: `{signature}`\n", p_of
+
+
+def resampled(
+    metric: Metric, outputs: Sequence[Sequence[list[str]]], streams: Sequence[Sequence[str | None]]
+) -> tuple[float, float]:
+    """Return the mean difference of two systems over trainings, and its p-value.
+
+    As sacreBLEU's paired bootstrap (Koehn 2004), which is for one training of each system. Here a
+    draw takes sentences, the same for all, and trainings, both with replacement, so that the
+    spread between trainings counts.
+
+    Args:
+        metric: sacreBLEU's, or one of our own.
+        outputs: for each training the hypotheses of the baseline and of the system.
+        streams: sacreBLEU's reference streams.
+    """
+    sums = np.array(
+        [[metric._extract_corpus_statistics(one, streams) for one in pair] for pair in outputs],
+        dtype=float,
+    )  # [trainings, 2, sentences, statistics]
+
+    def difference(trainings: np.ndarray, sentences: np.ndarray) -> float:
+        drawn = sums[trainings][:, :, sentences].sum(axis=2).tolist()
+        scores = [[metric._compute_score_from_stats(one).score for one in pair] for pair in drawn]
+        return statistics.fmean(new - old for old, new in scores)
+
+    trainings, _, sentences, _ = sums.shape
+    draw, draws = np.random.default_rng(12345), 1000
+    real = difference(np.arange(trainings), np.arange(sentences))
+    drawn = np.array(
+        [
+            difference(draw.integers(n, size=trainings), draw.integers(m, size=sentences))
+            for n, m in [(trainings, sentences)] * draws
         ]
-        metric = {results.metric: METRICS[results.metric]()}
-        p_values = [
-            paired_test(both, streams, metric)[0][2][0] for both in zip(*pairs, strict=True)
-        ]
-        everything = [list(chain(*by_seed)) for by_seed in pairs]
-        together = [stream * len(results.seeds) for stream in streams]
-        _, (old, new), (p,), signature = paired_test(everything, together, metric)[0]
-        pooled_p[name] = p
-        difference = f"{new - old:+.2f}"
-        rows.append([name, difference, *(f"{value:.3f}" for value in p_values), f"{p:.3f}"])
-    header = ["", "difference", *(f"p, seed {seed}" for seed in results.seeds), "p, all seeds"]
-    return markdown(header, rows) + f"\nSignature: `{signature}`\n", pooled_p
+    )
+    extreme = int((np.abs(drawn - drawn.mean()) >= abs(real)).sum())
+    return real, (extreme + 1) / (draws + 1)
 
 
 def targets(results: Results, p: dict[str, float]) -> str:
@@ -199,7 +239,8 @@ def diagnosis(results: Results) -> tuple[str, str]:
             cells = (f"{row[key]:.4f}" if key in row else "-" for key in keys)
             by_step.append([name if row["step"] == 1 else "", row["step"], row["t"], *cells])
         for k, row in enumerate(tables["by_time"][::2]):
-            cells = (f"{row[f'anchor_{told}']:.3f}" for told in ("nothing", "fresh", "stale"))
+            keys = ("anchor_nothing", "anchor_fresh", "anchor_stale")
+            cells = (f"{row[key]:.3f}" if key in row else "-" for key in keys)
             by_time.append([name if k == 0 else "", row["t"], *cells])
     return (
         markdown(["", "step", "t", "gap", "norm", "confidence"], by_step),
@@ -244,7 +285,7 @@ def main() -> None:
     sections = [
         f"# {results.corpus}\n",
         f"Written by `bash recipes/ablation/run.sh {results.corpus}` on {machine()}. "
-        f"{plan['updates']:,} updates a model, {seeds} seed(s), test data unless said otherwise; "
+        f"{plan['updates']:,} updates per model, {seeds} seed(s), test data unless said otherwise; "
         f"{name}; {spread}.\n",
         "## What was to be shown\n",
         targets(results, p),
@@ -254,10 +295,12 @@ def main() -> None:
         quality_by_steps(results, "ddim", results.steps),
         "## Other metrics at 5 steps\n",
         at_five_steps(results),
-        "## Against difformer at 5 steps: paired bootstrap\n",
+        "## Against difformer at 5 steps: paired bootstrap\n\n"
+        "The last column resamples trainings and sentences, the others the sentences of one "
+        "training.\n",
         paired,
         "## What the network is told, at sampling time\n\n"
-        "`recompute` spends two evaluations a step; `none` and `gold` (seed 1) are for diagnosis "
+        "`recompute` spends two evaluations per step; `none` and `gold` (seed 1) are for diagnosis "
         "only: `gold` tells the right answer.\n",
         self_conditioning(results),
         "## 15 candidates (5 lengths x 3 noises), MBR\n",

@@ -48,9 +48,6 @@ class Results:
         end = "" if steps is None else f".steps{steps}"
         return trial_folder(self.work, name, seed) / way / f"generate-{split}{end}.txt"
 
-    def hypotheses(self, name: str, seed: int, way: str, steps: int) -> list[str]:
-        return read_system(self.file(name, seed, way, steps)).hypotheses
-
     def score(self, path: Path, metric: str = "") -> float:
         """Return a metric of one file."""
         metric = metric or self.metric

@@ -1,7 +1,8 @@
 """Measure decoding, selection, training and growth, all in one run, and write RESULTS.md.
 
-Weights are random, because time does not depend on them, but answers are made as long as their
-sources: the length head of the diffusion models is set to that, and so is the limit of beam search.
+Weights are random, because time does not depend on them, but all answers have two positions more
+than their sources, eos included: the length head of the diffusion models is set to that, and beam
+search, which would go on, has its limit there.
 Every figure is a median over rounds in which all systems take turns.
 """
 # V vocabulary, H model
@@ -9,6 +10,7 @@ Every figure is a median over rounds in which all systems take turns.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import platform
 import re
@@ -37,6 +39,7 @@ from fastdiss_cli.training.optimizer import EMA, make_optimizer
 HERE = Path(__file__).parent
 VOCAB = Vocabulary(size=8000, bos=0, pad=1, eos=2)
 SIZE = "iwslt_de_en"  # d 512, ffn 1024, 6+6 layers
+LONGER = 2  # positions of an answer more than of its source
 DTYPES = (torch.float32, torch.bfloat16)
 DIFFUSION = {  # name -> (options, share of the sentences that it gets)
     "1 step": ({"steps": 1}, 1),
@@ -58,7 +61,7 @@ TRAINED = {
     ),
 }
 
-Measured = dict[str, list[float]]  # name -> one figure a round
+Measured = dict[str, list[float]]  # name -> one figure per round
 
 
 class Words:
@@ -84,7 +87,7 @@ def make(system: str, **options: object) -> Seq2SeqModel:
         with torch.no_grad():
             model.length_head.weight.zero_()
             limit = model.config.max_length_offset
-            model.length_head.bias.copy_(-torch.arange(-limit, limit + 1).abs())
+            model.length_head.bias.copy_(-(torch.arange(-limit, limit + 1) - LONGER).abs())
     return model.eval()
 
 
@@ -125,7 +128,7 @@ def decoding(rounds: int, count: int, batch: int, dtype: torch.dtype) -> Measure
         )
     for name, beam in BEAMS.items():
         some = sentences(count)
-        options = {"beam": beam, "max_len_a": 1.0, "max_len_b": 1}
+        options = {"beam": beam, "max_len_a": 1.0, "max_len_b": LONGER - 1}  # and eos
         systems[name] = lambda some=some, options=options: decoding_speed(
             autoregressive, some, batch, dtype, **options
         )
@@ -148,9 +151,11 @@ def training(rounds: int, tokens: int, dtype: torch.dtype) -> Measured:
         model = make(system, **options).train()
         optimizer, average = make_optimizer(model, config), EMA(model, 0.999)
 
-        def update(model=model, optimizer=optimizer, average=average) -> float:
+        def update(name=name, model=model, optimizer=optimizer, average=average) -> float:
             start = time.perf_counter()
-            for _ in range(2):  # standard self-conditioning has its pass in every other update
+            for rate in (0.0, 1.0):  # the pass of standard self-conditioning is in half of them
+                if name == "difformer":
+                    model.config = dataclasses.replace(model.config, self_cond_rate=rate)
                 optimizer.zero_grad(set_to_none=True)
                 add_gradient(model, batch, 1, 1.0, dtype, tried)
                 torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -182,10 +187,14 @@ def matrix_products(rounds: int, dtype: torch.dtype) -> Measured:
 
 
 def flops_per_token(model: Seq2SeqModel) -> float:
-    """Count the multiply-adds (times 2) of one denoiser step for one target token."""
+    """Count the multiply-adds (times 2) of one denoiser step for one target token.
+
+    Linear layers, and the two products with the vocabulary of the expected embedding.
+    """
     c = model.config
     layer = 6 * c.model_dim**2 + 2 * c.model_dim * c.ffn_dim
-    return 2 * (c.decoder_layers * layer + 3 * c.latent_dim * c.model_dim)
+    expected = 2 * VOCAB.size * c.latent_dim
+    return 2 * (c.decoder_layers * layer + 3 * c.latent_dim * c.model_dim + expected)
 
 
 def growth(rounds: int, batch: int) -> dict[str, Measured]:
@@ -209,7 +218,7 @@ def growth(rounds: int, batch: int) -> dict[str, Measured]:
 
 
 def selection(rounds: int, count: int) -> Measured:
-    """Measure how long MBR takes over 21 candidates, vectorised and by sacreBLEU; ms a sentence."""
+    """Measure MBR over 21 candidates, vectorised and by sacreBLEU; ms per sentence."""
     from sacrebleu import BLEU
 
     draw = np.random.default_rng(1)
@@ -252,8 +261,8 @@ def report(figures: dict) -> str:
     lines = [
         "# Speed",
         "",
-        f"Written by `make bench` on {figures['machine']}. d 512, ffn 1024, 6+6 layers, 8,000 "
-        "tokens vocabulary, random sentences of 15 tokens on average. Medians over rounds "
+        f"Written by `make bench` on {figures['machine']}. d 512, ffn 1024, 6+6 layers, a "
+        "vocabulary of 8,000, random sentences of 15 tokens on average. Medians over rounds "
         "(smallest to largest); ratios are medians of ratios within a round.",
     ]
     for dtype in figures["decoding"]:
@@ -304,10 +313,10 @@ def report(figures: dict) -> str:
         "",
         "## Selection",
         "",
-        "MBR with sentence BLEU over 21 candidates, milliseconds a sentence: "
+        "MBR with sentence BLEU over 21 candidates, milliseconds per sentence: "
         f"{row(chosen['vectorised'])} vectorised, {row(chosen['sacreBLEU, pair by pair'])} by "
         f"sacreBLEU pair by pair: "
-        f"{ratio(chosen['sacreBLEU, pair by pair'], chosen['vectorised'])} times as much.",
+        f"{ratio(chosen['sacreBLEU, pair by pair'], chosen['vectorised'])} times as long.",
         "",
         f"Peak memory of the whole run: {figures['peak memory, MiB']:,.0f} MiB.",
     ]
@@ -329,7 +338,7 @@ def main() -> None:
     machine = f"{model}, {torch.get_num_threads()} threads, torch {torch.__version__}"
     figures: dict = {
         "machine": machine,
-        "tokens per sentence": float(np.mean([len(s) for s in sentences(count // 2)])),
+        "tokens per sentence": float(np.mean([len(s) + LONGER for s in sentences(count // 2)])),
         "flops per token": flops_per_token(make("fastdiss")),
         "matrix products": {},
         "decoding": {},
