@@ -16,7 +16,12 @@ from fastdiss_cli.decoding.report import Figures, parse_summary
 from fastdiss_cli.metrics import METRICS
 
 # corpus -> the metric of its tables, and whether a higher value is better
-METRIC = {"embedded": ("bleu", True), "multi30k": ("bleu", True), "cmudict_g2p": ("ser", False)}
+METRIC = {
+    "embedded": ("bleu", True),
+    "quickstart": ("bleu", True),
+    "multi30k": ("bleu", True),
+    "cmudict_g2p": ("ser", False),
+}
 NAMES = {"bleu": "BLEU", "ser": "WER (words with a wrong pronunciation, %)", "wer": "PER"}
 FEW = [int(steps) for steps in FEW_STEPS.split(",")]
 
