@@ -18,6 +18,7 @@ from fastdiss_cli.decoding.generation import Run, decode
 from fastdiss_cli.decoding.selection import by_score
 from fastdiss_cli.errors import FastdissError
 from fastdiss_cli.models.denoiser import Denoiser
+from fastdiss_cli.models.embedding import LatentEmbedding
 from fastdiss_cli.models.frozen import can_pack, freeze
 from fastdiss_cli.models.layers import Cache, Layout
 from fastdiss_cli.models.registry import Seq2SeqModel, Vocabulary, architecture, architectures
@@ -521,3 +522,14 @@ def test_a_frozen_model_computes_in_bfloat16(family: str) -> None:
     run = Run(model.Decoding(**({"max_len_b": 12} if family == "transformer" else {})))
     decode(model, sources, [run], by_score, 200, dtype=torch.bfloat16)
     assert all(math.isfinite(h.score) for h in run.best)
+
+
+@pytest.mark.parametrize("smoothing", [0.1, 0.3])
+def test_a_perfect_estimate_is_as_sure_as_smoothed_labels_are(smoothing: float) -> None:
+    """Where the embeddings are at right angles to each other."""
+    V = D = 32
+    embedding = LatentEmbedding(V, D, "matched", smoothing, learn_scale=False)
+    embedding.rows = lambda: torch.eye(V) * D**0.5
+    probabilities = embedding.logits(embedding.rows()).softmax(-1)
+    wanted = torch.full((V, V), smoothing / V).fill_diagonal_(1 - smoothing + smoothing / V)
+    torch.testing.assert_close(probabilities, wanted)

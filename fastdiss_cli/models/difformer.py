@@ -61,7 +61,7 @@ class DiffusionConfig(NetworkConfig):
     noise_factor: float = 4.0
     self_cond_rate: float = 0.5  # share of batches with standard self-conditioning
     self_cond_form: str = "expected"  # how an estimate is told: raw, nearest or expected embedding
-    logit_scale: str = "rsqrt"  # of z0_hat . embedding: 1/sqrt(D), learned from there on, or 1
+    logit_scale: str = "matched"  # of z0_hat . embedding: see `LatentEmbedding`
     embedding_scale: bool = False  # learn a common scale of the target embeddings
     length_loss: float = 0.1
     max_length_offset: int = 128  # target length - source length, at most, either way
@@ -120,7 +120,9 @@ class Difformer(Seq2SeqModel):
         self.schedule = NoiseSchedule(config.noise_schedule, config.noise_factor)
         self.encoder = Encoder(src.size, config)
         self.decoder = Decoder(config)
-        self.embedding = LatentEmbedding(tgt.size, D, config.logit_scale, config.embedding_scale)
+        self.embedding = LatentEmbedding(
+            tgt.size, D, config.logit_scale, config.label_smoothing, config.embedding_scale
+        )
         self.latent_in = nn.Linear(2 * D, H)
         self.time_in = nn.Sequential(nn.Linear(H, H), nn.SiLU(), nn.Linear(H, H))
         self.latent_out = nn.Linear(H, D)

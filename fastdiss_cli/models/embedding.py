@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 FORMS = ("raw", "nearest", "expected")  # of an estimate: see `LatentEmbedding.project`
-LOGIT_SCALES = ("rsqrt", "learned", "one")
+LOGIT_SCALES = ("matched", "rsqrt", "learned", "one")
 
 
 class LatentEmbedding(nn.Module):
@@ -16,21 +18,28 @@ class LatentEmbedding(nn.Module):
 
     Every embedding has norm sqrt(D), so that a schedule means the same for all tokens; with a
     learned scale, a common multiple of it. The logit of a perfect estimate is D times the logit
-    scale: with 1 that is so large that the smoothed anchor loss holds z0_hat to a fraction of the
-    embeddings' norm, and what the solver then makes of it is no z_t that training has seen.
+    scale, that of another token about 0, and the anchor loss with label smoothing e asks for a
+    difference of log(1 + V (1 - e) / e). ``matched`` makes these equal. A larger scale holds z0_hat
+    to a fraction of the embeddings' norm, and what the solver then makes of it is no z_t that
+    training has seen; a smaller one blurs the softmax, the more the larger the vocabulary is.
 
     Args:
         size, dim: V and D.
-        logit_scale: one of `LOGIT_SCALES`.
+        logit_scale: ``matched``; ``rsqrt``: 1/sqrt(D); ``learned``: from there on; ``one``.
+        label_smoothing: of the anchor loss; below 0.01 as 0.01.
         learn_scale: learn the common multiple.
     """
 
-    def __init__(self, size: int, dim: int, logit_scale: str, learn_scale: bool) -> None:
+    def __init__(
+        self, size: int, dim: int, logit_scale: str, label_smoothing: float, learn_scale: bool
+    ) -> None:
         super().__init__()
         self.table = nn.Embedding(size, dim)
         self.bias = nn.Parameter(torch.zeros(size))
         self.scale = nn.Parameter(torch.ones(1)) if learn_scale else None
-        self.logit_scale: float | Tensor = 1.0 if logit_scale == "one" else dim**-0.5
+        smoothing = max(label_smoothing, 0.01)
+        scales = {"matched": math.log(1 + size * (1 - smoothing) / smoothing) / dim, "one": 1.0}
+        self.logit_scale: float | Tensor = scales.get(logit_scale, dim**-0.5)
         if logit_scale == "learned":
             self.logit_scale = nn.Parameter(torch.full((1,), dim**-0.5))
         self._frozen: Tensor | None = None

@@ -155,6 +155,7 @@ SWEEPS = [
         "Logits",
         SECOND_BASE,
         {
+            "scale matched to vocabulary and smoothing": {"logit_scale": "matched"},
             "scale learned": {"logit_scale": "learned"},
             "no label smoothing": {"label_smoothing": "0"},
         },
