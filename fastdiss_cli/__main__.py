@@ -55,6 +55,9 @@ def _drop_output() -> None:
 
 def main() -> None:
     """Run the command line; every expected failure ends here, as one line and exit code 1."""
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed, as for a daemon
+            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # whatever the locale says, text is UTF-8
             # the name of a file may be no text at all, and is told all the same

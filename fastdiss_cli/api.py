@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
@@ -107,9 +107,9 @@ class Score:
 class Translator:
     """A loaded model with its tokenizers."""
 
-    model: Seq2SeqModel
-    src_tokenizer: Tokenizer
-    tgt_tokenizer: Tokenizer
+    model: Seq2SeqModel = dataclasses.field(repr=False)
+    src_tokenizer: Tokenizer = dataclasses.field(repr=False)
+    tgt_tokenizer: Tokenizer = dataclasses.field(repr=False)
     dtype: torch.dtype = torch.float32
 
     def generate(self, sentences: Sequence[str], **options: Unpack[GenerateOptions]) -> list[str]:
@@ -144,8 +144,7 @@ class Translator:
 
     def _decode(self, sentences: Sequence[str], options: GenerateOptions) -> list[Hypothesis]:
         """Return the chosen hypothesis of each sentence, the other candidates with it."""
-        if isinstance(sentences, str):
-            raise FastdissError("give a list of sentences, not one string")
+        sentences = _strings(sentences, "sentences")
         decoding = dict(options)
         device = next(self.model.parameters()).device
         max_tokens = decoding.pop("max_tokens", default_max_tokens(device))
@@ -187,7 +186,8 @@ def load(
     is set or read, and it may be called in any thread.
 
     Args:
-        path: as written by ``fastdiss train`` or ``fastdiss export``.
+        path: as written by ``fastdiss train`` or ``fastdiss export``; of a folder its
+            ``checkpoint_best``.
         device: ``auto`` (a GPU where there is one), ``cpu``, ``cuda`` or ``cuda:N``.
         dtype: ``float32``, ``bfloat16`` (autocast), or ``auto``: bfloat16 on GPUs that have it.
         user_module: the Python file that registers the checkpoint's architecture, if it is yours.
@@ -198,8 +198,8 @@ def load(
     torch_device = pick_device(device)
     torch_dtype = pick_dtype(dtype, torch_device)
     module = None if user_module is None else Path(user_module)
-    model, src, tgt, _ = load_model(Path(path), torch_device, module, torch_dtype)
-    return Translator(model, src, tgt, torch_dtype)
+    loaded = load_model(Path(path), torch_device, module, torch_dtype)
+    return Translator(loaded.model, loaded.src, loaded.tgt, torch_dtype)
 
 
 def score(
@@ -222,12 +222,22 @@ def score(
     """
     from fastdiss_cli.metrics import METRICS
 
+    hypotheses = _strings(hypotheses, "hypotheses")
+    metrics = _strings(metrics, "metrics")
+    if isinstance(references, str) or references is None:
+        raise FastdissError("give a list of references, not one string")
+    alternatives = [
+        _strings([r] if isinstance(r, str) else r, f"references of sentence {i}")
+        for i, r in enumerate(references)
+    ]
+    if not all(alternatives):
+        raise FastdissError("every sentence needs a reference")
     if not hypotheses or len(hypotheses) != len(references):
         raise FastdissError(
             f"{len(hypotheses):,} hypotheses and {len(references):,} references: "
             "give one for each sentence, and at least one sentence"
         )
-    streams = reference_streams([[r] if isinstance(r, str) else r for r in references])
+    streams = reference_streams(alternatives)
     scores = {}
     for name in metrics:
         if name not in METRICS:
@@ -235,7 +245,18 @@ def score(
                 f"no metric {name!r}{suggest(name, METRICS)}; there are {', '.join(METRICS)}"
             )
         metric = METRICS[name]()
-        result = metric.corpus_score(list(hypotheses), streams)
+        result = metric.corpus_score(hypotheses, streams)
         signature = metric.get_signature().format()
         scores[name] = Score(result.score, signature, result.format(signature=signature))
     return scores
+
+
+def _strings(values: Sequence[str], what: str) -> list[str]:
+    """Return a list of strings, or refuse what is none."""
+    if isinstance(values, str) or not isinstance(values, Iterable):
+        raise FastdissError(f"{what}: give a list of strings, not {type(values).__name__}")
+    values = list(values)
+    for i, value in enumerate(values):
+        if not isinstance(value, str):
+            raise FastdissError(f"{what}: number {i} is {type(value).__name__}, not a string")
+    return values

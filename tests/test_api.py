@@ -119,8 +119,13 @@ def test_a_wrong_option_is_named(diffusion: Path, options: dict[str, object], sa
 
 def test_other_wrong_use_is_named(diffusion: Path, corpus: Path, tmp_path: Path) -> None:
     translator = fastdiss_cli.load(diffusion)
-    with pytest.raises(FastdissError, match="a list of sentences"):
+    with pytest.raises(FastdissError, match="give a list of strings, not str"):
         translator.generate("drei vier")
+    with pytest.raises(FastdissError, match="number 1 is NoneType, not a string"):
+        translator.generate(["drei", None])
+    for wrong in (("a b", ["a"]), (["a"], "a"), (["a"], None), (["a"], [None]), (["a"], [[]])):
+        with pytest.raises(FastdissError, match=r"string|needs a reference"):
+            fastdiss_cli.score(*wrong)
     with pytest.raises(FastdissError, match="no such device"):
         fastdiss_cli.load(diffusion, device="abacus")
     with pytest.raises(FastdissError, match="--dtype half"):

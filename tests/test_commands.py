@@ -191,6 +191,7 @@ def test_beam_search_through_the_same_command(data_bin: Path, transformer: Path)
         (["--select", "rerank"], "go together"),
         (["--noise-beam", "2", "--nbest", "3"], "a sentence has 2 candidates"),
         (["--diagnose", "--early-exit"], "without --early-exit"),
+        (["--self-cond", "gold", "--input", "x"], "dataset"),
     ],
 )
 def test_wrong_usage_exits_with_2(

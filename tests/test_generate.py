@@ -109,7 +109,7 @@ def test_a_signal_leaves_the_beginning_of_the_output(
     assert whole.startswith(done.stdout) and done.stdout.splitlines()[-1].startswith("I-11\t")
     _, stopping, told = done.stderr.splitlines()
     assert stopping == "stopping: finishing this batch (again to stop at once)"
-    assert told == f"stopped by signal {number} after 12 of 20 sentences"
+    assert told == f"stopped by signal {number}; 12 of 20 sentences are written"
 
 
 def test_a_signal_in_a_window_leaves_no_gap(data_bin: Path, checkpoints: dict[str, Path]) -> None:
@@ -125,7 +125,7 @@ def test_a_signal_in_a_window_leaves_no_gap(data_bin: Path, checkpoints: dict[st
     assert "Generate" not in done.stdout and " of 20 sentences" in done.stderr
 
 
-def test_a_signal_leaves_no_half_file(
+def test_a_signal_leaves_whole_files_and_what_was_done(
     data_bin: Path, checkpoints: dict[str, Path], tmp_path: Path
 ) -> None:
     more = ["generate", data_bin, "--path", checkpoints["fastdiss_tiny"], "--device=cpu"]
@@ -134,11 +134,14 @@ def test_a_signal_leaves_no_half_file(
     wound = partial(signalled_in_batch, on=0, number=5, signals=(signal.SIGTERM,))
     (done,) = Ranks(1, *more, prepare=wound).results()
     assert done.returncode == 128 + signal.SIGTERM and done.stdout == ""
-    assert done.stderr.endswith(
-        "stopped by signal 15 after 12 of 20 sentences; no file is written\n"
-    )
-    assert [path.name for path in tmp_path.iterdir()] == ["generate-test.steps1.txt"]
-    assert (tmp_path / "generate-test.steps1.txt").read_text() == "older"
+    names = [f"generate-test.steps{steps}.txt.part" for steps in (1, 2)]
+    where = ", ".join(str(tmp_path / name) for name in names)
+    assert done.stderr.endswith(f"stopped by signal 15; 12 of 20 sentences are in {where}\n")
+    older = tmp_path / "generate-test.steps1.txt"
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([older.name, *names])
+    assert older.read_text() == "older"
+    for name in names:
+        assert (tmp_path / name).read_text().splitlines()[-1].startswith("I-11\t")
 
 
 def test_a_second_signal_ends_generate_at_once(
@@ -158,7 +161,7 @@ def test_a_signal_ends_the_wait_for_input(checkpoints: dict[str, Path]) -> None:
     (done,) = Ranks(1, *more, prepare=waiting_input).results()
     assert done.returncode == 130, done.stderr
     assert [line[:2] for line in done.stdout.splitlines()] == ["S-", "H-", "D-", "P-", "I-"]
-    assert done.stderr.endswith("\nstopped by signal 2 after 1 sentences\n")
+    assert done.stderr.endswith("\nstopped by signal 2; 1 sentences are written\n")
 
 
 def waiting_input(rank: int) -> None:
@@ -190,3 +193,24 @@ def test_a_full_disk_is_told_with_the_name_of_the_file(
     done = run_cli("generate", data_bin, "--path", model, "--results-path", tmp_path)
     assert "generate-test.txt: cannot write: No space left" in one_line_error(done)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("arch", ["fastdiss_tiny", "transformer_tiny"])
+def test_an_empty_line_has_an_empty_answer(checkpoints: dict[str, Path], arch: str) -> None:
+    more = ["generate", "--path", checkpoints[arch], "--input=-", "--plain", "--buffer-size=9"]
+    lines = ["", "eins zwei", "", ""]
+    done = run_cli(*more, stdin="\n".join(lines) + "\n")
+    empty, answer, *rest = done.stdout.split("\n")
+    assert (empty, rest) == ("", ["", "", ""]) and answer
+    assert "4 sentences in" in done.stderr.splitlines()[-1]
+
+
+def test_the_other_direction_is_refused(
+    corpus: Path, data_bin: Path, checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    """A joined tokenizer cannot tell it."""
+    more = ["-s", "en", "-t", "de", "--tokenizer", data_bin / "tokenizer.src"]
+    more += ["--testpref", corpus / "test", "--destdir", tmp_path / "d"]
+    assert run_cli("preprocess", *more).returncode == 0
+    done = run_cli("generate", tmp_path / "d", "--path", checkpoints["transformer_tiny"])
+    assert "goes from de to en" in one_line_error(done, "from en to de")

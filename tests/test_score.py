@@ -172,6 +172,12 @@ def test_paired_tests_mark_what_differs_from_the_baseline(
     assert alone.returncode == 2 and "needs another system" in alone.stderr
 
 
+def test_pieces_are_not_scored_as_text(tmp_path: Path) -> None:
+    pieces = write(tmp_path / "pieces", ["H-0\t-0.1\t▁a ▁b", "H-1\t-0.2\t▁c"])
+    ref = write(tmp_path / "ref", ["a b", "c"])
+    assert "no D- lines" in one_line_error(run_cli("score", pieces, "--ref", ref))
+
+
 def test_diversity_needs_no_references(tmp_path: Path) -> None:
     hyp = write(tmp_path / "hyp", ["a a", "b"])
     said = run_cli("score", hyp, "--metrics", "distinct").stdout.splitlines()

@@ -102,9 +102,11 @@ def test_a_line_feed_inside_json_stays_one_sentence(tmp_path: Path) -> None:
     assert pairs_of(tmp_path / "x", "jsonl") == [("a b", "c")]
 
 
-def test_tsv_takes_the_first_two_columns(tmp_path: Path) -> None:
-    write(tmp_path / "x.tsv", "a\tb\tc\n\t\n")
+def test_tsv_has_two_columns(tmp_path: Path) -> None:
+    write(tmp_path / "x.tsv", "a\tb\n\t\n")
     assert pairs_of(tmp_path / "x", "tsv") == [("a", "b"), ("", "")]
+    write(tmp_path / "x.tsv", "a\tb\n17\ta\tb\n")  # which of them is the source?
+    assert "line 2 has 3 columns" in failure(tmp_path / "x", "tsv")
 
 
 @pytest.mark.parametrize("format", ["text", "jsonl", "tsv"])

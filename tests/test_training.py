@@ -25,7 +25,7 @@ from fastdiss_cli.models.registry import Loss, architecture
 from fastdiss_cli.training.checkpoint import Checkpoint, Progress, load_model
 from fastdiss_cli.training.loop import Training
 from fastdiss_cli.training.optimizer import EMA, learning_rate
-from fastdiss_cli.training.validation import better
+from fastdiss_cli.training.validation import judge
 
 
 @pytest.mark.parametrize("arch", ["transformer_tiny", "difformer_tiny", "fastdiss_tiny"])
@@ -223,10 +223,16 @@ def test_training_stops_when_validation_gets_no_better(data_bin: Path, tmp_path:
 
 
 def test_the_best_of_equal_bleu_has_the_lower_loss() -> None:
-    so_far = Progress(best=20.0, best_loss=3.0)
-    assert better(20.0, 2.9, so_far) and better(20.1, 4.0, so_far)
-    assert not better(20.0, 3.0, so_far) and not better(19.9, 1.0, so_far)
-    assert not better(math.nan, 1.0, so_far) and better(0.0, 9.0, Progress())
+    def is_best(bleu: float, loss: float, **before: float) -> bool:
+        progress = Progress(update=7, **before)
+        judge(progress, {"loss": loss, "bleu": bleu})
+        assert progress.bad_validations == (progress.best_update != 7)
+        return progress.best_update == 7
+
+    before = {"best": 20.0, "best_loss": 3.0}
+    assert is_best(20.0, 2.9, **before) and is_best(20.1, 4.0, **before)
+    assert not is_best(20.0, 3.0, **before) and not is_best(19.9, 1.0, **before)
+    assert is_best(0.0, 9.0) and not is_best(math.nan, 1.0)
 
 
 def test_another_measure_of_validation_starts_anew(data_bin: Path, tmp_path: Path) -> None:
@@ -273,8 +279,8 @@ def test_sentences_that_are_too_long_are_left_out_with_a_report(
 def test_a_checkpoint_is_complete_in_itself(data_bin: Path, tmp_path: Path) -> None:
     training = start(data_bin, tmp_path, max_update=3)
     training.run()
-    model, src, tgt, arch = load_model(tmp_path / "checkpoint_last.safetensors", CPU)
-    assert arch.name == "fastdiss_tiny" and src.hash == tgt.hash
+    model, src, tgt, arch, languages = load_model(tmp_path / "checkpoint_last.safetensors", CPU)
+    assert languages == ("de", "en") and arch.name == "fastdiss_tiny" and src.hash == tgt.hash
     assert src.decode(src.encode("drei vier")) == "drei vier"
     for name, p in model.named_parameters():  # generate uses the averaged weights
         assert torch.equal(p, training.ema.weights[name])

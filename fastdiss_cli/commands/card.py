@@ -10,15 +10,16 @@ import typer
 
 def card(
     checkpoint: Annotated[
-        Path, typer.Argument(metavar="[CHECKPOINT]", help="A release, or any checkpoint.")
+        Path,
+        typer.Argument(metavar="[CHECKPOINT]", help="A release, a checkpoint or its folder."),
     ] = Path("checkpoints/checkpoint_best.safetensors"),
 ) -> None:
     """Show what a checkpoint is: architecture, sizes, data, training, licence.
 
     The form is Markdown with YAML front matter, as model hubs expect it.
     """
-    from fastdiss_cli.training.checkpoint import Checkpoint
+    from fastdiss_cli.training.checkpoint import Checkpoint, best_of
     from fastdiss_cli.training.release import card_as_text, model_card
 
-    text = card_as_text(model_card(Checkpoint.load(checkpoint)))
+    text = card_as_text(model_card(Checkpoint.load(best_of(checkpoint))))
     typer.echo(text, nl=not text.endswith("\n"))

@@ -184,7 +184,9 @@ _TRAIN = {
     "--fixed-validation-seed": needless("validation always draws the same noise", "one"),
     "--eval-bleu": needless("validation always has BLEU"),
     "--eval-bleu-remove-bpe": OldFlag("maybe", _segmentation, "BLEU is always of words"),
-    "--eval-bleu-detok": only("space", remark="validation does not detokenise"),
+    "--eval-bleu-detok": needless("validation decodes with the dataset's tokenizer", "one"),
+    "--eval-bleu-args": needless("validation has no beam; its steps are --valid-steps", "one"),
+    "--eval-bleu-print-samples": needless("`fastdiss generate --gen-subset valid` shows all"),
     "--eval-tokenized-bleu": without("BLEU is sacreBLEU's, tokenised by 13a", "none"),
     "--best-checkpoint-metric": OldFlag("one", _best_by, "by BLEU; by loss where there is none"),
     "--maximize-best-checkpoint-metric": needless("the best BLEU is the highest"),
@@ -217,7 +219,9 @@ _GENERATE = {
     "--tokenizer": without("detokenise the D- lines with the tokeniser's own tool"),
     "--sacrebleu": needless("BLEU is always sacreBLEU's"),
     "--scoring": only("sacrebleu", remark="BLEU is sacreBLEU's"),
-    "--quiet": without("use --results-path: then only the summary is printed", "none"),
+    "--batch-size": needless("batches are counted in tokens: --max-tokens", "one"),
+    "--max-sentences": needless("batches are counted in tokens: --max-tokens", "one"),
+    "--quiet": needless("with --results-path only the summary is printed"),
     "--model-overrides": without("a checkpoint holds its options, and they stay"),
 }
 _PREPROCESS = {

@@ -31,7 +31,8 @@ def generate(
         typer.Argument(help="The folder that `fastdiss preprocess` wrote, or fairseq's data-bin."),
     ] = None,
     path: Annotated[
-        Path, typer.Option(metavar="CHECKPOINT", help="As written by `fastdiss train`.")
+        Path,
+        typer.Option(metavar="CHECKPOINT", help="As written by `fastdiss train`; or its folder."),
     ] = Path("checkpoints/checkpoint_best.safetensors"),
     gen_subset: Annotated[str, typer.Option(help="The split to generate.", **INPUT)] = "test",
     source_lang: SourceLang = None,
@@ -58,7 +59,12 @@ def generate(
     ] = None,
     results_path: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Write files there, not stdout.", **INPUT),
+        typer.Option(
+            metavar="DIR",
+            help="Write files there, not stdout. (several step counts or --diagnose: generate/ "
+            "beside the checkpoint)",
+            **INPUT,
+        ),
     ] = None,
     plain: Annotated[
         bool,
@@ -211,6 +217,8 @@ def generate(
         "diagnose": diagnose or None,
     }
 
+    import torch
+
     from fastdiss_cli.data.fairseq import open_dataset
     from fastdiss_cli.decoding.diagnosis import describe, diagnosis_of
     from fastdiss_cli.decoding.generation import Run, default_max_tokens
@@ -219,6 +227,7 @@ def generate(
     from fastdiss_cli.decoding.selection import check_selection, selector, with_runners_up
     from fastdiss_cli.decoding.translation import (
         WINDOW,
+        check_direction,
         check_tokenizer,
         dataset_input,
         open_outputs,
@@ -239,24 +248,26 @@ def generate(
     torch_device = processes.device
     torch_dtype = pick_dtype(dtype, torch_device)
     max_tokens = max_tokens or default_max_tokens(torch_device)
-    model, src, tgt, arch = load_model(path, torch_device, user_module, torch_dtype)
+    model, src, tgt, arch, languages = load_model(path, torch_device, user_module, torch_dtype)
     runs = [Run(decoding_options(model, arch.name, {**flags, "steps": n})) for n in step_counts]
     if nbest > (most := runs[0].options.candidates):
         raise typer.BadParameter(f"--nbest {nbest}: a sentence has {most} candidates")
     reranker = None
     if rerank_path is not None:
-        reranker, *theirs, _ = load_model(rerank_path, torch_device, user_module, torch_dtype)
+        loaded = load_model(rerank_path, torch_device, user_module, torch_dtype)
+        reranker, theirs = loaded.model, (loaded.src, loaded.tgt)
         for side, own, other in zip(("source", "target"), (src, tgt), theirs, strict=True):
             check_tokenizer(side, own, other, f"{rerank_path}")
     method = "rerank" if reranker else select or model.default_select
     choose = selector(method, mbr_metric, tgt, reranker)
-    chosen_by = {} if most == 1 else {"select": method}
-    if method == "mbr" and chosen_by:
-        chosen_by["mbr_metric"] = mbr_metric
+    said = {} if torch_dtype == torch.float32 else {"dtype": str(torch_dtype).split(".")[1]}
+    if most > 1:
+        said |= {"select": method} | ({"mbr_metric": mbr_metric} if method == "mbr" else {})
     if nbest > 1:
         choose = with_runners_up(choose, nbest - 1)
     if data:
         dataset = open_dataset(data, source_lang, target_lang)
+        check_direction(languages, dataset)
         # a diagnosis is over all sentences at once
         window = 0 if diagnose else buffer_size or WINDOW
         corpus = dataset_input(dataset, gen_subset, src, tgt, window)
@@ -268,7 +279,7 @@ def generate(
     name = gen_subset if data else "input"
     folder = results_path
     if folder is None and (len(runs) > 1 or diagnose):
-        folder = path.parent / "generate"
+        folder = (path if path.is_dir() else path.parent) / "generate"
     if print_history and folder is None and logs.wants_colour():
         logs.info(confidence_legend())
     what = f"{corpus.total:,} sentences of " if corpus.total is not None else ""
@@ -298,21 +309,20 @@ def generate(
             stop=stop,
         )
         if done.signal:
-            of = f" of {corpus.total:,}" if corpus.total else ""
-            logs.info(
-                f"stopped by signal {done.signal} after {done.sentences:,}{of} sentences"
-                + ("; no file is written" if outputs and outputs[0].path else "")
-            )
+            kept = [output.keep() for output in outputs if output.path and done.sentences]
+            where = f"in {', '.join(map(str, kept))}" if kept else "written"
+            count = f"{done.sentences:,}" + (f" of {corpus.total:,}" if corpus.total else "")
+            logs.info(f"stopped by signal {done.signal}; {count} sentences are {where}")
         elif first_rank:
             references = answers or [[line] for line in done.references]
             summaries = summarise(runs, done.texts, references)
             for summary, output in zip(summaries, outputs, strict=True):
                 if output.path:
                     if not plain:
-                        output.write(summary.line(name, arch.name, **chosen_by) + "\n")
+                        output.write(summary.line(name, arch.name, **said) + "\n")
                     output.finish()
             alone = len(runs) == 1
-            line = summaries[0].line(name, arch.name, **chosen_by)
+            line = summaries[0].line(name, arch.name, **said)
             figures = line if alone else table(summaries)
             on_stdout = folder or not plain
             if on_stdout:
@@ -340,7 +350,8 @@ def decoding_options(model: Seq2SeqModel, arch: str, flags: dict[str, Any]) -> A
     for key in given:
         if key not in known:
             flag = {"history": "print-history"}.get(key, key.replace("_", "-"))
-            raise typer.BadParameter(f"--{flag} does not apply to {arch}")
+            there = ", ".join(f"--{name.replace('_', '-')}" for name in known if name in flags)
+            raise typer.BadParameter(f"--{flag} does not apply to {arch}, which has {there}")
     return model.Decoding(**given)
 
 

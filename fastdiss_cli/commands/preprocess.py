@@ -16,7 +16,14 @@ from typing import Annotated
 import typer
 
 from fastdiss_cli import logs
-from fastdiss_cli.data.text import FORMATS, Block, count_pairs, read_blocks, read_pairs
+from fastdiss_cli.data.text import (
+    FORMATS,
+    Block,
+    check_files,
+    count_pairs,
+    read_blocks,
+    read_pairs,
+)
 from fastdiss_cli.data.tokenizer import MODEL_TYPES, Tokenizer, load_tokenizer, train_tokenizer
 from fastdiss_cli.errors import FastdissError, suggest
 
@@ -87,6 +94,10 @@ def preprocess(
     if prefixes:
         if trainpref is None and tokenizer is None:
             raise typer.BadParameter("without --trainpref a --tokenizer is needed")
+        if tokenizer is not None and tokenizer.count(",") > 1:
+            raise typer.BadParameter("--tokenizer takes one model, or two with a comma")
+        for prefix in prefixes.values():
+            check_files(prefix, source_lang, target_lang, format)
         _check_destination(destdir)
         final = destdir.resolve()  # so that a link stays one, and "." has a name
         _warn_of_leftovers(final)
@@ -179,8 +190,6 @@ def _tokenizers(
     """Load or train the tokenizers of source and target."""
     if given is not None:
         paths = [Path(name) for name in given.split(",")]
-        if len(paths) > 2:
-            raise typer.BadParameter("--tokenizer takes one model, or two with a comma")
         return load_tokenizer(paths[0]), load_tokenizer(paths[-1])
     logs.info(f"training {'one' if joined else 'a source and a target'} {model_type} tokenizer ...")
     if joined:

@@ -158,6 +158,11 @@ def read_blocks(
         raise FastdissError(f"{prefix}: the file is empty; at least one sentence is needed")
 
 
+def check_files(prefix: str, source: str, target: str, format: str) -> None:
+    """Check that the files of a split are there; see `read_blocks`."""
+    _files(prefix, (source, target), format)
+
+
 def read_pairs(prefix: str, source: str, target: str, format: str) -> Iterator[tuple[str, str]]:
     """Yield the (source, target) sentences of one split; see `read_blocks` and `Block.sides`."""
     for block in read_blocks(prefix, source, target, format):
@@ -256,7 +261,12 @@ def _json_pair(source: str, target: str, line: str, name: str, number: int) -> t
 
 
 def _tsv_pair(line: str, name: str, number: int) -> tuple[str, str]:
-    columns = line.split("\t", 2)
+    columns = line.split("\t")
     if len(columns) < 2:
         raise FastdissError(f"{name}: line {number} has no tab: source and target are needed")
+    if len(columns) > 2:
+        raise FastdissError(
+            f"{name}: line {number} has {len(columns)} columns where source and target are needed: "
+            "choose two, as with `cut -f1,2`"
+        )
     return columns[0], columns[1]

@@ -58,6 +58,7 @@ def by_step(hypotheses: Sequence[Hypothesis]) -> list[Row]:
     ``gap`` and ``norm`` are those of `HistoryStep`; ``confidence`` is the mean probability of the
     best tokens, ``changed`` the share of positions whose best token is not that of the step before.
     """
+    hypotheses = [h for h in hypotheses if h.history]  # an empty sentence has none
     rows = []
     for k, steps in enumerate(zip(*(h.history for h in hypotheses), strict=True)):
         row = {

@@ -60,7 +60,7 @@ def decode(
 
     Args:
         model: in evaluation mode.
-        sources: token ids, eos included.
+        sources: token ids, eos included; the answer to an empty sentence is empty.
         runs: `Run.best` is replaced, the costs are added up.
         select: chooses among the candidates.
         max_tokens: the largest padded size of a batch, all candidates counted.
@@ -76,9 +76,14 @@ def decode(
     """
     lengths = np.array([len(tokens) for tokens in sources])
     order = np.argsort(-lengths, kind="stable")
+    order, empty = order[lengths[order] > 1], np.flatnonzero(lengths == 1)
     widest = max(run.options.candidates for run in runs)
     for run in runs:
         run.best = [None] * len(sources)
+        for i in empty[share[0] :: share[1]]:  # eos alone: there is nothing to translate
+            run.best[i] = Hypothesis([], 0.0, [], nfe=0)
+            run.sentences += 1
+    done(len(empty[share[0] :: share[1]]))
     batches = batches_by_tokens(order, lengths, max(max_tokens // widest, 1))
     for rows in batches[share[0] :: share[1]]:
         try:

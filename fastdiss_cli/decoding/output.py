@@ -131,6 +131,11 @@ def read_system(path: Path) -> Generated:
         found[kind].setdefault(number, []).append(rest)
     answers, references = found["D"], found["T"]
     if not answers:
+        if any(match and match[1] == "H" for match in map(_LINE.match, lines)):
+            raise FastdissError(
+                f"{path} has H- lines, which show pieces, but no D- lines, which are text: give "
+                "the generate file as it is"
+            )
         return plain
     missing = next(number for number in itertools.count() if number not in answers)
     if missing < len(answers):

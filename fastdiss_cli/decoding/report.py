@@ -109,7 +109,7 @@ def summarise(
         )
     summaries = []
     for run, hypotheses in zip(runs, texts, strict=True):
-        metric = BLEU()
+        metric = BLEU(force=True)  # no advice to stderr on text that looks tokenized
         score = metric.corpus_score(hypotheses, reference_streams(references))
         summaries.append(Summary(run, score, metric.get_signature().format()))
     return summaries

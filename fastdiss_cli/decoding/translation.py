@@ -129,6 +129,16 @@ def check_tokenizer(side: str, own: Tokenizer, other: Tokenizer, where: str) -> 
         )
 
 
+def check_direction(languages: tuple[str, str], dataset: BinarizedDataset) -> None:
+    """Refuse a dataset in the other direction, which a joined tokenizer cannot tell."""
+    source, target = languages
+    if source != target and (dataset.summary["target"], dataset.summary["source"]) == languages:
+        raise FastdissError(
+            f"the checkpoint goes from {source} to {target}, {dataset.folder} from {target} to "
+            f"{source}: give -s {source} -t {target} (a dataset of fairseq), or preprocess again"
+        )
+
+
 @dataclass
 class Output:
     """Where the lines of one run go: stdout, or a file that takes its name when it is complete."""
@@ -149,6 +159,13 @@ class Output:
             if self.path is None:
                 raise
             raise FastdissError(f"{self.path}: cannot write: {error.strerror}") from None
+
+    def keep(self) -> Path:
+        """Keep the lines of a run that a signal has ended, and return where."""
+        assert self.path is not None
+        part = self.path.with_name(f"{self.path.name}.part")
+        os.replace(self.file.name, part)
+        return part
 
     def finish(self) -> None:
         assert self.path is not None

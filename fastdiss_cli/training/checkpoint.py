@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -32,6 +32,7 @@ from fastdiss_cli.models.frozen import freeze
 from fastdiss_cli.models.registry import Architecture, Seq2SeqModel, Vocabulary, architecture
 
 FORMAT_VERSION = "2"
+LAST, BEST = "checkpoint_last.safetensors", "checkpoint_best.safetensors"
 _NUMBERED = re.compile(r"checkpoint_\d+_(\d+)\.safetensors")
 
 
@@ -144,7 +145,10 @@ class Checkpoint:
                     digest = _digest(metadata.get("facts", ""), tensors)
         # RuntimeError, TypeError: number types that torch knows and cannot handle
         except (OSError, SafetensorError, ValueError, RuntimeError, TypeError) as error:
-            raise FastdissError(f"{path} is not a readable checkpoint: {error}") from None
+            reason = str(error).removeprefix("Error while deserializing header: ")
+            raise FastdissError(
+                f"{path} is damaged, or no checkpoint ({reason}): take another one of its folder"
+            ) from None
         if version is None:
             raise FastdissError(f"{path} is a safetensors file, but not a fastdiss checkpoint")
         if version != FORMAT_VERSION:
@@ -178,16 +182,31 @@ def vocabulary(tokenizer: Tokenizer) -> Vocabulary:
     return Vocabulary(tokenizer.vocab_size, *ids, hash=tokenizer.hash)
 
 
+def best_of(path: Path) -> Path:
+    """Return a checkpoint, or that of a folder: its ``checkpoint_best``."""
+    return path / BEST if path.is_dir() else path
+
+
+class Loaded(NamedTuple):
+    """A checkpoint, ready to decode; ``languages`` are (source, target), or "" where unknown."""
+
+    model: Seq2SeqModel
+    src: Tokenizer
+    tgt: Tokenizer
+    arch: Architecture
+    languages: tuple[str, str]
+
+
 def load_model(
     path: Path,
     device: torch.device,
     user_module: Path | None = None,
     dtype: torch.dtype = torch.float32,
-) -> tuple[Seq2SeqModel, Tokenizer, Tokenizer, Architecture]:
-    """Return a checkpoint's model (averaged weights, for inference only) and its tokenizers.
+) -> Loaded:
+    """Load a checkpoint's model (averaged weights, for inference only) and its tokenizers.
 
     Args:
-        path: the checkpoint.
+        path: the checkpoint; of a folder its ``checkpoint_best``.
         device: where it is to decode.
         user_module: registers architectures that are not in this package.
         dtype: float32 or bfloat16, in which it is to decode.
@@ -195,7 +214,7 @@ def load_model(
     Raises:
         FastdissError: see `Checkpoint.load`; or its architecture is not registered.
     """
-    checkpoint = Checkpoint.load(path)
+    checkpoint = Checkpoint.load(best_of(path))
     arch = architecture(checkpoint.arch, user_module)
     src, tgt = checkpoint.tokenizer("src"), checkpoint.tokenizer("tgt")
     config = arch.config(checkpoint.model_config)
@@ -204,7 +223,8 @@ def load_model(
     load_weights(model, checkpoint.averaged(), path)
     model = model.to(device).eval()
     freeze(model, dtype)
-    return model, src, tgt, arch
+    source, target = (checkpoint.dataset.get(side, "") for side in ("source", "target"))
+    return Loaded(model, src, tgt, arch, (source, target))
 
 
 @torch.no_grad()

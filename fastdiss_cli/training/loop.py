@@ -23,6 +23,8 @@ from fastdiss_cli.models.registry import Architecture
 from fastdiss_cli.randomness import seed_everything
 from fastdiss_cli.signals import Stop, Stopped, elected, stop_on_signal
 from fastdiss_cli.training.checkpoint import (
+    BEST,
+    LAST,
     Checkpoint,
     Progress,
     copy_checkpoint,
@@ -34,8 +36,8 @@ from fastdiss_cli.training.checkpoint import (
 from fastdiss_cli.training.gradient import add_gradient, update_attempt
 from fastdiss_cli.training.log import MetricsFile, Window
 from fastdiss_cli.training.optimizer import EMA, learning_rate, make_optimizer
-from fastdiss_cli.training.state import BEST, LAST, changes, number_newest, save_newest
-from fastdiss_cli.training.validation import better, validation_bleu, validation_loss
+from fastdiss_cli.training.state import changes, number_newest, save_newest
+from fastdiss_cli.training.validation import judge, validation_bleu, validation_loss
 
 
 class Training:
@@ -263,17 +265,9 @@ class Training:
         how = (config, self.processes, self.stop, self.dtype)
         with self._averaged():
             figures = validation_loss(self.model, batcher, progress.update, *how)
-            if by_bleu := config.valid_sentences > 0:
+            if config.valid_sentences:
                 figures["bleu"] = validation_bleu(self.model, self.dataset, *how)
-        loss = figures["loss"]
-        score = figures["bleu"] if by_bleu else -loss
-        if progress.best_is_bleu != by_bleu:  # resumed with another measure
-            progress.best, progress.bad_validations = None, 0
-        if better(score, loss, progress):
-            progress.best, progress.best_loss, progress.best_is_bleu = score, loss, by_bleu
-            progress.best_update, progress.bad_validations = progress.update, 0
-        else:
-            progress.bad_validations += 1
+        judge(progress, figures)
         self._record({"split": "valid", **figures})
         logs.info(
             f"epoch {progress.epoch}  update {progress.update:,}  "

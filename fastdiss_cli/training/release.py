@@ -16,8 +16,7 @@ from torch import Tensor
 
 from fastdiss_cli import __version__
 from fastdiss_cli.errors import FastdissError
-from fastdiss_cli.training.checkpoint import Checkpoint, numbered
-from fastdiss_cli.training.state import BEST
+from fastdiss_cli.training.checkpoint import BEST, Checkpoint, numbered
 
 _FACTS = (
     "architecture", "license", "source", "target", "parameters", "vocabulary", "model", "training",

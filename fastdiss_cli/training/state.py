@@ -8,9 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from fastdiss_cli.config import TrainConfig
-from fastdiss_cli.training.checkpoint import Checkpoint, Progress, copy_checkpoint, prune_numbered
-
-LAST, BEST = "checkpoint_last.safetensors", "checkpoint_best.safetensors"
+from fastdiss_cli.training.checkpoint import (
+    BEST,
+    LAST,
+    Checkpoint,
+    Progress,
+    copy_checkpoint,
+    prune_numbered,
+)
 
 
 def save_newest(checkpoint: Checkpoint, folder: Path) -> None:

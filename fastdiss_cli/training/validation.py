@@ -85,7 +85,8 @@ def validation_bleu(
             raise Stopped(signal)
         hypotheses += [text(h.tokens) for h in run.best]
     references = [text(split["tgt"][i].tolist()) for i in range(count)]
-    return sacrebleu.corpus_bleu(hypotheses, [references]).score
+    # effective order: texts of fewer than four words have no 4-grams to count
+    return sacrebleu.corpus_bleu(hypotheses, [references], use_effective_order=True).score
 
 
 def quick_decoding(model: Seq2SeqModel, steps: int) -> object:
@@ -95,9 +96,20 @@ def quick_decoding(model: Seq2SeqModel, steps: int) -> object:
     return model.Decoding(**{k: v for k, v in wanted.items() if k in known})
 
 
-def better(score: float, loss: float, so_far: Progress) -> bool:
-    """Tell whether a validation score is a new best; of equal ones that with the lower loss."""
-    if so_far.best is None or math.isnan(score):
-        return not math.isnan(score)
-    tied = score == so_far.best and so_far.best_loss is not None
-    return score > so_far.best or (tied and loss < so_far.best_loss)
+def judge(progress: Progress, figures: dict[str, float]) -> None:
+    """Note whether a validation is the best so far: by BLEU, or by loss where there is none.
+
+    Of equal BLEU the lower loss is the better. Where the measure is another than before, the best
+    so far does not count.
+    """
+    loss, by_bleu = figures["loss"], "bleu" in figures
+    score = figures["bleu"] if by_bleu else -loss
+    if progress.best_is_bleu != by_bleu:
+        progress.best, progress.bad_validations = None, 0
+    best, best_loss = progress.best, progress.best_loss
+    tied = score == best and best_loss is not None
+    if not math.isnan(score) and (best is None or score > best or (tied and loss < best_loss)):
+        progress.best, progress.best_loss, progress.best_is_bleu = score, loss, by_bleu
+        progress.best_update, progress.bad_validations = progress.update, 0
+    else:
+        progress.bad_validations += 1
