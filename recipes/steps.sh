@@ -75,7 +75,8 @@ if [ -e "$text/test.refs.tsv" ]; then
 fi
 "${launch[@]}" generate "$data" --path "$checkpoint" --results-path "$save/generate" \
     "${decoding[@]}"
+files=()
 for name in $answers; do
-    echo "$save/generate/$name"
-    fastdiss score --sys "$save/generate/$name" "${scoring[@]}"
+    files+=("$save/generate/$name")
 done
+fastdiss score "${files[@]}" "${scoring[@]}"

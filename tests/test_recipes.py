@@ -121,15 +121,16 @@ def test_from_the_official_files_to_scores(name: str, bench: Bench) -> None:
     done = bench.run(f"{name}/run.sh", "text", **small, DISTILL="0", AVERAGE="0")
     assert done.returncode == 0, done.stderr
     names = [command[0] for command in bench.commands]
-    assert names == ["preprocess", "train", "generate", "score", "score"]
+    assert names == ["preprocess", "train", "generate", "score"]
     files = [f"work/difformer_tiny/generate/generate-test.steps{steps}.txt" for steps in (2, 10)]
-    assert [line for line in done.stdout.splitlines() if line.startswith("work/")] == files
+    rows = [line.split() for line in done.stdout.splitlines() if line.startswith("work/")]
+    assert [row[0] for row in rows] == files and all(len(row) > 1 for row in rows)
     test = read(bench.folder / "text" / f"test.{sides[0]}")
     for answers in files:
         lines = read(bench.folder / answers)
         assert [x.split("\t")[1] for x in lines if x.startswith("S-")] == test
     metric = "BLEU|" if "bleu" in " ".join(bench.commands[-1]) else "SER|"
-    assert done.stdout.count(metric) == 2
+    assert done.stdout.count(metric) == 1
     several = (bench.folder / "text" / "test.refs.tsv").exists()
     assert all(("--ref" in command) == several for command in bench.commands[2:])
 
