@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from conftest import run_cli
 from runs import CPU, NETWORK, metrics, start, tensors
 from torch import nn
 
+from fastdiss_cli import logs
 from fastdiss_cli.config import TrainConfig, build
 from fastdiss_cli.data.binarized import BinarizedDataset
 from fastdiss_cli.distributed import Processes
@@ -220,6 +223,20 @@ def test_training_stops_when_validation_gets_no_better(data_bin: Path, tmp_path:
     )  # fmt: skip
     training.run()
     assert training.progress.bad_validations == 2 and training.progress.update < 50
+
+
+def test_little_space_for_checkpoints_is_told_before_training(
+    data_bin: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(logs, "warn", said.append)
+    weights = 4 * start(data_bin, tmp_path / "a").model.num_parameters()
+    for copies, told in ((7.9, True), (8.1, False)):  # weights, average and moments, twice
+        space = SimpleNamespace(free=copies * weights)
+        monkeypatch.setattr(shutil, "disk_usage", lambda _, space=space: space)
+        said.clear()
+        start(data_bin, tmp_path / str(copies))
+        assert ("two checkpoints of" in " ".join(said)) == told
 
 
 def test_the_best_of_equal_bleu_has_the_lower_loss() -> None:

@@ -216,6 +216,8 @@ def _binarize(
     from fastdiss_cli.data.encoding import CHUNK, encode_blocks
 
     src, tgt = tokenizers
+    sizes = dict.fromkeys(f"{tokenizer.vocab_size:,}" for tokenizer in tokenizers)
+    logs.info(f"vocabulary: {' and '.join(sizes)} ids")
     dtype = token_dtype(max(src.vocab_size, tgt.vocab_size))
     manifest = Manifest(
         source=corpus.source,

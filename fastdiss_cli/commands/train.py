@@ -201,7 +201,8 @@ def train(
             f"{sentences:,} training pairs, {processes.world_size} x {processes.device.type}, "
             f"{str(training.dtype).removeprefix('torch.')}"
         )
-        logs.info(f"{_plan(train_config)}; checkpoints and metrics.jsonl go to {save_dir}")
+        plan = _plan(train_config, "valid" in dataset.splits)
+        logs.info(f"{plan}; checkpoints and metrics.jsonl go to {save_dir}")
         if processes.device.type == "cpu" and "arch" not in options["train"]:
             logs.info(
                 f"{chosen.name} is meant for a GPU: on a CPU an --arch that ends in _tiny, and "
@@ -224,16 +225,18 @@ def train(
     logs.info(f"done after update {progress.update:,}{best}; the model is {file}")
 
 
-def _plan(config: TrainConfig) -> str:
+def _plan(config: TrainConfig, validates: bool) -> str:
     """Say when training validates and when it ends."""
     limits = [f"{config.max_update:,} updates"]
     if config.max_epoch:
         limits.append(f"{config.max_epoch:,} epochs")
-    if config.patience:
+    if config.patience and validates:
         limits.append(f"{config.patience:,} validations without a new best")
     interval = config.validate_interval_updates
     every = f"every {interval:,} updates" if interval else "after every epoch"
-    return f"until {' or '.join(limits)}; validation {every}"
+    return f"until {' or '.join(limits)}; " + (
+        f"validation {every}" if validates else "the dataset has no split to validate on"
+    )
 
 
 def _given(**flags: Any) -> dict[str, Any]:

@@ -36,7 +36,7 @@ from fastdiss_cli.training.checkpoint import (
 from fastdiss_cli.training.gradient import add_gradient, update_attempt
 from fastdiss_cli.training.log import MetricsFile, Window
 from fastdiss_cli.training.optimizer import EMA, learning_rate, make_optimizer
-from fastdiss_cli.training.state import changes, number_newest, save_newest
+from fastdiss_cli.training.state import changes, number_newest, save_newest, warn_of_little_space
 from fastdiss_cli.training.validation import judge, validation_bleu, validation_loss
 
 
@@ -90,6 +90,8 @@ class Training:
         )
         self.window = Window(progress.window)
         self.stop = Stop()
+        copies = 3 + (self.ema is not None)  # weights, their average, the moments of AdamW
+        warn_of_little_space(save_dir, 4 * copies * self.model.num_parameters())
         if config.compile:
             self.model.encoder.compile(dynamic=True)
             self.model.decoder.compile(dynamic=True)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from fastdiss_cli import logs
 from fastdiss_cli.config import TrainConfig
 from fastdiss_cli.training.checkpoint import (
     BEST,
@@ -16,6 +18,19 @@ from fastdiss_cli.training.checkpoint import (
     copy_checkpoint,
     prune_numbered,
 )
+
+
+def warn_of_little_space(folder: Path, checkpoint: int) -> None:
+    """Warn, before hours of training, where checkpoints of so many bytes will not fit.
+
+    There are two at a time at least: one is written while the one before it is there.
+    """
+    free = shutil.disk_usage(folder).free
+    if free < 2 * checkpoint:
+        logs.warn(
+            f"--save-dir {folder}: {free / 1e6:,.0f} MB are free, where two checkpoints of "
+            f"{checkpoint / 1e6:,.0f} MB must fit"
+        )
 
 
 def save_newest(checkpoint: Checkpoint, folder: Path) -> None:
