@@ -18,7 +18,6 @@ from fastdiss_cli.metrics import METRICS
 # corpus -> the metric of its tables, and whether a higher value is better
 METRIC = {
     "embedded": ("bleu", True),
-    "quickstart": ("bleu", True),
     "multi30k": ("bleu", True),
     "cmudict_g2p": ("ser", False),
 }

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Do SCP and MANS make five steps as good as many? Train the matrix, sample, score, write RESULTS.md.
 # usage: run.sh CORPUS [TEXT] [WORK]
-#   CORPUS   embedded, quickstart (the same text, longer), cmudict_g2p or multi30k
-#   TEXT     the folder with the corpus; not needed for the first two
+#   CORPUS   embedded, cmudict_g2p or multi30k
+#   TEXT     the folder with the corpus; not needed for the embedded one
 # Run again, it goes on where it was stopped; JOBS=2 trains two models at a time.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
@@ -10,7 +10,7 @@ corpus=${1:?usage: run.sh CORPUS [TEXT] [WORK]}
 text=${2:-}
 work=${3:-work/ablation}/$corpus
 
-if [ -z "$text" ] && [ "$corpus" != embedded ] && [ "$corpus" != quickstart ]; then
+if [ "$corpus" != embedded ] && [ -z "$text" ]; then
     echo "run.sh: $corpus needs the folder with its text" >&2
     exit 2
 fi
@@ -21,7 +21,7 @@ fi
 mkdir -p "$work/text"
 if [ ! -e "$work/data-bin/manifest.json" ]; then
     case $corpus in
-    embedded | quickstart)
+    embedded)
         python "$here/../../data/make_corpus.py" "$work/text"
         options=(-s de -t en --vocab-size 800 --model-type bpe)
         ;;
@@ -41,7 +41,7 @@ if [ ! -e "$work/data-bin/manifest.json" ]; then
         options=(-s de -t en --vocab-size 6000)
         ;;
     *)
-        echo "run.sh: no corpus $corpus: embedded, quickstart, cmudict_g2p or multi30k" >&2
+        echo "run.sh: no corpus $corpus: embedded, cmudict_g2p or multi30k" >&2
         exit 2
         ;;
     esac
