@@ -93,11 +93,19 @@ def significance(results: Results) -> tuple[str, dict[str, float]]:
             _, _, (p,), signature = paired_test(pair, streams, {results.metric: metric})[0]
             p_values.append(p)
         difference, p = resampled(metric, outputs, streams)
-        p_of[name] = p if len(outputs) > 1 else p_values[0]
+        p_of[name] = p if len(outputs) > 1 else p_values[0]  # one training has no spread
         cells = [f"{value:.3f}" for value in p_values] + ["-"] * (len(results.seeds) - len(both))
-        rows.append([name, f"{difference:+.2f}", *cells, f"{p_of[name]:.3f}"])
-    header = ["", "difference", *(f"p, seed {seed}" for seed in results.seeds), "p, trainings too"]
-    return markdown(header, rows) + f"\nSignature: `{signature}`\n", p_of
+        over = [f"{p_of[name]:.3f}"] * (len(results.seeds) > 1)
+        rows.append([name, f"{difference:+.2f}", *cells, *over])
+    header = ["", "difference", *(f"p, seed {seed}" for seed in results.seeds)]
+    note = ""
+    if len(results.seeds) > 1:
+        header.append("p, trainings too")
+        note = (
+            "The last column resamples trainings and sentences, the others the sentences of one "
+            "training.\n\n"
+        )
+    return note + markdown(header, rows) + f"\nSignature: `{signature}`\n", p_of
 
 
 def resampled(
@@ -295,9 +303,7 @@ def main() -> None:
         quality_by_steps(results, "ddim", results.steps),
         "## Other metrics at 5 steps\n",
         at_five_steps(results),
-        "## Against difformer at 5 steps: paired bootstrap\n\n"
-        "The last column resamples trainings and sentences, the others the sentences of one "
-        "training.\n",
+        "## Against difformer at 5 steps: paired bootstrap\n",
         paired,
         "## What the network is told, at sampling time\n\n"
         "`recompute` spends two evaluations per step; `none` and `gold` (seed 1) are for diagnosis "
