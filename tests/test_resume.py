@@ -17,6 +17,7 @@ from fastdiss_cli.errors import FastdissError
 HARD = {
     "update_freq": 2, "max_tokens": 150, "dtype": "bfloat16", "log_interval": 4,
     "save_interval_updates": 3, "validate_interval_updates": 2, "patience": 4, "max_update": 99,
+    "lr": 3.0,  # so high that the loss only rises: bad validations
 }  # fmt: skip
 
 

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from fastdiss_cli.config import require
 from fastdiss_cli.data.batching import Batch, pad
-from fastdiss_cli.errors import FastdissError
 from fastdiss_cli.models import SIZES
 from fastdiss_cli.models.beam_search import beam_search
 from fastdiss_cli.models.layers import (
@@ -52,7 +51,7 @@ class BeamDecoding:
     min_len: int = 1
 
     def __post_init__(self) -> None:
-        require(self, "beam", self.beam >= 1, "at least 1")
+        require(self, "beam", 1 <= self.beam <= 1000, "from 1 to 1000")
         require(self, "lenpen", math.isfinite(self.lenpen), "a finite number")
         require(self, "max_len_a", math.isfinite(self.max_len_a), "a finite number")
         require(self, "max_len_a", self.max_len_a >= 0, "at least 0")
@@ -129,10 +128,6 @@ class Transformer(Seq2SeqModel):
         options: BeamDecoding,
         gold: Sequence[Sequence[int]] | None = None,
     ) -> list[list[Hypothesis]]:
-        if options.beam > self.tgt.size:
-            raise FastdissError(
-                f"beam {options.beam} is more than the {self.tgt.size} tokens of the vocabulary"
-            )
         caches = [Cache() for _ in self.decoder.layers]
 
         def step(tokens: Tensor, position: int, memory: Memory) -> Tensor:
