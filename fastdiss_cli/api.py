@@ -224,17 +224,17 @@ def score(
 
     hypotheses = _strings(hypotheses, "hypotheses")
     metrics = _strings(metrics, "metrics")
-    if isinstance(references, str) or references is None:
-        raise FastdissError("give a list of references, not one string")
+    if isinstance(references, str) or not isinstance(references, Iterable):
+        raise FastdissError(f"references: give a list of strings, not {type(references).__name__}")
     alternatives = [
         _strings([r] if isinstance(r, str) else r, f"references of sentence {i}")
         for i, r in enumerate(references)
     ]
     if not all(alternatives):
         raise FastdissError("every sentence needs a reference")
-    if not hypotheses or len(hypotheses) != len(references):
+    if not hypotheses or len(hypotheses) != len(alternatives):
         raise FastdissError(
-            f"{len(hypotheses):,} hypotheses and {len(references):,} references: "
+            f"{len(hypotheses):,} hypotheses and {len(alternatives):,} references: "
             "give one for each sentence, and at least one sentence"
         )
     streams = reference_streams(alternatives)

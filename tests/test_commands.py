@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -340,7 +341,7 @@ def test_diagnosis_is_written_beside_the_hypotheses(
         assert [row["t"] for row in tables["by_step"]] == [1 - k / steps for k in range(steps)]
         assert all(row["gap"] > 0 and row["norm"] > 0 for row in tables["by_step"])
         assert [row["t"] for row in tables["by_time"]] == [k / 20 for k in range(1, 20, 2)]
-        assert all(row["mse_fresh"] > 0 for row in tables["by_time"])
+        assert all(row["mse_fresh"] > 0 < row.get("anchor_stale", 1) for row in tables["by_time"])
         assert ["anchor_stale" in row for row in tables["by_time"]] == [
             row["t"] + 1 / steps <= 1 for row in tables["by_time"]
         ]
@@ -409,3 +410,17 @@ def test_a_closed_pipe_is_no_crash(data_bin: Path, fastdiss: Path) -> None:
         process.stdout.close()
         said = process.stderr.read()
     assert "Traceback" not in said and "Exception" not in said
+
+
+def test_closed_streams_are_no_traceback(fastdiss: Path) -> None:
+    """As under cron, or in a daemon."""
+    program = f"{sys.executable} -m fastdiss_cli generate --path {fastdiss} --input"
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    for closed in (f"{program} {__file__} >&-", f"{program} - <&-"):
+        done = subprocess.run(["bash", "-c", closed], capture_output=True, text=True, env=env)
+        assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+
+
+def test_there_are_limits_to_a_beam(data_bin: Path, transformer: Path) -> None:
+    for wrong, said in ((["--beam", "1001"], "1000"), (["--lenpen", "nan"], "finite")):
+        one_line_error(run_cli("generate", data_bin, "--path", transformer, *wrong), said)

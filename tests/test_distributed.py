@@ -70,15 +70,19 @@ def test_a_loss_that_is_no_number_on_one_rank_is_no_update_on_any(
     assert [line.get("skipped") for line in metrics(tmp_path) if line["split"] == "train"][-1] == 1
 
 
-def test_ranks_agree_on_a_save_that_fails(data_bin: Path, tmp_path: Path, whole: Path) -> None:
+def test_ranks_agree_on_a_save_that_fails(data_bin: Path, tmp_path: Path) -> None:
     """Only the first rank writes; the other must know what is on the disk as well as it does."""
     wound, still = partial(read_only, saves=(2,)), {"lr": 1e-12, "ema_decay": 0}
-    first, second = run_ranks(2, *command(data_bin, tmp_path, **FULL | still), prepare=wound)
+    options = FULL | still
+    whole, hurt = tmp_path / "whole", tmp_path / "hurt"
+    for done in run_ranks(2, *command(data_bin, whole, **options)):
+        assert done.returncode == 0, done.stderr
+    first, second = run_ranks(2, *command(data_bin, hurt, **options), prepare=wound)
     assert (first.returncode, second.returncode) == (0, 0), first.stderr
     assert first.stderr.count("warning") == 1 and "Read-only file system" in first.stderr
     # of equal ones the first that was saved: not that of update 4
-    assert newest(tmp_path).progress.best_update == 8
-    assert len(metrics(tmp_path)) == len(metrics(whole))
+    assert newest(hurt).progress.best_update == 8 and newest(whole).progress.best_update == 4
+    assert [line["loss"] for line in metrics(hurt)] == [line["loss"] for line in metrics(whole)]
 
 
 def test_a_last_save_that_fails_ends_all_with_one_line(data_bin: Path, tmp_path: Path) -> None:

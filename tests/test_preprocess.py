@@ -387,3 +387,15 @@ def test_in_a_process_of_its_own(corpus: Path, tmp_path: Path, small: tuple) -> 
     failed = run_process("preprocess", *LANGUAGES, *prefix, "--destdir", tmp_path / "d")
     assert_fails(Outcome(failed.returncode, failed.stdout, failed.stderr), "x.en: no such file")
     assert run_process("preprocess", "--destdir", tmp_path / "d").returncode == 2
+
+
+def test_a_missing_file_is_told_before_a_tokenizer_is_trained(
+    tmp_path: Path, preprocess: Command
+) -> None:
+    write_pairs(tmp_path / "train", 20)
+    outcome = preprocess(
+        *("--trainpref", tmp_path / "train", "--testpref", tmp_path / "tset"),
+        *("-s", "de", "-t", "en", "--destdir", tmp_path / "d"),
+    )
+    assert outcome.code == 1 and "tset.de: no such file" in outcome.err
+    assert "training" not in outcome.err

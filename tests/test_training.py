@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from conftest import run_cli
@@ -24,7 +25,8 @@ from fastdiss_cli.config import TrainConfig, build
 from fastdiss_cli.data.binarized import BinarizedDataset
 from fastdiss_cli.distributed import Processes
 from fastdiss_cli.errors import FastdissError
-from fastdiss_cli.models.registry import Loss, architecture
+from fastdiss_cli.models.registry import Hypothesis, Loss, architecture
+from fastdiss_cli.training import validation
 from fastdiss_cli.training.checkpoint import Checkpoint, Progress, load_model
 from fastdiss_cli.training.loop import Training
 from fastdiss_cli.training.optimizer import EMA, learning_rate
@@ -250,6 +252,24 @@ def test_the_best_of_equal_bleu_has_the_lower_loss() -> None:
     assert is_best(20.0, 2.9, **before) and is_best(20.1, 4.0, **before)
     assert not is_best(20.0, 3.0, **before) and not is_best(19.9, 1.0, **before)
     assert is_best(0.0, 9.0) and not is_best(math.nan, 1.0)
+
+
+def test_validation_bleu_of_answers_under_four_words(
+    data_bin: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They have no 4-grams, which would make BLEU 0 whatever the answers are."""
+    training = start(data_bin, tmp_path)
+    short = training.dataset.tgt_tokenizer.encode("nine two")
+
+    def answer(model, sources, runs, *_, **__):
+        runs[0].best = [Hypothesis(short[:-1], 0.0, [], 1) for _ in sources]
+        return 0
+
+    monkeypatch.setattr(validation, "decode_shared", answer)
+    pairs = {side: [np.array(short)] * 4 for side in ("src", "tgt")}
+    monkeypatch.setattr(training.dataset, "splits", {"valid": pairs})
+    how = (training.config, training.processes, training.stop, training.dtype)
+    assert validation.validation_bleu(training.model, training.dataset, *how) == pytest.approx(100)
 
 
 def test_another_measure_of_validation_starts_anew(data_bin: Path, tmp_path: Path) -> None:

@@ -76,14 +76,14 @@ def decode(
     """
     lengths = np.array([len(tokens) for tokens in sources])
     order = np.argsort(-lengths, kind="stable")
-    order, empty = order[lengths[order] > 1], np.flatnonzero(lengths == 1)
+    order, empty = order[lengths[order] > 1], np.flatnonzero(lengths <= 1)[share[0] :: share[1]]
     widest = max(run.options.candidates for run in runs)
     for run in runs:
         run.best = [None] * len(sources)
-        for i in empty[share[0] :: share[1]]:  # eos alone: there is nothing to translate
+        for i in empty:  # eos alone: there is nothing to translate
             run.best[i] = Hypothesis([], 0.0, [], nfe=0)
             run.sentences += 1
-    done(len(empty[share[0] :: share[1]]))
+    done(len(empty))
     batches = batches_by_tokens(order, lengths, max(max_tokens // widest, 1))
     for rows in batches[share[0] :: share[1]]:
         try:

@@ -214,7 +214,8 @@ def load_model(
     Raises:
         FastdissError: see `Checkpoint.load`; or its architecture is not registered.
     """
-    checkpoint = Checkpoint.load(best_of(path))
+    path = best_of(path)
+    checkpoint = Checkpoint.load(path)
     arch = architecture(checkpoint.arch, user_module)
     src, tgt = checkpoint.tokenizer("src"), checkpoint.tokenizer("tgt")
     config = arch.config(checkpoint.model_config)
