@@ -65,7 +65,8 @@ def test_trials_and_report(corpus: Path, tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(trials, "fastdiss", fastdiss)
     monkeypatch.setattr(trials, "ThreadPoolExecutor", InThisThread)
     monkeypatch.setattr(trials, "ALL_STEPS", "1,2,5,20,100")
-    monkeypatch.setattr(trials, "SWEEPS", [s for s in trials.SWEEPS if s.name == "SCP: rate"])
+    few = {name: trials.SWEEPS[name] for name in ("SCP: rate", "Told as")}
+    monkeypatch.setattr(trials, "SWEEPS", few)
     import report
 
     arguments = ["embedded", str(work)]
@@ -79,8 +80,8 @@ def test_trials_and_report(corpus: Path, tmp_path: Path, monkeypatch: pytest.Mon
 
     first = run()
     trained = [command for command in commands if command[0] == "train"]
-    # 2 seeds of 2 variants and the transformer, and 1 seed of the base and one setting
-    assert len(trained) == 2 * 3 + 2
+    # 2 seeds of 2 variants and the transformer, and 1 seed of the base and three settings
+    assert len(trained) == 2 * 3 + 4
     commands.clear()
     assert run() == first and not commands  # finished trials are neither trained nor sampled again
 

@@ -21,7 +21,7 @@ import torch
 from plots import plot, plot_gap, plot_quality, plot_speed
 from results import FEW, METRIC, NAMES, Results, figures_of
 from sacrebleu.metrics.base import Metric
-from trials import GRIDS, HERE, SWEEPS, VARIANTS
+from trials import CLAMPS, GRIDS, HERE, SWEEPS, VARIANTS
 
 from fastdiss_cli.decoding.output import read_system
 from fastdiss_cli.metrics import METRICS, paired_test
@@ -150,8 +150,7 @@ def targets(results: Results, p: dict[str, float]) -> str:
     sign = 1 if results.higher_is_better else -1
 
     def value(name: str, way: str, steps: int | None) -> float:
-        found = results.over_seeds(name, way, steps)
-        return sign * statistics.fmean(found) if found else float("nan")
+        return sign * results.mean(name, way, steps)
 
     five = {name: value(name, "reuse", 5) for name in VARIANTS}
     base20 = value("difformer", "reuse", 20)
@@ -185,36 +184,48 @@ def targets(results: Results, p: dict[str, float]) -> str:
 
 def sweeps(results: Results) -> str:
     """Return one table for each open choice, on validation data, best at 5 steps first."""
-    seeds = range(1, results.plan["sweep_seeds"] + 1)
+    missing = []
 
-    def value(folder: str, way: str, steps: int) -> float:
-        files = (results.file(f"sweep/{folder}", seed, way, steps, "valid") for seed in seeds)
-        values = [results.score(path) for path in files if path.exists()]
-        return statistics.fmean(values) if values else float("nan")
-
-    columns = [("expected", steps) for steps in FEW] + [
-        (form, steps) for form in ("raw", "nearest") for steps in (5, 20)
-    ]
-    header = ["", *FEW, *(f"{form}, {steps}" for form, steps in columns[len(FEW) :])]
-    parts, missing = [], []
-    for sweep in SWEEPS:
-        rows = []
-        for setting, (folder, _) in sweep.trials.items():
-            scores = [value(folder, *column) for column in columns]
+    def rows(choices: dict[str, tuple[str, str]]) -> list[list[str]]:
+        """Map what a row is called -> (folder of the trial, way of sampling) to its cells."""
+        found = []
+        for what, (name, way) in choices.items():
+            scores = [results.mean(f"sweep/{name}", way, steps, "valid") for steps in FEW]
             if math.isnan(scores[0]):
-                missing.append(f"{sweep.name}: {setting}")
+                missing.append(what)
             else:
-                rows.append([setting, *(f"{score:.2f}" for score in scores)])
-        if len(rows) == 1:  # the base alone
-            continue
-        rows.sort(key=lambda row: float(row[1 + FEW.index(5)]), reverse=results.higher_is_better)
-        told = sweep.base["self_cond_form"]
-        parts.append(f"### {sweep.name} (base: told {told})\n\n" + markdown(header, rows))
-    rows = [
-        [grid, *(f"{value('base told expected', way, steps):.2f}" for steps in FEW)]
-        for grid, way in (("log-snr", "expected"), *((grid, grid) for grid in GRIDS))
+                found.append([what, *(f"{score:.2f}" for score in scores)])
+        at_five = 1 + FEW.index(5)
+        return sorted(found, key=lambda row: float(row[at_five]), reverse=results.higher_is_better)
+
+    tables = {
+        sweep: rows(
+            {"base": ("base", "default")}
+            | {setting: (f"{sweep} {setting}", "default") for setting in settings}
+        )
+        for sweep, settings in SWEEPS.items()
+    }
+    told = {"expected embedding (base)": "base"} | {
+        setting: f"Told as {setting}" for setting in SWEEPS["Told as"]
+    }
+    tables["Taken by the solver"] = rows(
+        {
+            f"told {what}, taken {form}": (
+                name,
+                "default" if form == CLAMPS[0] else f"clamp {form}",
+            )
+            for what, name in told.items()
+            for form in CLAMPS
+        }
+    )
+    tables["Time grid of sampling"] = rows(
+        {grid: ("base", "default" if grid == GRIDS[0] else f"grid {grid}") for grid in GRIDS}
+    )
+    parts = [
+        f"### {sweep}\n\n" + markdown(["", *FEW], cells)
+        for sweep, cells in tables.items()
+        if len(cells) > 1  # more than the base
     ]
-    parts.append("### Time grid of sampling\n\n" + markdown(["", *FEW], rows))
     if missing:
         parts.append(f"Not run: {'; '.join(missing)}.\n")
     return "\n".join(parts)
@@ -322,9 +333,9 @@ def main() -> None:
     if plan["sweep_seeds"]:
         sections += [
             f"## The open choices\n\nValidation data, {plan['sweep_updates']:,} updates, "
-            f"{plan['sweep_seeds']} seed(s); each setting differs from its base in `trials.py` "
-            "by what its row says; best at 5 steps first. The solver takes the expected embedding, "
-            "in the last columns the raw estimate or the nearest embedding.\n",
+            f"{plan['sweep_seeds']} seed(s): the spread between seeds, in the tables above, is "
+            "larger than most differences here. Each setting differs from `BASE` in `trials.py`, "
+            "which are the defaults, by what its row says; best at 5 steps first.\n",
             sweeps(results),
         ]
     (folder / "RESULTS.md").write_text("\n".join(sections), encoding="utf-8")

@@ -67,10 +67,17 @@ class Results:
                 self.scores[key] = result.score
         return self.scores[key]
 
-    def over_seeds(self, name: str, way: str, steps: int | None, metric: str = "") -> list[float]:
+    def over_seeds(
+        self, name: str, way: str, steps: int | None, metric: str = "", split: str = "test"
+    ) -> list[float]:
         """Return the scores of the seeds that there are."""
-        paths = (self.file(name, seed, way, steps) for seed in self.seeds)
+        paths = (self.file(name, seed, way, steps, split) for seed in self.seeds)
         return [self.score(path, metric) for path in paths if path.exists()]
+
+    def mean(self, name: str, way: str, steps: int | None, split: str = "test") -> float:
+        """Return the mean score over the seeds that there are, NaN if there is none."""
+        values = self.over_seeds(name, way, steps, split=split)
+        return statistics.fmean(values) if values else float("nan")
 
     def cell(self, name: str, way: str, steps: int | None, metric: str = "") -> str:
         """Return mean and, with several seeds, standard deviation as text."""

@@ -46,137 +46,78 @@ VARIANTS: dict[str, dict[str, str]] = {
     },
 }
 
-# What the settings of the sweeps start from: options given in full, so that they stay what they
-# are when a default changes.
-FIRST_BASE = {
+# The open choices of fastdiss_tiny, with SCP and on validation data: what a setting changes in the
+# base, whose options are given in full, so that they stay what they are when a default changes.
+BASE = {
     "noise_factor": "4",
     "noise_schedule": "sqrt",
-    "logit_scale": "rsqrt",
+    "logit_scale": "matched",
     "label_smoothing": "0.1",
     "self_cond_rate": "1",
-    "self_cond_form": "raw",
+    "self_cond_form": "expected",
     "embedding_scale": "false",
     "latent_dim": "64",
     "scp_offset": "step-matched",
     "scp_grid": "uniform",
     "scp_coupling": "markov",
-    "mans_strength": "0.25",
+    "mans_strength": "0",
     "mans_confidence": "distance",
     "mans_anchors": "[0.1,1.0]",
     "mans_start_update": "0",
-    "mans_shared_pass": "true",
+    "mans_shared_pass": "false",
 }
-SECOND_BASE = FIRST_BASE | {"self_cond_form": "expected"}
-
-
-@dataclass(frozen=True)
-class Sweep:
-    """One open choice of fastdiss_tiny: settings, by what they change in the base."""
-
-    name: str
-    base: dict[str, str]
-    settings: dict[str, dict[str, str]]
-
-    @property
-    def trials(self) -> dict[str, tuple[str, dict[str, str]]]:
-        """Setting -> (name of its folder, its options in full); the base is one of them."""
-        trials = {}
-        for setting, changes in {"base": {}, **self.settings}.items():
-            options = self.base | changes
-            base = f"base told {options['self_cond_form']}"
-            trials[setting] = (f"{self.name} {setting}" if changes else base, options)
-        return trials
-
-
-SWEEPS = [
-    Sweep(
-        "Told as",
-        FIRST_BASE,
-        {
-            "nearest embedding": {"self_cond_form": "nearest"},
-            "expected embedding": {"self_cond_form": "expected"},
-        },
-    ),
-    Sweep(
-        "Noise",
-        FIRST_BASE,
-        {
-            "factor 1": {"noise_factor": "1"},
-            "factor 2": {"noise_factor": "2"},
-            "factor 8": {"noise_factor": "8"},
-            "factor 16": {"noise_factor": "16"},
-        },
-    ),
-    Sweep(
-        "Scale of the logits",
-        FIRST_BASE,
-        {
-            "1": {"logit_scale": "one"},
-            "1, noise factor 16": {"logit_scale": "one", "noise_factor": "16"},
-        },
-    ),
-    Sweep(
-        "MANS",
-        SECOND_BASE,
-        {
-            "off": {"mans_strength": "0"},
-            "own pass": {"mans_shared_pass": "false"},
-            "strength 0.5": {"mans_strength": "0.5"},
-            "own pass, strength 0.5": {"mans_shared_pass": "false", "mans_strength": "0.5"},
-            "strength 0.1": {"mans_strength": "0.1"},
-            "own pass, strength 0.1": {"mans_shared_pass": "false", "mans_strength": "0.1"},
-            "by probability": {"mans_confidence": "probability", "mans_anchors": "[0.9,0.1]"},
-            "anchors 0.02 and 0.5": {"mans_anchors": "[0.02,0.5]"},
-            "from half of the updates on": {"mans_start_update": "500"},
-        },
-    ),
-    Sweep(
-        "SCP: t'",
-        SECOND_BASE,
-        {
-            "step-matched to the log-SNR grid": {"scp_grid": "log-snr"},
-            "t (standard), own MANS pass": {"scp_offset": "none", "mans_shared_pass": "false"},
-            "uniform on (t, 1]": {"scp_offset": "uniform"},
-            "t + 0.05": {"scp_offset": "fixed", "scp_gap": "0.05"},
-            "t + 0.2": {"scp_offset": "fixed", "scp_gap": "0.2"},
-            "t + 0.5": {"scp_offset": "fixed", "scp_gap": "0.5"},
-        },
-    ),
-    Sweep("SCP: rate", SECOND_BASE, {"0.5": {"self_cond_rate": "0.5"}}),
-    Sweep(
-        "SCP: coupling",
-        SECOND_BASE,
-        {
-            "shared noise": {"scp_coupling": "shared"},
-            "independent": {"scp_coupling": "independent"},
-        },
-    ),
-    Sweep(
-        "Logits",
-        SECOND_BASE,
-        {
-            "scale matched to vocabulary and smoothing": {"logit_scale": "matched"},
-            "scale learned": {"logit_scale": "learned"},
-            "no label smoothing": {"label_smoothing": "0"},
-        },
-    ),
-    Sweep(
-        "Noise schedule",
-        SECOND_BASE,
-        {"linear": {"noise_schedule": "linear"}, "cosine": {"noise_schedule": "cosine"}},
-    ),
-    Sweep(
-        "Embedding",
-        SECOND_BASE,
-        {
-            "learned scale": {"embedding_scale": "true"},
-            "dimension 32": {"latent_dim": "32"},
-            "dimension 128": {"latent_dim": "128"},
-        },
-    ),
-]
-CLAMPS = ("raw", "nearest", "expected")
-GRIDS = ("uniform", "quadratic")
+MANS = {"mans_strength": "0.25"}
+SWEEPS: dict[str, dict[str, dict[str, str]]] = {
+    "SCP: t'": {
+        "step-matched to the log-SNR grid": {"scp_grid": "log-snr"},
+        "t (standard self-conditioning)": {"scp_offset": "none"},
+        "uniform on (t, 1]": {"scp_offset": "uniform"},
+        "t + 0.05": {"scp_offset": "fixed", "scp_gap": "0.05"},
+        "t + 0.2": {"scp_offset": "fixed", "scp_gap": "0.2"},
+        "t + 0.5": {"scp_offset": "fixed", "scp_gap": "0.5"},
+    },
+    "SCP: rate": {"0.5": {"self_cond_rate": "0.5"}},
+    "SCP: coupling": {
+        "shared noise": {"scp_coupling": "shared"},
+        "independent": {"scp_coupling": "independent"},
+    },
+    "MANS": {
+        "own pass": MANS,
+        "own pass, strength 0.1": MANS | {"mans_strength": "0.1"},
+        "own pass, strength 0.5": MANS | {"mans_strength": "0.5"},
+        "own pass, by probability": MANS
+        | {"mans_confidence": "probability", "mans_anchors": "[0.9,0.1]"},
+        "own pass, anchors 0.02 and 0.5": MANS | {"mans_anchors": "[0.02,0.5]"},
+        "own pass, from half of the updates on": MANS | {"mans_start_update": "500"},
+        "shared pass": MANS | {"mans_shared_pass": "true"},
+    },
+    "Told as": {
+        "raw estimate": {"self_cond_form": "raw"},
+        "nearest embedding": {"self_cond_form": "nearest"},
+    },
+    "Logits": {
+        "scale 1/sqrt(D)": {"logit_scale": "rsqrt"},
+        "scale 1": {"logit_scale": "one"},
+        "scale learned": {"logit_scale": "learned"},
+        "no label smoothing, scale 1/sqrt(D)": {"logit_scale": "rsqrt", "label_smoothing": "0"},
+    },
+    "Noise": {
+        "factor 1": {"noise_factor": "1"},
+        "factor 2": {"noise_factor": "2"},
+        "factor 8": {"noise_factor": "8"},
+        "factor 16": {"noise_factor": "16"},
+        "linear schedule": {"noise_schedule": "linear"},
+        "cosine schedule": {"noise_schedule": "cosine"},
+    },
+    "Embedding": {
+        "learned scale": {"embedding_scale": "true"},
+        "dimension 32": {"latent_dim": "32"},
+        "dimension 128": {"latent_dim": "128"},
+    },
+}
+# Open choices of sampling, for the base and, of the first, for the settings of "Told as".
+CLAMPS = ("expected", "raw", "nearest")
+GRIDS = ("log-snr", "uniform", "quadratic")
 
 MBR = ["--length-beam", "5", "--noise-beam", "3", "--select", "mbr"]
 
@@ -276,22 +217,19 @@ def variant_trials(work: Path, plan: dict[str, Any]) -> Iterator[Trial]:
 
 def sweep_trials(work: Path, plan: dict[str, Any]) -> Iterator[Trial]:
     """Yield the open choices, on validation data."""
-    clamps = {form: ["--steps", FEW_STEPS, "--clamp", form] for form in CLAMPS}
-    grids = {grid: ["--steps", FEW_STEPS, "--time-grid", grid] for grid in GRIDS}
-    trials: dict[str, Trial] = {}
+    steps = ["--steps", FEW_STEPS]
+    clamps = {f"clamp {form}": [*steps, "--clamp", form] for form in CLAMPS[1:]}
+    grids = {f"grid {grid}": [*steps, "--time-grid", grid] for grid in GRIDS[1:]}
     for seed in range(1, plan["sweep_seeds"] + 1):
-        for sweep in SWEEPS:
-            first = sweep.base is FIRST_BASE
-            extra = ["--time-grid", "uniform"] if first else []
-            for name, options in sweep.trials.values():
-                folder = trial_folder(work, f"sweep/{name}", seed)
-                sampling = {form: flags + extra for form, flags in clamps.items()}
-                if name == "base told expected":
-                    sampling |= grids
-                trials[str(folder)] = Trial(
-                    folder, "fastdiss_tiny", seed, plan["sweep_updates"], options, "valid", sampling
-                )
-    yield from trials.values()
+        trials = {"base": (BASE, {"default": steps} | clamps | grids)}
+        for name, settings in SWEEPS.items():
+            sampling = {"default": steps} | (clamps if name == "Told as" else {})
+            for setting, changes in settings.items():
+                trials[f"{name} {setting}"] = (BASE | changes, sampling)
+        for name, (options, sampling) in trials.items():
+            folder = trial_folder(work, f"sweep/{name}", seed)
+            updates = plan["sweep_updates"]
+            yield Trial(folder, "fastdiss_tiny", seed, updates, options, "valid", sampling)
 
 
 def main() -> None:
