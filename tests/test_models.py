@@ -410,6 +410,21 @@ def test_losses_at_a_time_are_those_of_training() -> None:
     assert model.losses_at(batch, 0.3, None)[0] == mse != told
 
 
+def test_training_runs_on_what_was_chosen() -> None:
+    """z_t of the unrolled sentences is what the condition says, that of others the noised z_0."""
+    model, sentences = make_model("fastdiss", scp_unroll=0.5), random_sentences(40)
+    chosen, seen = [], []
+    condition, denoise = model.condition, model.denoise
+    model.condition = lambda *given: chosen.append(condition(*given)) or chosen[0]
+    model.denoise = lambda *given: seen.append(given) or denoise(*given)
+    model.loss(make_batch(sentences, sentences), update=1)
+    z_t, t, self_cond, *_ = seen[-1]
+    assert t is chosen[0].t and self_cond is chosen[0].self_cond
+    sampled, which = chosen[0].unrolled
+    rows = (z_t == sampled).all(-1).all(-1)
+    assert torch.equal(rows, which[:, 0, 0]) and 5 < rows.sum() < 35
+
+
 @pytest.mark.parametrize("rate", [0.0, 0.5])
 def test_losses_by_time_compare_like_with_like(rate: float) -> None:
     """Each batch has one noise, whatever is told, and nothing stands for what cannot be told."""

@@ -43,6 +43,7 @@ def scp(**changes: object) -> SCP:
             "rate": 1.0,
             "gap": 0.2,
             "step_counts": (2, 5),
+            "unroll": 0.0,
             **changes,
         }
     )
@@ -226,6 +227,39 @@ def test_without_an_offset_scp_is_standard_self_conditioning() -> None:
     (seen,) = denoise.calls
     torch.testing.assert_close(seen[0], SCHEDULE.add_noise(z_0, given.t, noise))
     assert torch.equal(seen[1], given.t) and (given.self_cond == 7).all()
+
+
+def test_an_unrolled_input_is_a_step_of_sampling_from_the_estimate() -> None:
+    """z_t' and an estimate give the posterior's z_t: about z_0 if the estimate is z_0."""
+    torch.manual_seed(0)
+    n, t, later = 40_000, torch.tensor([[0.2]]), torch.tensor([[0.6]])
+    z_0 = torch.full((1, n, 1), 1.5)
+    z_later = SCHEDULE.add_noise(z_0, later, torch.randn(1, n, 1))
+    right = scp().step_back(SCHEDULE, z_later, z_0, later, t)
+    assert right.mean().item() == pytest.approx(SCHEDULE.alpha(t).item() * 1.5, abs=0.05)
+    assert right.std().item() == pytest.approx(SCHEDULE.sigma(t).item(), rel=0.02)
+    # a wrong estimate moves it by its weight in the posterior, alpha_t sigma_{t'|t}^2 / sigma_t'^2
+    torch.manual_seed(0)
+    torch.randn(1, n, 1)
+    wrong = scp().step_back(SCHEDULE, z_later, z_0 - 2, later, t)
+    _, between = SCHEDULE.transition(t, later)
+    weight = SCHEDULE.alpha(t) * between / SCHEDULE.sigma(later) ** 2
+    torch.testing.assert_close(right - wrong, (2 * weight).expand(1, n, 1), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_a_share_of_the_sentences_is_unrolled(share: float) -> None:
+    torch.manual_seed(0)
+    n = 2000
+    t = torch.linspace(0, 0.9, n)  # above 0.8, t' > 1: the first step of sampling
+    z_0, noise = torch.randn(n, T, D), torch.randn(n, T, D)
+    given = perturbed_self_conditioning(
+        Recorder(), as_it_is, lambda _: None, SCHEDULE, scp(unroll=share), OFF, z_0, noise, t, 1
+    )
+    noised = SCHEDULE.add_noise(z_0, t, noise)
+    same = (given.z_t(SCHEDULE, z_0, noise) == noised).all(-1).all(-1)
+    assert same[t > 0.8].all()
+    assert 1 - same[t < 0.8].double().mean().item() == pytest.approx(share, abs=0.04)
 
 
 def test_the_network_is_told_its_estimate_in_the_form_asked_for() -> None:

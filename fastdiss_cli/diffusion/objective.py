@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fastdiss_cli.diffusion.schedule import NoiseSchedule, grid_position, grid_time
+from fastdiss_cli.diffusion.solvers import Ancestral
 
 SCP_OFFSETS = ("step-matched", "uniform", "fixed", "none")
 SCP_COUPLINGS = ("markov", "shared", "independent")
@@ -31,6 +32,16 @@ class Condition:
 
     t: Tensor  # noise times, float [B, 1] or, per token, [B, T]
     self_cond: Tensor  # the estimate of z_0 that the network is told, float [B, T, D]
+    # in place of the noised z_0, where the mask says so: float [B, T, D] and bool [B, 1, 1]
+    unrolled: tuple[Tensor, Tensor] | None = None
+
+    def z_t(self, schedule: NoiseSchedule, z_0: Tensor, noise: Tensor) -> Tensor:
+        """Return the network's input, float [B, T, D], from clean embeddings and their noise."""
+        noised = schedule.add_noise(z_0, self.t, noise)
+        if self.unrolled is None:
+            return noised
+        sampled, chosen = self.unrolled
+        return torch.where(chosen, sampled, noised)
 
 
 @dataclass(frozen=True)
@@ -47,6 +58,11 @@ class SCP:
         gap: the offset where it is ``fixed``.
         step_counts: the K of ``step-matched``.
         grid: its time grid.
+        unroll: the share of sentences whose z_t is no noised z_0, but what a step of ancestral
+            sampling makes of z_t' and its estimate. At little noise z_t is worth more than any
+            estimate, and in sampling it carries the model's own mistakes: so the network learns
+            to mend them instead of copying them. After Savinov et al. 2022, Step-unrolled
+            denoising autoencoders; it is not in the FastDiSS paper.
     """
 
     offset: str
@@ -55,6 +71,7 @@ class SCP:
     gap: float
     step_counts: tuple[int, ...]
     grid: str
+    unroll: float
 
     def stale_time(self, t: Tensor, schedule: NoiseSchedule) -> Tensor:
         """Draw the time of the estimate that sampling would have at time t; float [B] both.
@@ -81,6 +98,14 @@ class SCP:
         if self.offset == "uniform":
             gap = gap * ((1 - token_t) / (1 - t)[:, None])
         return (token_t + gap).clamp(max=1)
+
+    def step_back(
+        self, schedule: NoiseSchedule, z_later: Tensor, z0_hat: Tensor, later: Tensor, t: Tensor
+    ) -> Tensor:
+        """Return what sampling makes of z_t', float [B, T, D]: z_t, if z0_hat were z_0."""
+        return Ancestral(schedule)(
+            z_later, z0_hat, later[..., None], t[..., None], lambda: torch.randn_like(z_later)
+        )
 
     def later_noise(
         self, schedule: NoiseSchedule, z_0: Tensor, noise: Tensor, t: Tensor, later: Tensor
@@ -193,9 +218,16 @@ def perturbed_self_conditioning(
         return Condition(token_t, zeros)
 
     later = scp.token_stale_times(token_t, t, stale)
-    estimate = denoise(scp.later_noise(schedule, z_0, noise, token_t, later), later, zeros)
+    z_later = scp.later_noise(schedule, z_0, noise, token_t, later)
+    estimate = denoise(z_later, later, zeros)
     if shared:
         moved = mans.token_times(token_t, mans.ease(confidence(estimate)))
         token_t = torch.minimum(moved, later)
     in_first_step = (stale > 1)[:, None, None]
-    return Condition(token_t, tell(estimate).masked_fill(in_first_step, 0))
+    told = tell(estimate)
+    unrolled = None
+    if scp.unroll > 0 and scp.offset != "none":  # from t' = t there is no step
+        chosen = torch.rand_like(in_first_step, dtype=z_0.dtype) < scp.unroll
+        sampled = scp.step_back(schedule, z_later, told, later, token_t)
+        unrolled = sampled, chosen & ~in_first_step
+    return Condition(token_t, told.masked_fill(in_first_step, 0), unrolled)

@@ -203,7 +203,8 @@ class Difformer(Seq2SeqModel):
             given = self.condition(denoiser, z_0, noise, batch.tgt_tokens, update)
         # before torch 2.10 autocast would go on with casts of the weights that carry no gradient
         torch.clear_autocast_cache()
-        z0_hat = denoiser(self.schedule.add_noise(z_0, given.t, noise), given.t, given.self_cond)
+        z_t = given.z_t(self.schedule, z_0, noise)
+        z0_hat = denoiser(z_t, given.t, given.self_cond)
         mse, anchor = self._token_losses(z0_hat, z_0, batch.tgt_tokens, denoiser.layout)
         limit = config.max_length_offset
         offset = (~batch.tgt_pad_mask).sum(1) - memory.lengths

@@ -38,6 +38,7 @@ class FastDiSSConfig(DiffusionConfig):
     scp_gap: float = 0.2
     scp_step_counts: tuple[int, ...] = (2, 3, 5, 10, 20)
     scp_grid: str = "uniform"
+    scp_unroll: float = 0.5  # share of sentences whose z_t is a step of sampling
     mans_strength: float = 0.0  # MANS is off: SCP alone was better wherever both were measured
     mans_confidence: str = "distance"
     mans_anchors: tuple[float, ...] = ()  # (easy, hard); empty: `DEFAULT_ANCHORS`
@@ -57,6 +58,7 @@ class FastDiSSConfig(DiffusionConfig):
             len(self.scp_step_counts) > 0 and min(self.scp_step_counts) >= 1,
             "step counts of at least 1",
         )
+        require(self, "scp_unroll", 0 <= self.scp_unroll <= 1, "in [0, 1]")
         require(self, "mans_strength", 0 <= self.mans_strength <= 1, "in [0, 1]")
         shared = self.mans_strength > 0 and self.mans_shared_pass
         require(
@@ -84,6 +86,7 @@ class FastDiSS(Difformer):
             config.scp_gap,
             config.scp_step_counts,
             config.scp_grid,
+            config.scp_unroll,
         )
         self.mans = MANS(
             config.mans_strength,
