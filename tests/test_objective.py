@@ -230,21 +230,26 @@ def test_without_an_offset_scp_is_standard_self_conditioning() -> None:
 
 
 def test_an_unrolled_input_is_a_step_of_sampling_from_the_estimate() -> None:
-    """z_t' and an estimate give the posterior's z_t: about z_0 if the estimate is z_0."""
-    torch.manual_seed(0)
-    n, t, later = 40_000, torch.tensor([[0.2]]), torch.tensor([[0.6]])
-    z_0 = torch.full((1, n, 1), 1.5)
-    z_later = SCHEDULE.add_noise(z_0, later, torch.randn(1, n, 1))
-    right = scp().step_back(SCHEDULE, z_later, z_0, later, t)
-    assert right.mean().item() == pytest.approx(SCHEDULE.alpha(t).item() * 1.5, abs=0.05)
-    assert right.std().item() == pytest.approx(SCHEDULE.sigma(t).item(), rel=0.02)
-    # a wrong estimate moves it by its weight in the posterior, alpha_t sigma_{t'|t}^2 / sigma_t'^2
-    torch.manual_seed(0)
-    torch.randn(1, n, 1)
-    wrong = scp().step_back(SCHEDULE, z_later, z_0 - 2, later, t)
-    _, between = SCHEDULE.transition(t, later)
-    weight = SCHEDULE.alpha(t) * between / SCHEDULE.sigma(later) ** 2
-    torch.testing.assert_close(right - wrong, (2 * weight).expand(1, n, 1), rtol=1e-3, atol=1e-3)
+    """It is distributed as z_t if the estimate is z_0, and moved by its error otherwise."""
+    t, n = torch.full((40_000,), 0.2), 40_000
+    z_0 = torch.full((n, 1, 1), 1.5)
+
+    def unrolled(z0_hat: float) -> Tensor:
+        torch.manual_seed(0)
+        noise = torch.randn_like(z_0)
+        given = perturbed_self_conditioning(
+            Recorder(z0_hat), as_it_is, lambda _: None, SCHEDULE, scp(gap=0.4, unroll=1.0), OFF,
+            z_0, noise, t, 1,
+        )  # fmt: skip
+        return given.z_t(SCHEDULE, z_0, noise)
+
+    right, (alpha, sigma) = unrolled(1.5), (SCHEDULE.alpha(t[0]), SCHEDULE.sigma(t[0]))
+    assert right.mean().item() == pytest.approx(1.5 * alpha.item(), abs=0.05)
+    assert right.std().item() == pytest.approx(sigma.item(), rel=0.02)
+    later = t[0] + 0.4
+    weight = alpha * SCHEDULE.transition(t[0], later)[1] / SCHEDULE.sigma(later) ** 2
+    moved = right - unrolled(-0.5)
+    torch.testing.assert_close(moved, (2 * weight).expand_as(moved), rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])

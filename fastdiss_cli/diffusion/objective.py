@@ -99,14 +99,6 @@ class SCP:
             gap = gap * ((1 - token_t) / (1 - t)[:, None])
         return (token_t + gap).clamp(max=1)
 
-    def step_back(
-        self, schedule: NoiseSchedule, z_later: Tensor, z0_hat: Tensor, later: Tensor, t: Tensor
-    ) -> Tensor:
-        """Return what sampling makes of z_t', float [B, T, D]: z_t, if z0_hat were z_0."""
-        return Ancestral(schedule)(
-            z_later, z0_hat, later[..., None], t[..., None], lambda: torch.randn_like(z_later)
-        )
-
     def later_noise(
         self, schedule: NoiseSchedule, z_0: Tensor, noise: Tensor, t: Tensor, later: Tensor
     ) -> Tensor:
@@ -228,6 +220,7 @@ def perturbed_self_conditioning(
     unrolled = None
     if scp.unroll > 0 and scp.offset != "none":  # from t' = t there is no step
         chosen = torch.rand_like(in_first_step, dtype=z_0.dtype) < scp.unroll
-        sampled = scp.step_back(schedule, z_later, told, later, token_t)
+        times = later[..., None], token_t[..., None]
+        sampled = Ancestral(schedule)(z_later, told, *times, lambda: torch.randn_like(z_0))
         unrolled = sampled, chosen & ~in_first_step
     return Condition(token_t, told.masked_fill(in_first_step, 0), unrolled)

@@ -17,7 +17,7 @@ from fastdiss_cli.diffusion.schedule import NoiseSchedule
 
 
 class Solver(Protocol):
-    """The contract: ``noise`` draws a standard normal [N, T, D]; t > s > 0 are 0-d tensors."""
+    """The contract: ``noise`` draws a standard normal [N, T, D]; t > s > 0 broadcast with z."""
 
     def __init__(self, schedule: NoiseSchedule) -> None: ...
 
