@@ -186,13 +186,13 @@ def sweeps(results: Results) -> str:
     """Return one table for each open choice, on validation data, best at 5 steps first."""
     missing = []
 
-    def rows(choices: dict[str, tuple[str, str]]) -> list[list[str]]:
+    def rows(sweep: str, choices: dict[str, tuple[str, str]]) -> list[list[str]]:
         """Map what a row is called -> (folder of the trial, way of sampling) to its cells."""
         found = []
         for what, (name, way) in choices.items():
             scores = [results.mean(f"sweep/{name}", way, steps, "valid") for steps in FEW]
             if math.isnan(scores[0]):
-                missing.append(what)
+                missing.append(f"{sweep}: {what}")
             else:
                 found.append([what, *(f"{score:.2f}" for score in scores)])
         at_five = 1 + FEW.index(5)
@@ -200,8 +200,9 @@ def sweeps(results: Results) -> str:
 
     tables = {
         sweep: rows(
+            sweep,
             {"base": ("base", "default")}
-            | {setting: (f"{sweep} {setting}", "default") for setting in settings}
+            | {setting: (f"{sweep} {setting}", "default") for setting in settings},
         )
         for sweep, settings in SWEEPS.items()
     }
@@ -209,6 +210,7 @@ def sweeps(results: Results) -> str:
         setting: f"Told as {setting}" for setting in SWEEPS["Told as"]
     }
     tables["Taken by the solver"] = rows(
+        "Solver",
         {
             f"told {what}, taken {form}": (
                 name,
@@ -216,10 +218,11 @@ def sweeps(results: Results) -> str:
             )
             for what, name in told.items()
             for form in CLAMPS
-        }
+        },
     )
     tables["Time grid of sampling"] = rows(
-        {grid: ("base", "default" if grid == GRIDS[0] else f"grid {grid}") for grid in GRIDS}
+        "Grid",
+        {grid: ("base", "default" if grid == GRIDS[0] else f"grid {grid}") for grid in GRIDS},
     )
     parts = [
         f"### {sweep}\n\n" + markdown(["", *FEW], cells)
