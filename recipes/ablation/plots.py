@@ -14,11 +14,11 @@ from results import NAMES, Results, figures_of
 def plot(path: Path, draw: Callable[[Any], None]) -> None:
     """Draw a figure that reads on white, and write it as SVG without a date."""
     plt.rcParams.update({"svg.hashsalt": "fastdiss", "font.size": 10, "svg.fonttype": "none"})
-    figure, axes = plt.subplots(figsize=(6.4, 4), layout="constrained")
+    figure, axes = plt.subplots(figsize=(8, 4), layout="constrained")
     draw(axes)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
+    figure.legend(loc="outside right upper", frameon=False)
     figure.savefig(path, metadata={"Date": None}, facecolor="white")
     plt.close(figure)
 
