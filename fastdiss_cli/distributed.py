@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import re
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -90,8 +92,14 @@ class Processes:
         self, kind: type[BaseException] | None, error: BaseException | None, _: object
     ) -> None:
         common = isinstance(error, CommonError)
-        if self.world_size == 1 or (error is not None and not common):
-            return  # who leaves alone does not wait for the others, who notice by themselves
+        if self.world_size == 1:
+            return
+        if error is not None and not common:
+            # who leaves alone does not wait for the others, who notice by themselves; nor does it
+            # end torch's threads, one of which may abort the interpreter for want of a partner
+            code = 130 if isinstance(error, KeyboardInterrupt) else getattr(error, "code", 1)
+            atexit.register(_leave, code)
+            return
         if common and self.rank == 0:
             logs.error(str(error))
         self.barrier()  # torchrun ends the others as soon as one rank has left
@@ -184,3 +192,10 @@ class Processes:
                 f"rank {self.rank} of {self.world_size}: another process has ended or cannot be "
                 f"reached ({reason}); see what it said, then give the same command again"
             ) from None
+
+
+def _leave(code: int) -> None:
+    """End this process at once, all that it has said written out."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

@@ -170,6 +170,27 @@ def test_a_rank_that_dies_under_torchrun_ends_the_others(data_bin: Path, tmp_pat
     assert "rank 0 of 2: another process has ended" in line and lines[-1] == line
 
 
+@pytest.mark.parametrize(("error", "code"), [("FastdissError('no')", 1), ("SystemExit(143)", 143)])
+def test_who_leaves_alone_is_not_aborted_by_torchs_threads(error: str, code: int) -> None:
+    """Whatever happens when the interpreter ends comes too late; here it is an abort."""
+    script = f"""
+import atexit, os, sys, torch
+from fastdiss_cli.distributed import Processes
+from fastdiss_cli.errors import FastdissError
+atexit.register(os.abort)
+try:
+    with Processes(torch.device("cpu")) as processes:
+        processes.world_size = 2
+        raise {error}
+except FastdissError as said:
+    print("said:", said)
+    sys.exit(1)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == code, done.stderr
+    assert done.stdout == ("said: no\n" if code == 1 else "")
+
+
 def children(pid: int) -> list[int]:
     return [int(c) for c in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
