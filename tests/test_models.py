@@ -22,6 +22,7 @@ from fastdiss_cli.models.embedding import LatentEmbedding
 from fastdiss_cli.models.frozen import can_pack, freeze
 from fastdiss_cli.models.layers import Cache, Layout
 from fastdiss_cli.models.registry import Seq2SeqModel, Vocabulary, architecture, architectures
+from fastdiss_cli.models.source_copy import source_copy
 from fastdiss_cli.models.transformer import Transformer
 
 VOCAB = Vocabulary(size=23, bos=0, pad=1, eos=2)
@@ -64,7 +65,7 @@ def answers(model: Seq2SeqModel, sources: list[list[int]], max_tokens: int, **op
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("max_tokens", [1, 64, 10_000])
+@pytest.mark.parametrize("max_tokens", [1, 64, 150])
 def test_a_hypothesis_does_not_depend_on_its_batch(family: str, max_tokens: int) -> None:
     model, sources = make_model(family), random_sentences(64)
     assert answers(model, sources, max_tokens) == answers(model, sources, 10 * 64)
@@ -94,7 +95,9 @@ def test_other_sentence_numbers_and_seeds_draw_other_noise() -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_more_padding_changes_neither_memory_nor_loss(family: str) -> None:
+def test_more_padding_changes_neither_memory_nor_loss(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, sentences = make_model(family), random_sentences(6)
     batch = make_batch(sentences, sentences[::-1])
     memory = model.encode(batch.src_tokens)
@@ -102,6 +105,18 @@ def test_more_padding_changes_neither_memory_nor_loss(family: str) -> None:
     kept = model.encode(wider).hidden[:, : batch.src_tokens.shape[1]]
     real = ~batch.src_pad_mask
     torch.testing.assert_close(kept[real], memory.hidden[real], rtol=1e-4, atol=1e-5)
+
+    # of wide noise the narrow batch gets a part, and both draw the same times
+    noise, tgt_tokens = torch.randn(6, 40, 16), batch.tgt_tokens
+    monkeypatch.setattr(torch, "randn_like", lambda x: noise[:, : x.shape[1]])
+    losses = []
+    for extra in (0, 7):
+        wide = torch.nn.functional.pad(tgt_tokens, (0, extra), value=VOCAB.pad)
+        masks = batch.src_pad_mask, wide == VOCAB.pad
+        padded = Batch(batch.ids, batch.src_tokens, masks[0], wide, masks[1], 0)
+        torch.manual_seed(1)
+        losses.append(model.loss(padded, update=1).total)
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", ["difformer", "fastdiss"])
@@ -115,6 +130,44 @@ def test_more_padding_changes_no_estimate(family: str) -> None:
     narrow = model.denoise(z[:, :T], t, z[:, :T] * 0.5, memory, Layout.of(mask))
     wide = model.denoise(z, t, z * 0.5, memory, Layout.of(wide_mask))[:, :T]
     torch.testing.assert_close(wide[~mask], narrow[~mask], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_the_source_is_copied_along_the_diagonal(padded: bool) -> None:
+    """Against the formula, position by position, for two candidates of each of two sentences."""
+    sources = [[5, 6, 7, 8, 2], [9, 4, 2] if padded else [9, 9, 5, 4, 2]]
+    lengths = [3, 7, 2, 4] if padded else [3, 3, 3, 3]
+    memory = make_model("difformer").encode(pad(sources, VOCAB.pad)[0])
+    layout = Layout.of(torch.arange(max(lengths)) >= torch.tensor(lengths)[:, None])
+    rows = []
+    for n, T in enumerate(lengths):
+        hidden = memory.hidden[n // 2, : len(sources[n // 2])]
+        S = len(hidden)
+        for i in range(T):
+            weights = [math.exp(-abs(j + 0.5 - (i + 0.5) * S / T) / 2) for j in range(S)]
+            rows.append(torch.tensor(weights) @ hidden / sum(weights))
+    torch.testing.assert_close(source_copy(memory, layout, 2.0), torch.stack(rows))
+
+
+def test_a_network_without_source_copy_starts_from_positions_alone() -> None:
+    """At pure noise two targets of one source differ by where they look, or not at all."""
+    sources = [[5, 6, 7, 8, 2]]
+    with_copy, without = (make_model("difformer", source_copy=width) for width in (1.0, 0.0))
+    layout = Layout.of(torch.tensor([[False] * 2 + [True] * 3]))
+    longer = Layout.of(torch.tensor([[False] * 5]))
+    starts = {}
+    for model in (with_copy, without):
+        seen = starts[model.config.source_copy] = []
+        model.decoder.register_forward_pre_hook(lambda _, given, seen=seen: seen.append(given[0]))
+        memory = model.encode(pad(sources, VOCAB.pad)[0])
+        for which in (layout, longer):
+            zeros = torch.zeros(1, 5, 16)
+            model.denoise(zeros, torch.tensor(1.0), zeros, memory, which)
+    assert torch.equal(starts[0.0][0], starts[0.0][1][:2])
+    assert not torch.allclose(starts[1.0][0], starts[1.0][1][:2])
+    torch.testing.assert_close(
+        starts[1.0][1], starts[0.0][1] + source_copy(memory, longer, 1.0)
+    )  # the weights of both models are the same
 
 
 def test_candidates_share_the_memory_of_their_sentence() -> None:
@@ -197,7 +250,16 @@ def test_gold_self_conditioning_uses_the_gold_length() -> None:
     model, sources = make_model("difformer"), random_sentences(3)
     memory = model.encode(pad(sources, VOCAB.pad)[0])
     gold = [[5, 6, 2], [7, 2], [8, 9, 10, 11, 2]]
+    told, right = [], model.denoise
+    model.denoise = lambda z, t, self_cond, *more: (
+        told.append(self_cond),
+        right(z, t, self_cond, *more),
+    )[1]
     found = model.decode(memory, torch.arange(3), model.Decoding(self_cond="gold"), gold)
+    tokens, mask = pad(gold, VOCAB.pad)
+    assert len(told) == 5
+    for self_cond in told:
+        assert torch.equal(self_cond[~mask], model.embedding(tokens)[~mask])
     for (h,), wanted in zip(found, gold, strict=True):
         assert len(h.token_scores) <= len(wanted)
 

@@ -50,6 +50,7 @@ from fastdiss_cli.models.registry import (
     Vocabulary,
     register,
 )
+from fastdiss_cli.models.source_copy import source_copy
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,7 @@ class DiffusionConfig(NetworkConfig):
     self_cond_form: str = "expected"  # how an estimate is told: raw, nearest or expected embedding
     logit_scale: str = "matched"  # of z0_hat . embedding: see `LatentEmbedding`
     embedding_scale: bool = False  # learn a common scale of the target embeddings
+    source_copy: float = 0.0  # width of the soft copy that denoising starts from; 0: none
     length_loss: float = 0.1
     max_length_offset: int = 128  # target length - source length, at most, either way
 
@@ -74,6 +76,9 @@ class DiffusionConfig(NetworkConfig):
         require(self, "latent_dim", self.latent_dim >= 1, "at least 1")
         require(self, "noise_factor", self.noise_factor > 0, "above 0")
         require(self, "self_cond_rate", 0 <= self.self_cond_rate <= 1, "in [0, 1]")
+        copied = self.source_copy == 0 or 1e-3 <= self.source_copy < math.inf
+        require(self, "source_copy", copied, "0, or at least 0.001 and finite")
+        require(self, "length_loss", self.length_loss >= 0, "at least 0")
         require(self, "max_length_offset", self.max_length_offset >= 1, "at least 1")
 
 
@@ -151,6 +156,8 @@ class Difformer(Seq2SeqModel):
         time = self.time_in(sinusoid(1000 * t, x.shape[-1]))
         time = time + positions(z_t.shape[1], x.shape[-1], x.device)
         x = x + layout.flat(time.expand(*z_t.shape[:2], -1))
+        if self.config.source_copy:
+            x = x + source_copy(memory, layout, self.config.source_copy)
         return layout.padded(self.latent_out(self.decoder(x, layout, memory)).float())
 
     def predict_lengths(self, memory: Memory) -> Tensor:
@@ -238,11 +245,8 @@ class Difformer(Seq2SeqModel):
     ) -> tuple[Tensor, Tensor]:
         """Return the diffusion and the anchor loss, means over the tokens that are no padding."""
         estimate = layout.flat(z0_hat)
-        anchor = F.cross_entropy(
-            self.embedding.logits(estimate),
-            layout.flat(tgt_tokens),
-            label_smoothing=self.config.label_smoothing,
-        )
+        gold, smoothing = layout.flat(tgt_tokens), self.config.label_smoothing
+        anchor, _ = self.embedding.cross_entropy(estimate, gold, smoothing)
         return F.mse_loss(estimate, layout.flat(z_0)), anchor
 
     # decoding
@@ -368,8 +372,8 @@ class Difformer(Seq2SeqModel):
 def register_sizes(name: str, family: type[Difformer], description: str) -> None:
     """Register a diffusion family in the sizes that all systems share."""
     for size, sizes in SIZES.items():
-        latent_dim = 64 if size == "tiny" else 128
-        register(f"{name}_{size}", family, description, **sizes, latent_dim=latent_dim)
+        network = {**sizes, "latent_dim": 64 if size == "tiny" else 128, "source_copy": 1.0}
+        register(f"{name}_{size}", family, description, **network)
 
 
 register_sizes("difformer", Difformer, "continuous diffusion, standard self-conditioning")

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastdiss_cli.models.cross_entropy import linear_cross_entropy
+
 FORMS = ("raw", "nearest", "expected")  # of an estimate: see `LatentEmbedding.project`
 LOGIT_SCALES = ("matched", "rsqrt", "learned", "one")
 
@@ -55,6 +57,13 @@ class LatentEmbedding(nn.Module):
     def logits(self, z0_hat: Tensor) -> Tensor:
         """Score all tokens for estimates [..., D]; float32 [..., V]."""
         return F.linear(z0_hat * self.logit_scale, self.rows(), self.bias).float()
+
+    def cross_entropy(
+        self, z0_hat: Tensor, tokens: Tensor, label_smoothing: float
+    ) -> tuple[Tensor, Tensor]:
+        """Return what `linear_cross_entropy` returns for estimates [P, D] and int64 [P]."""
+        x = z0_hat * self.logit_scale
+        return linear_cross_entropy(x, self.rows(), self.bias, tokens, label_smoothing)
 
     def project(self, z0_hat: Tensor, form: str) -> Tensor:
         """Return estimates in one of `FORMS`; float32 [P, D] both.

@@ -19,6 +19,7 @@ from fastdiss_cli.config import require
 from fastdiss_cli.data.batching import Batch, pad
 from fastdiss_cli.models import SIZES
 from fastdiss_cli.models.beam_search import beam_search
+from fastdiss_cli.models.cross_entropy import linear_cross_entropy
 from fastdiss_cli.models.layers import (
     Cache,
     Decoder,
@@ -88,23 +89,24 @@ class Transformer(Seq2SeqModel):
         x = self.embedding(tokens) * math.sqrt(self.embedding.embedding_dim)
         return x + positions(x.shape[1], x.shape[2], x.device, start)
 
-    def logits(self, memory: Memory, tgt_tokens: Tensor, layout: Layout) -> Tensor:
-        """Score the P tokens [N, T] that are no padding under teacher forcing; float32 [P, V].
+    def teach(self, memory: Memory, tgt_tokens: Tensor, layout: Layout) -> Tensor:
+        """Decode the P tokens of [N, T] that are no padding under teacher forcing; float [P, H].
 
         As in fairseq the decoder starts from eos.
         """
         given = tgt_tokens.roll(1, dims=1)
         given[:, 0] = self.tgt.eos
-        hidden = self.decoder(layout.flat(self.embed(given)), layout, memory, causal=True)
-        return self.output(hidden).float()
+        return self.decoder(layout.flat(self.embed(given)), layout, memory, causal=True)
+
+    def logits(self, memory: Memory, tgt_tokens: Tensor, layout: Layout) -> Tensor:
+        """Score every token at the P positions of `teach`; float32 [P, V]."""
+        return self.output(self.teach(memory, tgt_tokens, layout)).float()
 
     def loss(self, batch: Batch, update: int) -> Loss:
         layout = Layout.of(batch.tgt_pad_mask)
-        logits = self.logits(self.encode(batch.src_tokens), batch.tgt_tokens, layout)
-        gold = layout.flat(batch.tgt_tokens)
-        total = F.cross_entropy(logits, gold, label_smoothing=self.config.label_smoothing)
-        with torch.no_grad():
-            nll = F.cross_entropy(logits, gold)
+        hidden = self.teach(self.encode(batch.src_tokens), batch.tgt_tokens, layout)
+        gold, smoothing = layout.flat(batch.tgt_tokens), self.config.label_smoothing
+        total, nll = linear_cross_entropy(hidden, self.output.weight, None, gold, smoothing)
         return Loss(total, {"nll": nll})
 
     def log_likelihood(self, memory: Memory, answers: Sequence[Sequence[int]]) -> Tensor:

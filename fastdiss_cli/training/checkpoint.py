@@ -25,6 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from fastdiss_cli.config import build
 from fastdiss_cli.data.files import sync
 from fastdiss_cli.data.tokenizer import Tokenizer, make_tokenizer
 from fastdiss_cli.errors import FastdissError
@@ -218,7 +219,8 @@ def load_model(
     checkpoint = Checkpoint.load(path)
     arch = architecture(checkpoint.arch, user_module)
     src, tgt = checkpoint.tokenizer("src"), checkpoint.tokenizer("tgt")
-    config = arch.config(checkpoint.model_config)
+    # an option that the file does not know has its family's default: what was before the option
+    config = build(arch.family.Config, checkpoint.model_config, "model")
     with torch.random.fork_rng(devices=[]):  # initial weights, which are replaced, are drawn
         model = arch.family(config, vocabulary(src), vocabulary(tgt))
     load_weights(model, checkpoint.averaged(), path)

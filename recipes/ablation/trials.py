@@ -23,11 +23,13 @@ ALL_STEPS = "1,2,3,5,10,20,50,100"
 FEW_STEPS = "1,2,5,20"
 
 # One network; the unrolled SCP is the default. MANS has a pass of its own, but in the last.
-SCP = {"arch": "fastdiss_tiny", "scp_unroll": "0", "mans_strength": "0"}
+NETWORK = {"source_copy": "1"}
+DIFFORMER = NETWORK | {"arch": "difformer_tiny"}
+SCP = NETWORK | {"arch": "fastdiss_tiny", "scp_unroll": "0", "mans_strength": "0"}
 SCP_MANS = SCP | {"mans_strength": "0.25", "mans_shared_pass": "false"}
 VARIANTS: dict[str, dict[str, str]] = {
-    "no self-conditioning": {"arch": "difformer_tiny", "self_cond_rate": "0"},
-    "difformer": {"arch": "difformer_tiny"},
+    "no self-conditioning": DIFFORMER | {"self_cond_rate": "0"},
+    "difformer": DIFFORMER,
     "+SCP": SCP,
     "+SCP, unrolled": SCP | {"scp_unroll": "0.5"},
     "+MANS": SCP_MANS | {"scp_offset": "none", "self_cond_rate": "0.5"},
@@ -47,6 +49,7 @@ BASE = {
     "self_cond_form": "expected",
     "embedding_scale": "false",
     "latent_dim": "64",
+    "source_copy": "1",
     "scp_offset": "step-matched",
     "scp_grid": "uniform",
     "scp_coupling": "markov",
@@ -61,8 +64,9 @@ MANS = {"mans_strength": "0.25"}
 SWEEPS: dict[str, dict[str, dict[str, str]]] = {
     "SCP: t'": {
         "step-matched to the log-SNR grid": {"scp_grid": "log-snr"},
-        "t (standard self-conditioning)": {"scp_offset": "none"},
-        "uniform on (t, 1]": {"scp_offset": "uniform"},
+        # these two never reach t' > 1, and are told nothing only where there is no first pass
+        "t (standard self-conditioning)": {"scp_offset": "none", "self_cond_rate": "0.5"},
+        "uniform on (t, 1]": {"scp_offset": "uniform", "self_cond_rate": "0.5"},
         "t + 0.05": {"scp_offset": "fixed", "scp_gap": "0.05"},
         "t + 0.2": {"scp_offset": "fixed", "scp_gap": "0.2"},
         "t + 0.5": {"scp_offset": "fixed", "scp_gap": "0.5"},
@@ -104,6 +108,11 @@ SWEEPS: dict[str, dict[str, dict[str, str]]] = {
         "factor 16": {"noise_factor": "16"},
         "linear schedule": {"noise_schedule": "linear"},
         "cosine schedule": {"noise_schedule": "cosine"},
+    },
+    "Source copy": {
+        "none": {"source_copy": "0"},
+        "width 0.3": {"source_copy": "0.3"},
+        "width 3": {"source_copy": "3"},
     },
     "Embedding": {
         "learned scale": {"embedding_scale": "true"},

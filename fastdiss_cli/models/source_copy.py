@@ -1,0 +1,41 @@
+"""A first sketch of the target: the encoded source, spread along the diagonal."""
+# B sentences, N rows (B x candidates), S source length, T target length, P tokens of a batch,
+# H model
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastdiss_cli.models.layers import Layout, Memory
+
+
+def source_copy(memory: Memory, layout: Layout, width: float) -> Tensor:
+    """Average, for every target position, the encoded source around its place on the diagonal.
+
+    The weight of source position j for target position i is the softmax over j of
+    ``-|(j + 1/2) - (i + 1/2) S/T| / width``. At pure noise a network without it knows nothing of
+    a target position but its number, and has to find its place in the source from that.
+
+    Args:
+        memory: of B sentences.
+        layout: of N rows, N a multiple of B; those of a sentence are neighbours.
+        width: in source positions, above 0.
+
+    Returns:
+        float [P, H].
+
+    Source: soft copy, Wei et al. 2019, Imitation learning for non-autoregressive neural machine
+    translation (arXiv 1906.02041); here the diagonal ends where both sentences end.
+    """
+    B, S, _ = memory.hidden.shape
+    N, T = layout.pad_mask.shape
+    device = memory.hidden.device
+    ratio = memory.lengths.repeat_interleave(N // B) / (~layout.pad_mask).sum(1)
+    place = (torch.arange(T, device=device) + 0.5) * ratio[:, None]
+    distance = (torch.arange(S, device=device) + 0.5 - place[..., None]).abs()
+    weights = (-distance / width).view(B, -1, S)
+    if memory.layout.index is not None:
+        weights = weights.masked_fill(memory.layout.pad_mask[:, None], float("-inf"))
+    copied = weights.softmax(-1).to(memory.hidden.dtype) @ memory.hidden
+    return layout.flat(copied.view(N, T, -1))
