@@ -14,7 +14,12 @@ from fastdiss_cli.config import build
 from fastdiss_cli.data.tokenizer import Tokenizer
 from fastdiss_cli.decoding.generation import Run, decode, default_max_tokens
 from fastdiss_cli.decoding.output import hypothesis_text, reference_streams
-from fastdiss_cli.decoding.selection import check_selection, selector, with_runners_up
+from fastdiss_cli.decoding.selection import (
+    check_reranker,
+    check_selection,
+    selector,
+    with_runners_up,
+)
 from fastdiss_cli.device import pick_device, pick_dtype
 from fastdiss_cli.errors import FastdissError, suggest
 from fastdiss_cli.models import OBSERVING
@@ -111,6 +116,11 @@ class Translator:
     src_tokenizer: Tokenizer = dataclasses.field(repr=False)
     tgt_tokenizer: Tokenizer = dataclasses.field(repr=False)
     dtype: torch.dtype = torch.float32
+    languages: tuple[str, str] = ("", "")  # source and target, as `preprocess` was told them
+
+    @property
+    def _tokenizers(self) -> tuple[Tokenizer, Tokenizer]:
+        return self.src_tokenizer, self.tgt_tokenizer
 
     def generate(self, sentences: Sequence[str], **options: Unpack[GenerateOptions]) -> list[str]:
         """Translate sentences.
@@ -151,9 +161,9 @@ class Translator:
         reranker = decoding.pop("reranker", None)
         method, metric = decoding.pop("select", None), decoding.pop("mbr_metric", "bleu")
         check_selection(method, metric, reranker is not None)
-        for side in ("src_tokenizer", "tgt_tokenizer") if reranker else ():
-            if getattr(self, side).hash != getattr(reranker, side).hash:
-                raise FastdissError(f"the reranker has another {side}; train both on one dataset")
+        if reranker is not None:
+            own, theirs = self._tokenizers, reranker._tokenizers
+            check_reranker(own, self.languages, theirs, reranker.languages)
         method = method or self.model.default_select
         select = selector(method, metric, self.tgt_tokenizer, reranker and reranker.model)
         fields = [field.name for field in dataclasses.fields(self.model.Decoding)]
@@ -199,7 +209,7 @@ def load(
     torch_dtype = pick_dtype(dtype, torch_device)
     module = None if user_module is None else Path(user_module)
     loaded = load_model(Path(path), torch_device, module, torch_dtype)
-    return Translator(loaded.model, loaded.src, loaded.tgt, torch_dtype)
+    return Translator(loaded.model, loaded.src, loaded.tgt, torch_dtype, loaded.languages)
 
 
 def score(

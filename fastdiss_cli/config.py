@@ -7,6 +7,7 @@ line or a checkpoint) into one, and refuses what it does not know.
 from __future__ import annotations
 
 import dataclasses
+import math
 import reprlib
 import typing
 from collections.abc import Mapping, Sequence
@@ -153,9 +154,11 @@ def _convert(value: Any, hint: Any, name: str) -> Any:
         raise FastdissError(f"{name} must be {what}, not {_shown(value)}")
     if hint is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
         try:  # YAML 1.1 takes 5e-4 for a string
-            return float(value)
-        except ValueError:
-            pass
+            number = float(value)
+        except (ValueError, OverflowError):
+            number = math.nan
+        if math.isfinite(number):
+            return number
     elif isinstance(value, hint) and (hint is bool or not isinstance(value, bool)):
         return value
     what = {float: "a number", int: "a whole number", bool: "true or false", str: "a word"}[hint]

@@ -107,10 +107,15 @@ def plot_training(path: Path, runs: Sequence[Curves]) -> None:
     Args:
         path: the picture to write.
         runs: at least one.
+
+    Raises:
+        FastdissError: there is nothing to draw.
     """
     labels = _distinct_ends([run.path.parent for run in runs])
     keys = dict.fromkeys(key for run in runs for row in run.rows for key in row)
     drawn = [key for key in keys if key not in NO_CURVE and _is_drawn(key, runs)]
+    if not drawn:
+        raise FastdissError(f"{runs[0].path} has no figures to draw yet")
     columns = min(len(drawn), 4)
     figure = _figure(3.2 * columns, 2.6 * math.ceil(len(drawn) / columns) + 0.6)
     panels = figure.subplots(math.ceil(len(drawn) / columns), columns, sharex=True, squeeze=False)

@@ -34,11 +34,12 @@ OPTIONS = {
 
 def start(data_bin: Path, save_dir: Path, arch: str = "fastdiss_tiny", **options: object):
     """Return a training in this process, ready to run."""
-    accept = bool(options.pop("accept_changes", False))
+    accept, begin_with = bool(options.pop("accept_changes", False)), options.pop("begin_with", None)
     config = build(TrainConfig, {**OPTIONS, **options}, "train")
     network = dict(NETWORK, **({} if arch.startswith("transformer") else {"latent_dim": 8}))
     dataset = BinarizedDataset(data_bin)
-    return Training(architecture(arch), network, config, dataset, save_dir, Processes(CPU), accept)
+    where = (dataset, save_dir, Processes(CPU))
+    return Training(architecture(arch), network, config, *where, accept, begin_with)
 
 
 def command(data_bin: Path, save_dir: Path, arch: str = "fastdiss_tiny", **options: object):

@@ -95,7 +95,7 @@ def test_names_are_those_of_the_metrics() -> None:
     [
         (["--metrics", "bleu,ruge"], "ruge: choose from bleu, chrf, ter, rouge1"),
         (["--metrics", "destinct"], "did you mean 'distinct'?"),
-        (["--paired-test", "t"], "choose from bs, ar"),
+        (["--paired-test", "bs"], "--paired-test needs --paired BASELINE"),
         (["--plot", "out.gif"], "must end in .png, .svg, .pdf"),
     ],
 )
@@ -212,7 +212,8 @@ def test_a_summary_line_is_read_back() -> None:
     assert parse_summary("Generate poems with words: 5 sentences") is None
     switches = dict(steps=5, early_exit=True, history=True, diagnose=False)
     said = parse_summary(summary("fastdiss_tiny", 8, **switches))
-    assert said is not None and said.options == {"steps": "5", "early_exit": "True"}
+    assert said is not None
+    assert said.options == {"steps": "5", "early_exit": "True", "history": "True"}
 
 
 needs_matplotlib = pytest.mark.skipif(

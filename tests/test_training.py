@@ -57,6 +57,34 @@ def test_resuming_otherwise_is_refused_with_the_difference(data_bin: Path, tmp_p
     start(data_bin, tmp_path, max_update=2).run()  # training longer changes no update
 
 
+def test_a_new_run_begins_with_the_weights_of_another(data_bin: Path, tmp_path: Path) -> None:
+    start(data_bin, tmp_path / "first", ema_decay=0.5).run()
+    load = Checkpoint.load(tmp_path / "first" / "checkpoint_best.safetensors")
+    more = {"begin_with": tmp_path / "first", "lr": 1e-12, "max_update": 1}
+    new = start(data_bin, tmp_path / "second", **more)
+    assert new.progress.update == 0 and not new.optimizer.state
+    for name, weight in new.model.named_parameters():  # the averaged ones, in the average too
+        assert torch.equal(weight, load.averaged()[name])
+        assert torch.equal(new.ema.weights[name], weight)
+    new.run()
+    before = tensors(tmp_path / "second")
+    start(data_bin, tmp_path / "first", ema_decay=0.5, max_update=14).run()
+    resumed = start(data_bin, tmp_path / "second", **more)  # the same command goes on
+    assert resumed.progress.update == 1
+    assert torch.equal(resumed.model.latent_out.weight, before["model.latent_out.weight"])
+
+
+def test_a_new_run_refuses_weights_for_other_tokens(
+    data_bin: Path, corpus: Path, tmp_path: Path
+) -> None:
+    start(data_bin, tmp_path / "first", max_update=1).run()
+    other = tmp_path / "other"
+    run_cli("preprocess", "-s", "de", "-t", "en", "--destdir", other, "--model-type", "word",
+            "--trainpref", corpus / "train")  # fmt: skip
+    with pytest.raises(FastdissError, match=r"has another src tokenizer"):
+        start(other, tmp_path / "second", begin_with=tmp_path / "first")
+
+
 def test_a_signal_saves_and_a_second_run_goes_on(data_bin: Path, tmp_path: Path) -> None:
     command = [
         sys.executable, "-m", "fastdiss_cli", "train", str(data_bin), "--arch", "difformer_tiny",

@@ -132,6 +132,9 @@ _BOTH = {
     "--log-format": needless("train writes metrics.jsonl besides", "one"),
     "--dataset-impl": only("mmap", remark="datasets are mmap"),
     "--skip-invalid-size-inputs-valid-test": needless("what training leaves out is told"),
+    "--num-shards": without("under torchrun the processes share the work by themselves"),
+    "--shard-id": without("under torchrun the processes share the work by themselves"),
+    "--required-batch-size-multiple": needless("batches are counted in tokens", "one"),
     "--left-pad-source": needless("padding changes no result", "one"),
     "--left-pad-target": needless("padding changes no result", "one"),
 }
@@ -147,6 +150,7 @@ _SIZES = {
     "--decoder-ffn-embed-dim": without("the decoder has what --encoder-ffn-embed-dim says"),
     "--decoder-attention-heads": without("the decoder has what --encoder-attention-heads says"),
 }
+_RESET = "to begin anew with trained weights give --finetune-from-model and a new --save-dir"
 _TRAIN = {
     "--decoding-steps": renamed("--valid-steps"),
     "--keep-last-epochs": renamed("--keep-last"),
@@ -160,6 +164,19 @@ _TRAIN = {
     "--length-loss-factor": setting("model.length_loss"),
     "--max-source-positions": without("one limit for both sides: --set train.max_positions=N"),
     "--max-target-positions": without("one limit for both sides: --set train.max_positions=N"),
+    "--attention-dropout": without("there is one rate, --dropout"),
+    "--activation-dropout": without("there is one rate, --dropout"),
+    "--relu-dropout": without("there is one rate, --dropout"),
+    "--activation-fn": only("relu", remark="it is relu"),
+    "--encoder-normalize-before": needless("layers are pre-norm"),
+    "--decoder-normalize-before": needless("layers are pre-norm"),
+    "--adam-eps": only("1e-8", "1e-08", remark="it is 1e-8"),
+    "--train-subset": only("train", remark="training is on the split train"),
+    "--valid-subset": only("valid", remark="validation is on the split valid"),
+    "--reset-optimizer": without(_RESET, "none"),
+    "--reset-dataloader": without(_RESET, "none"),
+    "--reset-lr-scheduler": without(_RESET, "none"),
+    "--reset-meters": without(_RESET, "none"),
     "--optimizer": only("adam", "adamw", remark="the optimizer is AdamW"),
     "--criterion": needless("the loss belongs to --arch", "one"),
     "--share-all-embeddings": needless(
@@ -221,6 +238,12 @@ _GENERATE = {
     "--scoring": only("sacrebleu", remark="BLEU is sacreBLEU's"),
     "--batch-size": needless("batches are counted in tokens: --max-tokens", "one"),
     "--max-sentences": needless("batches are counted in tokens: --max-tokens", "one"),
+    "--score-reference": without("--diagnose measures the losses on the answers", "none"),
+    "--prefix-size": without("answers are made as a whole"),
+    "--no-repeat-ngram-size": without("nothing is forbidden to an answer"),
+    "--unkpen": without("no piece is unknown"),
+    "--sampling": without("beam search is the one way of `transformer`", "none"),
+    "--diverse-beam-groups": without("beam search is the one way of `transformer`"),
     "--quiet": needless("with --results-path only the summary is printed"),
     "--model-overrides": without("a checkpoint holds its options, and they stay"),
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,6 +17,7 @@ from fastdiss_cli.commands.options import SourceLang, TargetLang, UserModule
 from fastdiss_cli.errors import FastdissError
 
 if TYPE_CHECKING:
+    from fastdiss_cli.decoding.translation import Output
     from fastdiss_cli.models.registry import Seq2SeqModel
 
 INPUT = {"rich_help_panel": "Input and output"}
@@ -34,7 +36,9 @@ def generate(
         Path,
         typer.Option(metavar="CHECKPOINT", help="As written by `fastdiss train`; or its folder."),
     ] = Path("checkpoints/checkpoint_best.safetensors"),
-    gen_subset: Annotated[str, typer.Option(help="The split to generate.", **INPUT)] = "test",
+    gen_subset: Annotated[
+        str | None, typer.Option(help="The split to generate. (default: test)", **INPUT)
+    ] = None,
     source_lang: SourceLang = None,
     target_lang: TargetLang = None,
     input: Annotated[
@@ -154,7 +158,9 @@ def generate(
             help="score, mbr or rerank. (default: mbr; score after beam search)", **SELECTION
         ),
     ] = None,
-    mbr_metric: Annotated[str, typer.Option(help="bleu or chrf.", **SELECTION)] = "bleu",
+    mbr_metric: Annotated[
+        str | None, typer.Option(help="bleu or chrf. (default: bleu)", **SELECTION)
+    ] = None,
     rerank_path: Annotated[
         Path | None,
         typer.Option(metavar="CHECKPOINT", help="The transformer that reranks.", **SELECTION),
@@ -192,10 +198,14 @@ def generate(
         raise typer.BadParameter("--plain leaves no room for --print-history")
     if input is not None and (source_lang or target_lang):
         raise typer.BadParameter("--source-lang and --target-lang are of a dataset, not of --input")
+    if input is not None and gen_subset is not None:
+        raise typer.BadParameter("--gen-subset is of a dataset, not of --input")
     if input is not None and self_cond == "gold":
         raise typer.BadParameter("--self-cond gold needs a dataset: it is told the answers")
     if diagnose and early_exit:
         raise typer.BadParameter("--diagnose compares whole runs: give it without --early-exit")
+    if diagnose and buffer_size:
+        raise typer.BadParameter("--diagnose is over all sentences at once, without --buffer-size")
     if input is not None and diagnose:
         raise typer.BadParameter("--diagnose needs a dataset: it measures losses on the answers")
     step_counts = _step_counts(steps)
@@ -224,11 +234,15 @@ def generate(
     from fastdiss_cli.decoding.generation import Run, default_max_tokens
     from fastdiss_cli.decoding.output import confidence_legend, read_all_references
     from fastdiss_cli.decoding.report import summarise, table
-    from fastdiss_cli.decoding.selection import check_selection, selector, with_runners_up
+    from fastdiss_cli.decoding.selection import (
+        check_reranker,
+        check_selection,
+        selector,
+        with_runners_up,
+    )
     from fastdiss_cli.decoding.translation import (
         WINDOW,
         check_direction,
-        check_tokenizer,
         dataset_input,
         open_outputs,
         text_input,
@@ -240,7 +254,7 @@ def generate(
     from fastdiss_cli.training.checkpoint import load_model
 
     try:
-        check_selection(select, mbr_metric, rerank_path is not None)
+        check_selection(select, mbr_metric or "bleu", rerank_path is not None)
     except FastdissError as error:
         raise typer.BadParameter(str(error)) from None
     keep_freed_memory()
@@ -256,9 +270,11 @@ def generate(
     if rerank_path is not None:
         loaded = load_model(rerank_path, torch_device, user_module, torch_dtype)
         reranker, theirs = loaded.model, (loaded.src, loaded.tgt)
-        for side, own, other in zip(("source", "target"), (src, tgt), theirs, strict=True):
-            check_tokenizer(side, own, other, f"{rerank_path}")
+        check_reranker((src, tgt), languages, theirs, loaded.languages)
     method = "rerank" if reranker else select or model.default_select
+    if mbr_metric is not None and method != "mbr":
+        raise typer.BadParameter(f"--mbr-metric is of --select mbr, not of {method}")
+    mbr_metric = mbr_metric or "bleu"
     choose = selector(method, mbr_metric, tgt, reranker)
     said = {} if torch_dtype == torch.float32 else {"dtype": str(torch_dtype).split(".")[1]}
     if most > 1:
@@ -270,6 +286,7 @@ def generate(
         check_direction(languages, dataset)
         # a diagnosis is over all sentences at once
         window = 0 if diagnose else buffer_size or WINDOW
+        gen_subset = gen_subset or "test"
         corpus = dataset_input(dataset, gen_subset, src, tgt, window)
     else:
         corpus = text_input(str(input), src, buffer_size)
@@ -309,13 +326,15 @@ def generate(
             stop=stop,
         )
         if done.signal:
-            kept = [output.keep() for output in outputs if output.path and done.sentences]
-            where = f"in {', '.join(map(str, kept))}" if kept else "written"
+            where = _keep(outputs) if done.sentences else "written"
             count = f"{done.sentences:,}" + (f" of {corpus.total:,}" if corpus.total else "")
             logs.info(f"stopped by signal {done.signal}; {count} sentences are {where}")
         elif first_rank:
             references = answers or [[line] for line in done.references]
-            summaries = summarise(runs, done.texts, references)
+            try:
+                summaries = summarise(runs, done.texts, references)
+            except FastdissError as error:
+                raise FastdissError(f"{error}; the hypotheses are {_keep(outputs)}") from None
             for summary, output in zip(summaries, outputs, strict=True):
                 if output.path:
                     if not plain:
@@ -352,7 +371,17 @@ def decoding_options(model: Seq2SeqModel, arch: str, flags: dict[str, Any]) -> A
             flag = {"history": "print-history"}.get(key, key.replace("_", "-"))
             there = ", ".join(f"--{name.replace('_', '-')}" for name in known if name in flags)
             raise typer.BadParameter(f"--{flag} does not apply to {arch}, which has {there}")
-    return model.Decoding(**given)
+    try:
+        return model.Decoding(**given)
+    except FastdissError as error:  # it begins with the option's name
+        name, _, rest = str(error).partition(" ")
+        raise typer.BadParameter(f"--{name.replace('_', '-')} {rest}") from None
+
+
+def _keep(outputs: Sequence[Output]) -> str:
+    """Keep what is written of outputs that are not complete, and say where it is."""
+    kept = [str(output.keep()) for output in outputs if output.path]
+    return f"in {', '.join(kept)}" if kept else "written"
 
 
 def _step_counts(steps: str | None) -> list[int | None]:

@@ -85,8 +85,9 @@ def score(
         typer.Option(metavar="BASELINE", help="Test whether the systems differ from this one."),
     ] = None,
     paired_test: Annotated[
-        str, typer.Option(help="bs (paired bootstrap) or ar (approximate randomisation).")
-    ] = "bs",
+        str | None,
+        typer.Option(help="bs (paired bootstrap) or ar (approximate randomisation). (default: bs)"),
+    ] = None,
     plot: Annotated[
         Path | None,
         typer.Option(
@@ -102,8 +103,11 @@ def score(
     if not paths:
         raise typer.BadParameter("give --sys FILE, or several files")
     wanted = _names(metrics)
-    if paired_test not in TESTS:
+    if paired_test is not None and paired is None:
+        raise typer.BadParameter("--paired-test needs --paired BASELINE")
+    if paired_test not in (None, *TESTS):
         raise typer.BadParameter(f"--paired-test {paired_test}: choose from {', '.join(TESTS)}")
+    test = (paired_test or "bs") if paired else None
     if paired is not None:
         paths = [paired, *(path for path in paths if path != paired)]
         if len(paths) == 1:
@@ -119,10 +123,14 @@ def score(
                 f"{len(read[0].candidates):,}: give systems on the same text"
             )
     needed = any(name in AGAINST_REFERENCES for name in wanted)
+    if ref and not needed:
+        raise typer.BadParameter(
+            f"--metrics {metrics} compares with no references: leave out --ref"
+        )
     streams = _streams(paths, read, ref) if needed else []
     with _gc_paused():
-        rows = _score(read, streams, wanted, bertscore_model, paired_test if paired else None)
-    _say(paths, rows, paired_test if paired else None, as_json)
+        rows = _score(read, streams, wanted, bertscore_model, test)
+    _say(paths, rows, test, as_json)
     if plot is not None:
         _plot(plot, paths, read, [results[0] for results in rows], wanted[0])
 

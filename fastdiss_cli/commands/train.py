@@ -49,6 +49,12 @@ def train(
             help="Any other option, as in model.noise_factor=4; overrides all. Repeatable.",
         ),
     ] = None,
+    finetune_from_model: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="CHECKPOINT", help="Begin with its weights; of a folder its checkpoint_best."
+        ),
+    ] = None,
     source_lang: SourceLang = None,
     target_lang: TargetLang = None,
     user_module: UserModule = None,
@@ -193,7 +199,14 @@ def train(
     with Processes(pick_device(device)) as processes:
         dataset = open_dataset(data, source_lang, target_lang, verify=processes.rank == 0)
         training = Training(
-            chosen, options["model"], train_config, dataset, save_dir, processes, accept_changes
+            chosen,
+            options["model"],
+            train_config,
+            dataset,
+            save_dir,
+            processes,
+            accept_changes,
+            finetune_from_model,
         )
         sentences = len(dataset["train"]["src"])
         logs.info(

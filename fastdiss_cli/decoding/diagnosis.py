@@ -123,6 +123,8 @@ def describe(steps: int, tables: dict[str, list[Row]]) -> str:
 
 
 def _table(rows: Sequence[Row]) -> str:
+    if not rows:
+        return "(no sentences)"
     columns = list(max(rows, key=len))
     width = [max(len(column), 6) for column in columns]
     lines = ["  ".join(f"{c:>{w}}" for c, w in zip(columns, width, strict=True))]

@@ -12,7 +12,6 @@ from sacrebleu.metrics.bleu import BLEUScore
 
 from fastdiss_cli.decoding.output import reference_streams
 from fastdiss_cli.errors import FastdissError
-from fastdiss_cli.models import OBSERVING
 
 if TYPE_CHECKING:  # `score` reads summaries, and need not wait for torch
     from fastdiss_cli.decoding.generation import Run
@@ -44,10 +43,10 @@ class Summary:
     def line(self, name: str, arch: str, **more: str) -> str:
         """Return the summary line of a split, or of raw text, under ``name``.
 
-        Options are those of decoding and ``more``; a switch is named where it is on.
+        Options are those of decoding and ``more``; a switch is named where it is on, also one
+        that changes no answer: it takes time.
         """
-        options = {k: v for k, v in vars(self.run.options).items() if k not in OBSERVING}
-        shown = {k: v for k, v in {**options, **more}.items() if v is not False}
+        shown = {k: v for k, v in {**vars(self.run.options), **more}.items() if v is not False}
         how = " ".join(f"{key}={value}" for key, value in shown.items())
         quality = f"{self.bleu.format(signature=self.signature)} | " if self.bleu else ""
         return (

@@ -39,6 +39,34 @@ def check_selection(method: str | None, metric: str, reranked: bool) -> None:
         raise FastdissError("select rerank and a reranker go together")
 
 
+def check_reranker(
+    own: tuple[Tokenizer, Tokenizer],
+    languages: tuple[str, str],
+    theirs: tuple[Tokenizer, Tokenizer],
+    their_languages: tuple[str, str],
+) -> None:
+    """Refuse a reranker that has other tokenizers or goes the other way.
+
+    Args:
+        own, theirs: the source and the target tokenizer of the model and of the reranker.
+        languages, their_languages: their source and target, "" where unknown.
+
+    Raises:
+        FastdissError: it does not fit.
+    """
+    for side, mine, other in zip(("source", "target"), own, theirs, strict=True):
+        if mine.hash != other.hash:
+            raise FastdissError(
+                f"the reranker has another {side} tokenizer ({other.hash[:16]}, the model "
+                f"{mine.hash[:16]}): train both on one dataset"
+            )
+    source, target = languages
+    if source != target and their_languages == (target, source):  # a joined tokenizer cannot tell
+        raise FastdissError(
+            f"the reranker goes from {target} to {source}, the model from {source} to {target}"
+        )
+
+
 def selector(
     method: str, metric: str, tokenizer: Tokenizer, reranker: Seq2SeqModel | None
 ) -> Select:

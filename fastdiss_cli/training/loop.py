@@ -36,7 +36,13 @@ from fastdiss_cli.training.checkpoint import (
 from fastdiss_cli.training.gradient import add_gradient, update_attempt
 from fastdiss_cli.training.log import MetricsFile, Window
 from fastdiss_cli.training.optimizer import EMA, learning_rate, make_optimizer
-from fastdiss_cli.training.state import changes, number_newest, save_newest, warn_of_little_space
+from fastdiss_cli.training.state import (
+    changes,
+    number_newest,
+    save_newest,
+    trained_weights,
+    warn_of_little_space,
+)
 from fastdiss_cli.training.validation import judge, validation_bleu, validation_loss
 
 
@@ -51,6 +57,7 @@ class Training:
         save_dir: where the checkpoints and ``metrics.jsonl`` are.
         processes: this process among the others.
         accept_changes: resume although something differs that changes the result.
+        begin_with: a checkpoint whose weights a new run begins with; a resumed one has its own.
     """
 
     def __init__(
@@ -62,6 +69,7 @@ class Training:
         save_dir: Path,
         processes: Processes,
         accept_changes: bool = False,
+        begin_with: Path | None = None,
     ) -> None:
         self.arch, self.dataset, self.save_dir, self.processes = arch, dataset, save_dir, processes
         self.device = processes.device
@@ -73,6 +81,10 @@ class Training:
         tokenizers = (dataset.src_tokenizer, dataset.tgt_tokenizer)
         self.model = arch.family(self.model_config, *map(vocabulary, tokenizers)).to(self.device)
         self.optimizer = make_optimizer(self.model, config)
+        if begin_with is not None and not (save_dir / LAST).exists():
+            sides = dict(zip(("src", "tgt"), tokenizers, strict=True))
+            weights = trained_weights(begin_with, asdict(self.model_config), sides)
+            load_weights(self.model, weights, begin_with)
         self.ema = EMA(self.model, config.ema_decay) if config.ema_decay else None
         self.progress = Progress()
         self.batcher = self._batcher("train")

@@ -8,13 +8,18 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from fastdiss_cli import logs
 from fastdiss_cli.config import TrainConfig
+from fastdiss_cli.data.tokenizer import Tokenizer
+from fastdiss_cli.errors import FastdissError
 from fastdiss_cli.training.checkpoint import (
     BEST,
     LAST,
     Checkpoint,
     Progress,
+    best_of,
     copy_checkpoint,
     prune_numbered,
 )
@@ -46,6 +51,37 @@ def number_newest(progress: Progress, folder: Path, keep: int) -> None:
         name = f"checkpoint_{progress.epoch}_{progress.update}.safetensors"
         copy_checkpoint(folder / LAST, folder / name)
         prune_numbered(folder, keep)
+
+
+def trained_weights(
+    path: Path, options: dict[str, Any], tokenizers: dict[str, Tokenizer]
+) -> dict[str, Tensor]:
+    """Return the weights that another training, or a release, left to begin a new one with.
+
+    Args:
+        path: the checkpoint; of a folder its ``checkpoint_best``.
+        options: of the new model; what differs is told.
+        tokenizers: of the new dataset, by side.
+
+    Raises:
+        FastdissError: see `Checkpoint.load`; or it has other tokenizers, whose ids mean others.
+    """
+    path = best_of(path)
+    checkpoint = Checkpoint.load(path)
+    for side, tokenizer in tokenizers.items():
+        theirs = checkpoint.tokenizer(side)
+        if theirs.hash != tokenizer.hash:
+            raise FastdissError(
+                f"{path} has another {side} tokenizer ({theirs.hash[:16]}) than the dataset "
+                f"({tokenizer.hash[:16]}): preprocess with the tokenizer that it was trained on"
+            )
+    then = checkpoint.model_config
+    differing = [f"{k} {then.get(k)} -> {v}" for k, v in options.items() if then.get(k) != v]
+    logs.info(
+        f"beginning with the weights of {path}"
+        + (f"; model options that differ: {', '.join(differing)}" if differing else "")
+    )
+    return checkpoint.averaged()
 
 
 def changes(

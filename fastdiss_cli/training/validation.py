@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import math
 
-import sacrebleu
 import torch
+from sacrebleu import BLEU
 
 from fastdiss_cli.config import TrainConfig
 from fastdiss_cli.data.batching import TokenBatcher
@@ -85,8 +85,10 @@ def validation_bleu(
             raise Stopped(signal)
         hypotheses += [text(h.tokens) for h in run.best]
     references = [text(split["tgt"][i].tolist()) for i in range(count)]
-    # effective order: texts of fewer than four words have no 4-grams to count
-    return sacrebleu.corpus_bleu(hypotheses, [references], use_effective_order=True).score
+    # effective order: texts of fewer than four words have no 4-grams to count; force: no advice
+    # to stderr on text that looks tokenized
+    metric = BLEU(effective_order=True, force=True)
+    return metric.corpus_score(hypotheses, [references]).score
 
 
 def quick_decoding(model: Seq2SeqModel, steps: int) -> object:
@@ -108,7 +110,8 @@ def judge(progress: Progress, figures: dict[str, float]) -> None:
         progress.best, progress.bad_validations = None, 0
     best, best_loss = progress.best, progress.best_loss
     tied = score == best and best_loss is not None
-    if not math.isnan(score) and (best is None or score > best or (tied and loss < best_loss)):
+    better = best is None or score > best or (tied and loss < best_loss)
+    if better and math.isfinite(loss) and math.isfinite(score):
         progress.best, progress.best_loss, progress.best_is_bleu = score, loss, by_bleu
         progress.best_update, progress.bad_validations = progress.update, 0
     else:
