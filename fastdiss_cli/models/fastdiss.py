@@ -38,8 +38,8 @@ class FastDiSSConfig(DiffusionConfig):
     scp_gap: float = 0.2
     scp_step_counts: tuple[int, ...] = (2, 3, 5, 10, 20)
     scp_grid: str = "uniform"
-    scp_unroll: float = 0.5  # share of sentences whose z_t is a step of sampling
-    mans_strength: float = 0.0  # MANS is off: SCP alone was better wherever both were measured
+    scp_unroll: float = 0.5  # share of those told an estimate whose z_t is a step of sampling
+    mans_strength: float = 0.0  # MANS is off: no gain was shown, see docs/method.md
     mans_confidence: str = "distance"
     mans_anchors: tuple[float, ...] = ()  # (easy, hard); empty: `DEFAULT_ANCHORS`
     mans_start_update: int = 0
@@ -80,20 +80,20 @@ class FastDiSS(Difformer):
     def __init__(self, config: FastDiSSConfig, src: Vocabulary, tgt: Vocabulary) -> None:
         super().__init__(config, src, tgt)
         self.scp = SCP(
-            config.scp_offset,
-            config.scp_coupling,
-            config.self_cond_rate,
-            config.scp_gap,
-            config.scp_step_counts,
-            config.scp_grid,
-            config.scp_unroll,
+            offset=config.scp_offset,
+            coupling=config.scp_coupling,
+            rate=config.self_cond_rate,
+            gap=config.scp_gap,
+            step_counts=config.scp_step_counts,
+            grid=config.scp_grid,
+            unroll=config.scp_unroll,
         )
         self.mans = MANS(
-            config.mans_strength,
-            config.mans_confidence,
-            config.mans_anchors or DEFAULT_ANCHORS[config.mans_confidence],
-            config.mans_start_update,
-            config.mans_shared_pass,
+            strength=config.mans_strength,
+            confidence=config.mans_confidence,
+            anchors=config.mans_anchors or DEFAULT_ANCHORS[config.mans_confidence],
+            start_update=config.mans_start_update,
+            shared_pass=config.mans_shared_pass,
         )
 
     def condition(
@@ -107,10 +107,17 @@ class FastDiSS(Difformer):
             nll = F.cross_entropy(logits, layout.flat(tgt_tokens), reduction="none")
             return layout.padded(torch.exp(-nll))
 
-        t = draw_times(len(z_0), z_0.device)
-        repairs = (self.schedule, self.scp, self.mans)
         return perturbed_self_conditioning(
-            denoiser, denoiser.tell, confidence, *repairs, z_0, noise, t, update
+            denoiser,
+            denoiser.tell,
+            confidence,
+            self.schedule,
+            self.scp,
+            self.mans,
+            z_0,
+            noise,
+            t=draw_times(len(z_0), z_0.device),
+            update=update,
         )
 
 

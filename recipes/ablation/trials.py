@@ -11,7 +11,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -255,10 +255,12 @@ def main() -> None:
     if arguments.jobs > 1:
         os.environ["OMP_NUM_THREADS"] = str(max((os.cpu_count() or 1) // arguments.jobs, 1))
     with ThreadPoolExecutor(arguments.jobs) as pool:
-        done = [pool.submit(trial.run, config, work / "data-bin") for trial in trials]
-        for trial, future in zip(trials, done, strict=True):
+        done = {pool.submit(trial.run, config, work / "data-bin"): trial for trial in trials}
+        for future in as_completed(done):
+            if future.exception() is not None:  # the others need not begin
+                pool.shutdown(cancel_futures=True)
             future.result()
-            print(trial.folder, file=sys.stderr)
+            print(done[future].folder, file=sys.stderr)
     os.environ.pop("OMP_NUM_THREADS", None)
     if arguments.only in (None, "speed"):
         measure_speed(work, work / "data-bin", plan)
