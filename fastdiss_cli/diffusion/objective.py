@@ -59,10 +59,10 @@ class SCP:
         step_counts: the K of ``step-matched``.
         grid: its time grid.
         unroll: among the sentences that are told an estimate, the share whose z_t is no noised
-            z_0, but what a step of ancestral sampling makes of z_t' and its estimate. At little noise z_t is worth more than any
-            estimate, and in sampling it carries the model's own mistakes: so the network learns
-            to mend them instead of copying them. After Savinov et al. 2022, Step-unrolled
-            denoising autoencoders; it is not in the FastDiSS paper.
+            z_0, but what a step of ancestral sampling makes of z_t' and its estimate. At little
+            noise z_t is worth more than any estimate, and in sampling it carries the model's own
+            mistakes: so the network learns to mend them instead of copying them. After Savinov et
+            al. 2022, Step-unrolled denoising autoencoders; it is not in the FastDiSS paper.
     """
 
     offset: str
