@@ -338,7 +338,7 @@ def main() -> None:
             f"## The open choices\n\nValidation data, {plan['sweep_updates']:,} updates, "
             f"{plan['sweep_seeds']} seed(s): the spread between seeds, in the tables above, is "
             "larger than most differences here. Each setting differs from `BASE` in `trials.py`, "
-            "which are the defaults, by what its row says; best at 5 steps first.\n",
+            "the defaults of that commit, by what its row says; best at 5 steps first.\n",
             sweeps(results),
         ]
     (folder / "RESULTS.md").write_text("\n".join(sections), encoding="utf-8")
