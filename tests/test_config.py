@@ -20,6 +20,7 @@ def test_values_of_yaml_become_the_types_of_the_fields() -> None:
     ("item", "message"),
     [
         ("train.lr=fast", "train.lr must be a number"),
+        ("train.lr=.inf", "train.lr must be a number"),
         ("train.max_update=1.5", "train.max_update must be a whole number"),
         ("train.max_update=true", "train.max_update must be a whole number"),
         ("train.compile=2", "train.compile must be true or false"),

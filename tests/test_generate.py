@@ -10,8 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import Ranks, one_line_error, run_cli
 from runs import command, signalled_in_batch
+
+from fastdiss_cli.training.checkpoint import Checkpoint, load_model
 
 TYPES = ["transformer_tiny", "difformer_tiny", "fastdiss_tiny"]
 
@@ -214,3 +217,55 @@ def test_the_other_direction_is_refused(
     assert run_cli("preprocess", *more).returncode == 0
     done = run_cli("generate", tmp_path / "d", "--path", checkpoints["transformer_tiny"])
     assert "goes from de to en" in one_line_error(done, "from en to de")
+
+
+def test_a_reranker_that_goes_the_other_way_is_refused(
+    checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    reranker = Checkpoint.load(checkpoints["transformer_tiny"])
+    reranker.dataset |= {"source": "en", "target": "de"}
+    reranker.save(tmp_path / "backward.safetensors")
+    more = ["--path", checkpoints["fastdiss_tiny"], "--input=-", "--noise-beam=2", "--rerank-path"]
+    assert run_cli("generate", *more, checkpoints["transformer_tiny"], stdin="eins\n").stdout
+    done = run_cli("generate", *more, tmp_path / "backward.safetensors", stdin="eins\n")
+    one_line_error(done, "the reranker goes from en to de, the model from de to en")
+
+
+def test_hypotheses_are_kept_where_references_are_too_few(
+    corpus: Path, checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    (tmp_path / "ref").write_text("one\ntwo\n")
+    more = ["--input=-", "--ref", tmp_path / "ref", "--results-path", tmp_path / "out"]
+    lines = "eins\nzwei\ndrei\n"
+    done = run_cli("generate", "--path", checkpoints["fastdiss_tiny"], *more, stdin=lines)
+    said = one_line_error(done, "--ref has 2 lines where the input has 3 sentences")
+    (kept,) = (tmp_path / "out").iterdir()
+    assert str(kept) in said and kept.read_text().count("\nD-") == 3
+
+
+def test_an_option_that_a_checkpoint_does_not_know_is_as_before_it(
+    checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    """No weights would tell: the source copy has none, and the first checkpoints had no copy."""
+    checkpoint = Checkpoint.load(checkpoints["fastdiss_tiny"])
+    assert checkpoint.model_config.pop("source_copy") == 1.0
+    checkpoint.save(tmp_path / "old.safetensors")
+    device = torch.device("cpu")
+    assert load_model(tmp_path / "old.safetensors", device).model.config.source_copy == 0
+    assert load_model(checkpoints["fastdiss_tiny"], device).model.config.source_copy == 1
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--input=-", "--gen-subset", "valid"], "--gen-subset is of a dataset"),
+        (["--input=-", "--mbr-metric", "chrf", "--select", "score"], "--mbr-metric is of"),
+        (["--input=-", "--solver", "euler"], "--solver must be one of"),
+        (["data", "--diagnose", "--buffer-size", "3"], "without --buffer-size"),
+    ],
+)
+def test_options_that_could_not_count_are_wrong_usage(
+    checkpoints: dict[str, Path], more: list[str], said: str
+) -> None:
+    done = run_cli("generate", "--path", checkpoints["fastdiss_tiny"], *more, stdin="eins\n")
+    assert done.returncode == 2 and said in " ".join(done.stderr.replace("│", "").split())
