@@ -290,7 +290,9 @@ def generate(
         corpus = dataset_input(dataset, gen_subset, src, tgt, window)
     else:
         corpus = text_input(str(input), src, buffer_size)
-    if self_cond == "gold":
+    if self_cond in ("recompute", "gold") and not getattr(model, "self_conditioned", True):
+        logs.warn(f"--self-cond {self_cond} has no effect: the model was trained without")
+    elif self_cond == "gold":
         logs.warn("--self-cond gold tells the model the right answers: for diagnosis only")
     answers = read_all_references(ref, corpus.total) if ref else None
     name = gen_subset if data else "input"
