@@ -102,7 +102,8 @@ def build(cls: type[C], values: Mapping[str, Any], section: str) -> C:
     typed = {}
     for key, value in values.items():
         if key not in known:
-            raise FastdissError(f"unknown option {section}.{key}{suggest(str(key), known)}")
+            hint = suggest(str(key), known) or f"; there are {', '.join(known)}"
+            raise FastdissError(f"unknown option {section}.{key}{hint}")
         typed[key] = _convert(value, hints[key], f"{section}.{key}")
     return cls(**typed)
 

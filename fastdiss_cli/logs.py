@@ -138,6 +138,16 @@ def stdout_is_terminal() -> bool:
     return sys.stdout.isatty()
 
 
+def stdout_is_seen() -> bool:
+    """Tell whether who reads stderr reads stdout, too: a terminal, or one file for both."""
+    if stdout_is_terminal():
+        return True
+    try:
+        return os.path.sameopenfile(sys.stdout.fileno(), sys.stderr.fileno())
+    except (OSError, ValueError):  # no file behind one of them
+        return False
+
+
 def wants_colour() -> bool:
     """Tell whether stdout may be coloured: a terminal that has colours, and no ``NO_COLOR`` set."""
     return (

@@ -53,6 +53,8 @@ def export(
     from fastdiss_cli.training.release import chosen_checkpoints, release
 
     paths = chosen_checkpoints(given, last)
+    if output.exists():
+        logs.warn(f"{output} is there already, and is replaced")
     logs.info(f"{'reading' if len(paths) == 1 else 'averaging'} {', '.join(map(str, paths))}")
     result = release(paths, license, text)
     result.save(output)

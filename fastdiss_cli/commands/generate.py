@@ -348,7 +348,7 @@ def generate(
             on_stdout = folder or not plain
             if on_stdout:
                 print(figures, flush=True)
-            if not (on_stdout and logs.stdout_is_terminal()):  # then the user has seen them
+            if not (on_stdout and logs.stdout_is_seen()):
                 logs.info(figures)
             for output in outputs:
                 if output.path:
@@ -366,18 +366,21 @@ def generate(
 
 def decoding_options(model: Seq2SeqModel, arch: str, flags: dict[str, Any]) -> Any:
     """Return a model's decoding options; a flag that it does not have is wrong usage."""
-    known = {field.name for field in dataclasses.fields(model.Decoding)}
+    known = [field.name for field in dataclasses.fields(model.Decoding)]
     given = {key: value for key, value in flags.items() if value is not None}
     for key in given:
         if key not in known:
-            flag = {"history": "print-history"}.get(key, key.replace("_", "-"))
-            there = ", ".join(f"--{name.replace('_', '-')}" for name in known if name in flags)
-            raise typer.BadParameter(f"--{flag} does not apply to {arch}, which has {there}")
+            there = ", ".join(_flag(name) for name in known if name in flags)
+            raise typer.BadParameter(f"{_flag(key)} does not apply to {arch}, which has {there}")
     try:
         return model.Decoding(**given)
     except FastdissError as error:  # it begins with the option's name
         name, _, rest = str(error).partition(" ")
-        raise typer.BadParameter(f"--{name.replace('_', '-')} {rest}") from None
+        raise typer.BadParameter(f"{_flag(name)} {rest}") from None
+
+
+def _flag(option: str) -> str:
+    return "--" + {"history": "print-history"}.get(option, option.replace("_", "-"))
 
 
 def _keep(outputs: Sequence[Output]) -> str:

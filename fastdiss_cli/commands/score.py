@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -99,7 +100,7 @@ def score(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Score hypotheses with sacreBLEU and others; every score comes with its signature."""
-    paths = [*(sys or []), *(systems or [])]
+    paths = _by_steps([*(sys or []), *(systems or [])])
     if not paths:
         raise typer.BadParameter("give --sys FILE, or several files")
     wanted = _names(metrics)
@@ -133,6 +134,14 @@ def score(
     _say(paths, rows, test, as_json)
     if plot is not None:
         _plot(plot, paths, read, [results[0] for results in rows], wanted[0])
+
+
+def _by_steps(paths: list[Path]) -> list[Path]:
+    """Sort the files of one run by their steps, as numbers; all else keeps its place."""
+    runs = [re.sub(r"\.steps\d+", "", str(path)) for path in paths]
+    steps = [int(n[1]) if (n := re.search(r"\.steps(\d+)", str(path))) else 0 for path in paths]
+    order = sorted(range(len(paths)), key=lambda i: (runs.index(runs[i]), steps[i]))
+    return [paths[i] for i in order]
 
 
 def _names(metrics: str) -> list[str]:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from glob import escape
 from io import BufferedReader
 from itertools import chain, islice, zip_longest
 from operator import itemgetter
@@ -182,16 +183,21 @@ def read_references(path: Path) -> list[list[str]]:
 def _files(prefix: str, sides: tuple[str, ...], format: str) -> tuple[Path, ...]:
     """Return the file of each side, or the one that holds both."""
     if format == "text":
-        return tuple(_existing(f"{prefix}.{side}") for side in sides)
-    return (_existing(prefix, f"{prefix}.{format}"),)
+        return tuple(_existing(prefix, f"{prefix}.{side}") for side in sides)
+    return (_existing(prefix, prefix, f"{prefix}.{format}"),)
 
 
-def _existing(*names: str) -> Path:
+def _existing(prefix: str, *names: str) -> Path:
     for name in names:
         for path in (Path(name), Path(f"{name}.gz")):
             if path.is_file():
                 return path
-    raise FastdissError(f"{names[-1]}: no such file (nor {Path(names[-1]).name}.gz)")
+    begin = Path(prefix)
+    there = sorted(p.name for p in begin.parent.glob(f"{escape(begin.name)}.*"))
+    hint = f"; there are {', '.join(there[:4])}" if there else ""
+    if begin.is_file():
+        hint = f"; {prefix} is a file itself: give what both names begin with, or its --format"
+    raise FastdissError(f"{names[-1]}: no such file (nor {Path(names[-1]).name}.gz){hint}")
 
 
 @contextmanager

@@ -32,7 +32,7 @@ from fastdiss_cli.errors import FastdissError
 from fastdiss_cli.models.frozen import freeze
 from fastdiss_cli.models.registry import Architecture, Seq2SeqModel, Vocabulary, architecture
 
-FORMAT_VERSION = "2"
+FORMAT_VERSION = "3"
 LAST, BEST = "checkpoint_last.safetensors", "checkpoint_best.safetensors"
 _NUMBERED = re.compile(r"checkpoint_\d+_(\d+)\.safetensors")
 
@@ -116,7 +116,9 @@ class Checkpoint:
         }
         tensors = {name: t.detach().contiguous() for name, t in sorted(self.tensors.items())}
         text = json.dumps(facts, sort_keys=True)
-        metadata = {"fastdiss": FORMAT_VERSION, "facts": text, "sha256": _digest(text, tensors)}
+        about = {"format": FORMAT_VERSION, "facts": text, "sha256": _digest(text, tensors)}
+        # one entry: safetensors writes several in random order
+        metadata = {"fastdiss": json.dumps(about)}
         with _replacing(path) as aside:
             save_file(tensors, aside, metadata)
             # safetensors may make files that are nobody else's to read
@@ -139,11 +141,11 @@ class Checkpoint:
             )
         try:
             with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                version = metadata.get("fastdiss")
+                about = _about(file.metadata() or {})
+                version = about.get("format")
                 if version == FORMAT_VERSION:
                     tensors = {name: file.get_tensor(name) for name in sorted(file.keys())}
-                    digest = _digest(metadata.get("facts", ""), tensors)
+                    digest = _digest(about.get("facts", ""), tensors)
         # RuntimeError, TypeError: number types that torch knows and cannot handle
         except (OSError, SafetensorError, ValueError, RuntimeError, TypeError) as error:
             reason = str(error).removeprefix("Error while deserializing header: ")
@@ -156,10 +158,10 @@ class Checkpoint:
             raise FastdissError(
                 f"{path} has checkpoint format {version!r}; this fastdiss reads {FORMAT_VERSION!r}"
             )
-        if digest != metadata.get("sha256"):
+        if digest != about.get("sha256"):
             raise FastdissError(f"{path} is damaged: its bytes differ from its sha256")
         try:
-            facts = json.loads(metadata["facts"])
+            facts = json.loads(about["facts"])
             return cls(
                 str(facts["arch"]),
                 dict(facts["model"]),
@@ -184,8 +186,19 @@ def vocabulary(tokenizer: Tokenizer) -> Vocabulary:
 
 
 def best_of(path: Path) -> Path:
-    """Return a checkpoint, or that of a folder: its ``checkpoint_best``."""
-    return path / BEST if path.is_dir() else path
+    """Return a checkpoint, or that of a folder: its ``checkpoint_best``, or else ``_last``.
+
+    Raises:
+        FastdissError: a folder has none.
+    """
+    if not path.is_dir():
+        return path
+    found = [path / name for name in (BEST, LAST) if (path / name).exists()]
+    if not found:
+        below = sorted({str(file.parent) for file in path.glob(f"*/{LAST}")})
+        hint = f"; there are some in {', '.join(below)}" if below else ""
+        raise FastdissError(f"{path} holds no checkpoint{hint}")
+    return found[0]
 
 
 class Loaded(NamedTuple):
@@ -281,13 +294,18 @@ def prune_numbered(folder: Path, keep: int) -> None:
 
 
 def copy_checkpoint(source: Path, target: Path) -> None:
-    """Give a checkpoint a second name without ever leaving half a file there."""
-    if target.exists() and target.samefile(source):
-        return
+    """Copy a checkpoint's bytes without ever leaving half a file there."""
+    with _replacing(target) as aside:
+        shutil.copyfile(source, aside)
+        sync(aside)
+
+
+def link_checkpoint(source: Path, target: Path) -> None:
+    """Give a checkpoint a second name, or a copy on a file system without hard links."""
     with _replacing(target) as aside:
         try:
             os.link(source, aside)
-        except OSError:  # a file system without hard links
+        except OSError:
             shutil.copyfile(source, aside)
             sync(aside)
 
@@ -315,6 +333,22 @@ def _replacing(path: Path) -> Iterator[Path]:
         raise FastdissError(f"{path}: cannot write the checkpoint: {reason}") from None
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _about(metadata: dict[str, str]) -> dict[str, str]:
+    """Return format, facts and sha256; format 2 had them side by side in the metadata."""
+    said = metadata.get("fastdiss")
+    if said is None:
+        return {}
+    if said == "2":
+        return {**metadata, "format": FORMAT_VERSION}
+    try:
+        about = json.loads(said)
+    except (ValueError, RecursionError):
+        about = None
+    if not isinstance(about, dict) or not all(isinstance(v, str) for v in about.values()):
+        return {"format": said}
+    return about
 
 
 def _shape(tensors: dict[str, Any], name: str) -> list[int] | None:

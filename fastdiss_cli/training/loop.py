@@ -393,8 +393,10 @@ class Training:
             self.processes.world_size,
         )
         if differences and not accept_changes:
+            more = f"; and {len(differences) - 4} more (a forgotten --config?)"
+            named = "; ".join(differences[:4]) + (more if len(differences) > 4 else "")
             raise FastdissError(
-                f"{path} was trained with different settings: {'; '.join(differences)}. Train into "
+                f"{path} was trained with different settings: {named}. Train into "
                 "another --save-dir, or resume anyway with --accept-changes"
             )
         load_weights(self.model, checkpoint.group("model"), path)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastdiss_cli import __version__
 from fastdiss_cli.errors import FastdissError
-from fastdiss_cli.training.checkpoint import BEST, Checkpoint, numbered
+from fastdiss_cli.training.checkpoint import Checkpoint, best_of, numbered
 
 _FACTS = (
     "architecture", "license", "source", "target", "parameters", "vocabulary", "model", "training",
@@ -47,7 +47,7 @@ def chosen_checkpoints(given: Sequence[Path], last: int) -> list[Path]:
                 )
             paths += found
         else:
-            paths.append(path / BEST)
+            paths.append(best_of(path))
     return paths
 
 

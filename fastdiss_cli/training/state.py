@@ -21,6 +21,7 @@ from fastdiss_cli.training.checkpoint import (
     Progress,
     best_of,
     copy_checkpoint,
+    link_checkpoint,
     prune_numbered,
 )
 
@@ -39,17 +40,23 @@ def warn_of_little_space(folder: Path, checkpoint: int) -> None:
 
 
 def save_newest(checkpoint: Checkpoint, folder: Path) -> None:
-    """Write ``checkpoint_last`` and, where it is that, ``checkpoint_best``."""
+    """Write ``checkpoint_last`` and, where it is that, ``checkpoint_best``.
+
+    They are files of their own, so that what befalls the one does not befall the other.
+    """
     checkpoint.save(folder / LAST)
     if checkpoint.progress.is_best:
         copy_checkpoint(folder / LAST, folder / BEST)
 
 
 def number_newest(progress: Progress, folder: Path, keep: int) -> None:
-    """Keep ``checkpoint_last`` under a numbered name, too, and that many of these."""
+    """Keep the newest under a numbered name, too, and that many of these."""
     if keep:
         name = f"checkpoint_{progress.epoch}_{progress.update}.safetensors"
-        copy_checkpoint(folder / LAST, folder / name)
+        if progress.is_best:
+            link_checkpoint(folder / BEST, folder / name)
+        else:
+            copy_checkpoint(folder / LAST, folder / name)
         prune_numbered(folder, keep)
 
 
@@ -99,6 +106,8 @@ def changes(
     }  # fmt: skip
     if config.lr_scheduler == "cosine":
         may_differ.discard("max_update")
+    if before.arch != arch:  # then all options differ, and say nothing
+        return [f"arch was {before.arch} and is now {arch}"]
     now = {
         "arch": arch,
         "dataset": dataset_hash[:16],
@@ -113,8 +122,11 @@ def changes(
         **{f"model.{k}": v for k, v in before.model_config.items()},
         **{f"train.{k}": v for k, v in before.train_config.items()},
     }
-    return [
+    differing = [
         f"{key} was {then.get(key)} and is now {value}"
         for key, value in now.items()
         if json.dumps(then.get(key)) != json.dumps(value)
     ]
+    if config.lr_scheduler == "cosine" and config.max_update != before.train_config["max_update"]:
+        differing.append("(the cosine ends at max_update: all later learning rates differ)")
+    return differing
