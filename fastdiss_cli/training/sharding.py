@@ -15,7 +15,7 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
@@ -54,14 +54,26 @@ def shard(model: nn.Module, processes: Processes) -> None:
     early = [m.key_value for m in model.modules() if isinstance(m, CrossAttention)]
     with processes.others():
         mesh = init_device_mesh(processes.device.type, (processes.world_size,))
+        model.gradient_factor = _gradient_factor(mesh)
     for module in [*early, *layers, model]:  # who is named first owns what it has
         fully_shard(module, mesh=mesh, reshard_after_forward=False)
     register_fsdp_forward_method(model, "loss")
 
 
+def _gradient_factor(mesh: DeviceMesh) -> float:
+    """Return what makes FSDP's gradients the sum over the ranks.
+
+    It means to leave the mean, but gloo in torch 2.7 takes a mean for a sum: so it is tried out.
+    """
+    probe = nn.Linear(1, mesh.size(), bias=False, device=mesh.device_type)  # a weight for each
+    fully_shard(probe, mesh=mesh)
+    probe(torch.ones(1, 1, device=mesh.device_type)).sum().backward()
+    return mesh.size() / float(probe.weight.grad.to_local())
+
+
 @torch.no_grad()
 def sum_and_clip(model: nn.Module, max_norm: float, processes: Processes) -> Tensor:
-    """Turn the mean of the ranks' gradients, which FSDP has left, into their sum, and clip it.
+    """Turn what FSDP has left of the ranks' gradients into their sum, and clip it.
 
     Args:
         model: a sharded one, after its backward passes.
@@ -73,7 +85,7 @@ def sum_and_clip(model: nn.Module, max_norm: float, processes: Processes) -> Ten
     """
     parameters = [p for p in model.parameters() if p.grad is not None]
     own = [p.grad.to_local() for p in parameters]
-    torch._foreach_mul_(own, processes.world_size)
+    torch._foreach_mul_(own, model.gradient_factor)
     (square,) = processes.sum([float(torch.nn.utils.get_total_norm(own)) ** 2])
     norm = torch.tensor(math.sqrt(square), device=processes.device)
     torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
