@@ -58,6 +58,7 @@ class TrainConfig:
     # machine
     dtype: str = "auto"  # auto, float32 or bfloat16 (autocast)
     compile: bool = False
+    shard: bool = False  # divide weights, moments and average among the processes
 
     def __post_init__(self) -> None:
         for key in (
@@ -73,6 +74,7 @@ class TrainConfig:
         require(self, "lr", self.lr > 0, "above 0")
         require(self, "ema_decay", 0 <= self.ema_decay < 1, "in [0, 1)")
         require(self, "adam_betas", all(0 <= b < 1 for b in self.adam_betas), "two in [0, 1)")
+        require(self, "shard", not (self.shard and self.compile), "false with compile")
         one_of(self, "lr_scheduler", ("inverse_sqrt", "cosine"))
         one_of(self, "dtype", ("auto", "float32", "bfloat16"))
 

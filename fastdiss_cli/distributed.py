@@ -33,10 +33,14 @@ class Attempt:
         what: what is being done, with its size.
         remedy: what to do where memory runs out.
         failure: the message, once it has failed.
+
+    Args:
+        alone: raise it at once, because the others could not be told: they wait in the midst of
+            their own attempts for what this rank will not send. It leaves, and that they notice.
     """
 
-    def __init__(self, what: str, remedy: str, where: str = "") -> None:
-        self.what, self.remedy, self._where = what, remedy, where
+    def __init__(self, what: str, remedy: str, where: str = "", alone: bool = False) -> None:
+        self.what, self.remedy, self._where, self._alone = what, remedy, where, alone
         self.failure: str | None = None
 
     def __enter__(self) -> Attempt:
@@ -56,12 +60,16 @@ class Attempt:
             self.failure = f"{self._where}{error.filename or self.what}: {error.strerror or error}"
         elif out_of_memory(error):
             self.failure = f"{self._where}out of memory in {self.what}: {self.remedy}"
+        elif isinstance(error, dist.DistError) or "/gloo/" in str(error):
+            self.failure = f"{self._where}{_gone(error)}"
         else:
             while trace is not None and trace.tb_next is not None:
                 trace = trace.tb_next
             at = f"{Path(trace.tb_frame.f_code.co_filename).name}:{trace.tb_lineno}"
             said = " ".join(str(error).split())
             self.failure = f"{self._where}{self.what}: {type(error).__name__}: {said} ({at})"
+        if self._alone:
+            raise FastdissError(self.failure) from None
         return True
 
 
@@ -82,7 +90,7 @@ class Processes:
 
     def __enter__(self) -> Processes:
         if self.world_size > 1:
-            with self._others():
+            with self.others():
                 dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
             if self.rank:
                 logs.quiet()
@@ -112,7 +120,7 @@ class Processes:
         if self.world_size == 1:
             return values
         total = torch.tensor(values, dtype=torch.float64, device=self.device)
-        with self._others():
+        with self.others():
             dist.all_reduce(total)
         return total.tolist()
 
@@ -134,7 +142,7 @@ class Processes:
                 p.grad = torch.zeros_like(p)
             grads.append(p.grad)
         flat = torch.cat([*(grad.flatten() for grad in grads), grads[0].new_tensor([failed])])
-        with self._others():
+        with self.others():
             dist.all_reduce(flat)
         *summed, failures = flat.split([*(grad.numel() for grad in grads), 1])
         for grad, total in zip(grads, summed, strict=True):
@@ -146,19 +154,21 @@ class Processes:
         if self.world_size == 1:
             return items
         parts: list[Any] = [None] * self.world_size
-        with self._others():
+        with self.others():
             dist.all_gather_object(parts, items)
         return [item for part in parts for item in part]
 
     def barrier(self) -> None:
         """Wait until all ranks are here."""
         if self.world_size > 1:
-            with self._others():
+            with self.others():
                 dist.barrier()
 
-    def attempt(self, what: str, remedy: str = "lower --max-tokens") -> Attempt:
+    def attempt(
+        self, what: str, remedy: str = "lower --max-tokens", alone: bool = False
+    ) -> Attempt:
         """Return an `Attempt` of this rank."""
-        return Attempt(what, remedy, f"rank {self.rank}: " if self.world_size > 1 else "")
+        return Attempt(what, remedy, f"rank {self.rank}: " if self.world_size > 1 else "", alone)
 
     def agree(self, tried: Attempt, stop: Stop) -> int:
         """Learn what the ranks have met since they last met, all at the same place.
@@ -179,19 +189,23 @@ class Processes:
             raise CommonError(self.gather([tried.failure] if tried.failure else [])[0])
 
     @contextmanager
-    def _others(self) -> Iterator[None]:
+    def others(self) -> Iterator[None]:
         """Tell in one line that another process is gone, whatever the transport says of it."""
         try:
             yield
         except RuntimeError as error:
             if out_of_memory(error):
                 raise
-            # without the place in torch's sources before it and the advice behind it
-            reason = re.sub(r"^\[[^]]*] *", "", str(error).strip()).split("\n")[0].split(". ")[0]
-            raise FastdissError(
-                f"rank {self.rank} of {self.world_size}: another process has ended or cannot be "
-                f"reached ({reason}); see what it said, then give the same command again"
-            ) from None
+            raise FastdissError(f"rank {self.rank} of {self.world_size}: {_gone(error)}") from None
+
+
+def _gone(error: BaseException) -> str:
+    # without the place in torch's sources before it and the advice behind it
+    reason = re.sub(r"^\[[^]]*] *", "", str(error).strip()).split("\n")[0].split(". ")[0]
+    return (
+        f"another process has ended or cannot be reached ({reason}); see what it said, then give "
+        "the same command again"
+    )
 
 
 def _leave(code: int) -> None:

@@ -67,7 +67,7 @@ class Ranks:
         self, count: int, *args: str | Path, prepare: Callable[[int], None] | None = None
     ) -> None:
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["conftest", "fastdiss_cli.training.loop"])
+        context.set_forkserver_preload(["conftest", "fastdiss_cli.training.loop", "torch._dynamo"])
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -11,6 +13,7 @@ from fastdiss_cli.data.batching import Batch
 from fastdiss_cli.device import autocast
 from fastdiss_cli.distributed import Attempt, Processes
 from fastdiss_cli.models.registry import Seq2SeqModel
+from fastdiss_cli.training import sharding
 
 
 def update_attempt(processes: Processes, config: TrainConfig) -> Attempt:
@@ -19,7 +22,7 @@ def update_attempt(processes: Processes, config: TrainConfig) -> Attempt:
         f"lower --max-tokens (now {config.max_tokens}) and raise --update-freq as much; "
         "a run that has begun takes the change with --accept-changes"
     )
-    return processes.attempt("an update", remedy)
+    return processes.attempt("an update", remedy, alone=config.shard)
 
 
 def add_gradient(
@@ -47,3 +50,21 @@ def add_gradient(
     (loss.total * share).backward()
     losses = {"loss": loss.total, **loss.parts}
     return {name: value.detach() * share for name, value in losses.items()}
+
+
+def sum_and_clip(
+    model: Seq2SeqModel, config: TrainConfig, processes: Processes, tried: Attempt
+) -> Tensor:
+    """Add up the gradients over all ranks and clip the sum; return its norm before that.
+
+    Raises:
+        CommonError: a rank has failed in its ``tried``.
+    """
+    max_norm = config.clip_norm or math.inf
+    if sharding.is_sharded(model):
+        return sharding.sum_and_clip(model, max_norm, processes)
+    if tried.failure:
+        model.zero_grad(set_to_none=True)  # the others wait for this rank's message
+    failed = processes.sum_gradients(model.parameters(), bool(tried.failure))
+    processes.fail_together(tried, failed)
+    return torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)

@@ -19,9 +19,10 @@ from fastdiss_cli.data.binarized import BinarizedDataset
 from fastdiss_cli.device import pick_dtype
 from fastdiss_cli.distributed import CommonError, Processes
 from fastdiss_cli.errors import FastdissError
-from fastdiss_cli.models.registry import Architecture
+from fastdiss_cli.models.registry import Architecture, Seq2SeqModel
 from fastdiss_cli.randomness import seed_everything
 from fastdiss_cli.signals import Stop, Stopped, elected, stop_on_signal
+from fastdiss_cli.training import sharding
 from fastdiss_cli.training.checkpoint import (
     BEST,
     LAST,
@@ -33,7 +34,7 @@ from fastdiss_cli.training.checkpoint import (
     unpack_optimizer,
     vocabulary,
 )
-from fastdiss_cli.training.gradient import add_gradient, update_attempt
+from fastdiss_cli.training.gradient import add_gradient, sum_and_clip, update_attempt
 from fastdiss_cli.training.log import MetricsFile, Window
 from fastdiss_cli.training.optimizer import EMA, learning_rate, make_optimizer
 from fastdiss_cli.training.state import (
@@ -78,8 +79,9 @@ class Training:
         self.config = config = dataclasses.replace(config, dtype=resolved)
         self.model_config = arch.config(model_overrides)
         seed_everything(config.seed, "initialise")
-        tokenizers = (dataset.src_tokenizer, dataset.tgt_tokenizer)
-        self.model = arch.family(self.model_config, *map(vocabulary, tokenizers)).to(self.device)
+        self.model = self._new_model()
+        if config.shard:
+            sharding.shard(self.model, processes)
         self.optimizer = make_optimizer(self.model, config)
         if begin_with is not None and not (save_dir / LAST).exists():
             sides = dict(zip(("src", "tgt"), tokenizers, strict=True))
@@ -224,14 +226,7 @@ class Training:
                 losses = add_gradient(self.model, batch, update, share, self.dtype, tried)
                 for name, value in losses.items():
                     sums[name] = sums.get(name, 0) + value
-        if tried.failure:
-            self.optimizer.zero_grad(set_to_none=True)  # the others wait for this rank's message
-        failed = self.processes.sum_gradients(self.model.parameters(), bool(tried.failure))
-        self.processes.fail_together(tried, failed)
-
-        grad_norm = torch.nn.utils.clip_grad_norm_(
-            self.model.parameters(), config.clip_norm or math.inf
-        )
+        grad_norm = sum_and_clip(self.model, config, self.processes, tried)
         # with one process the only wait for the device; with several, the message that stops them
         means = self.processes.sum([*torch.stack([*sums.values()]).tolist(), *self.stop.votes])
         figures = dict(zip(sums, means, strict=False)) | {"grad_norm": float(grad_norm)}
@@ -277,10 +272,10 @@ class Training:
         """Score the averaged weights on the validation split."""
         config, progress = self.config, self.progress
         how = (config, self.processes, self.stop, self.dtype)
-        with self._averaged():
-            figures = validation_loss(self.model, batcher, progress.update, *how)
+        with self._averaged() as model:
+            figures = validation_loss(model, batcher, progress.update, *how)
             if config.valid_sentences:
-                figures["bleu"] = validation_bleu(self.model, self.dataset, *how)
+                figures["bleu"] = validation_bleu(model, self.dataset, *how)
         judge(progress, figures)
         self._record({"split": "valid", **figures})
         logs.info(
@@ -290,16 +285,28 @@ class Training:
         )
 
     @contextmanager
-    def _averaged(self) -> Iterator[None]:
-        """Put the model into evaluation mode, with the averaged weights in place of its own."""
+    def _averaged(self) -> Iterator[Seq2SeqModel]:
+        """Yield the model in evaluation mode, with the averaged weights in place of its own.
+
+        Of a sharded one it is a copy, whole on every rank: they decode each at its own pace.
+        """
+        if sharding.is_sharded(self.model):
+            weights = self.ema.weights if self.ema else dict(self.model.named_parameters())
+            yield sharding.gather_into(self._new_model().eval(), weights, self.processes)
+            return
         if self.ema:
             self.ema.swap(self.model)
         self.model.eval()
         try:
-            yield
+            yield self.model
         finally:
             if self.ema:
                 self.ema.swap(self.model)
+
+    def _new_model(self) -> Seq2SeqModel:
+        tokenizers = (self.dataset.src_tokenizer, self.dataset.tgt_tokenizer)
+        model = self.arch.family(self.model_config, *map(vocabulary, tokenizers))
+        return model.to(self.device)
 
     def _batcher(self, split: str) -> TokenBatcher:
         files, dataset = self.dataset[split], self.dataset
@@ -339,9 +346,10 @@ class Training:
         """
         progress, first = self.progress, self.processes.rank == 0
         lost = first and progress.is_best
+        checkpoint = self._checkpoint()
         with self.processes.attempt("saving") as tried:
             if first:
-                save_newest(self._checkpoint(), self.save_dir)
+                save_newest(checkpoint, self.save_dir)
                 lost = False
                 if numbered:
                     number_newest(progress, self.save_dir, self.config.keep_last)
@@ -369,7 +377,7 @@ class Training:
             self.progress,
             self.dataset.hash,
             self.processes.world_size,
-            tensors,
+            sharding.gather(tensors, self.processes),
             self.dataset.summary,
         )
 
@@ -399,6 +407,7 @@ class Training:
                 f"{path} was trained with different settings: {named}. Train into "
                 "another --save-dir, or resume anyway with --accept-changes"
             )
+        checkpoint.tensors = sharding.divide(checkpoint.tensors, self.model)
         load_weights(self.model, checkpoint.group("model"), path)
         if self.ema and checkpoint.group("ema"):
             for name, value in checkpoint.group("ema").items():

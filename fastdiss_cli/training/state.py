@@ -102,7 +102,7 @@ def changes(
     """Name what differs between a checkpoint and a run and would change the result."""
     may_differ = {
         "max_update", "max_epoch", "patience", "keep_last", "log_interval",
-        "save_interval_updates", "max_skipped", "compile",
+        "save_interval_updates", "max_skipped", "compile", "shard",
     }  # fmt: skip
     if config.lr_scheduler == "cosine":
         may_differ.discard("max_update")
