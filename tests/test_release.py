@@ -119,7 +119,8 @@ def test_the_card(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         "best_validation": {"bleu": round(best.best, 3), "update": best.best_update},
     }
     with safe_open("model.safetensors", framework="pt") as file:  # for other tools than ours
-        assert json.loads(file.metadata()["facts"])["card"]["license"] == "cc-by-4.0"
+        about = json.loads(file.metadata()["fastdiss"])
+        assert json.loads(about["facts"])["card"]["license"] == "cc-by-4.0"
     # a release of a release keeps what is not given again
     assert run_cli("export", "model.safetensors", "-o", "again.safetensors").returncode == 0
     assert run_cli("card", "again.safetensors").stdout == shown

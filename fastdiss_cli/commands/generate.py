@@ -136,7 +136,10 @@ def generate(
         ),
     ] = False,
     seed: Annotated[
-        int | None, typer.Option(help="Seed of the noise. (default: 1)", **SAMPLING)
+        int | None,
+        typer.Option(
+            help="Seed of the noise, with the number of the line. (default: 1)", **SAMPLING
+        ),
     ] = None,
     beam: Annotated[int | None, typer.Option(help="1: greedy search. (default: 5)", **BEAM)] = None,
     lenpen: Annotated[

@@ -201,8 +201,8 @@ def architecture(name: str, user_module: Path | None = None) -> Architecture:
     known = architectures(user_module)
     if name not in known:
         raise FastdissError(
-            f"unknown architecture {name!r}{suggest(name, known)}; `fastdiss models` lists them, "
-            "--user-module adds your own"
+            f"unknown architecture {name!r}{suggest(name, known)} (`fastdiss models` lists them, "
+            "--user-module adds your own)"
         )
     return known[name]
 

@@ -38,8 +38,8 @@ from fastdiss_cli.training.gradient import add_gradient, sum_and_clip, update_at
 from fastdiss_cli.training.log import MetricsFile, Window
 from fastdiss_cli.training.optimizer import EMA, learning_rate, make_optimizer
 from fastdiss_cli.training.state import (
-    changes,
     number_newest,
+    refuse_changes,
     save_newest,
     trained_weights,
     warn_of_little_space,
@@ -80,13 +80,13 @@ class Training:
         self.model_config = arch.config(model_overrides)
         seed_everything(config.seed, "initialise")
         self.model = self._new_model()
+        if begin_with is not None and not (save_dir / LAST).exists():
+            tokenizers = {"src": dataset.src_tokenizer, "tgt": dataset.tgt_tokenizer}
+            weights = trained_weights(begin_with, asdict(self.model_config), tokenizers)
+            load_weights(self.model, weights, begin_with)
         if config.shard:
             sharding.shard(self.model, processes)
         self.optimizer = make_optimizer(self.model, config)
-        if begin_with is not None and not (save_dir / LAST).exists():
-            sides = dict(zip(("src", "tgt"), tokenizers, strict=True))
-            weights = trained_weights(begin_with, asdict(self.model_config), sides)
-            load_weights(self.model, weights, begin_with)
         self.ema = EMA(self.model, config.ema_decay) if config.ema_decay else None
         self.progress = Progress()
         self.batcher = self._batcher("train")
@@ -392,20 +392,15 @@ class Training:
                 f"{path} is a release without optimizer state, which no training can go on from: "
                 "train into another --save-dir"
             )
-        differences = changes(
-            checkpoint,
-            self.arch.name,
-            asdict(self.model_config),
-            self.config,
-            self.dataset.hash,
-            self.processes.world_size,
-        )
-        if differences and not accept_changes:
-            more = f"; and {len(differences) - 4} more (a forgotten --config?)"
-            named = "; ".join(differences[:4]) + (more if len(differences) > 4 else "")
-            raise FastdissError(
-                f"{path} was trained with different settings: {named}. Train into "
-                "another --save-dir, or resume anyway with --accept-changes"
+        if not accept_changes:
+            refuse_changes(
+                path,
+                checkpoint,
+                self.arch.name,
+                asdict(self.model_config),
+                self.config,
+                self.dataset.hash,
+                self.processes.world_size,
             )
         checkpoint.tensors = sharding.divide(checkpoint.tensors, self.model)
         load_weights(self.model, checkpoint.group("model"), path)

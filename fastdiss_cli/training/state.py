@@ -91,23 +91,26 @@ def trained_weights(
     return checkpoint.averaged()
 
 
-def changes(
+def refuse_changes(
+    path: Path,
     before: Checkpoint,
     arch: str,
     model: dict[str, Any],
     config: TrainConfig,
     dataset_hash: str,
     world_size: int,
-) -> list[str]:
-    """Name what differs between a checkpoint and a run and would change the result."""
+) -> None:
+    """Refuse to resume where a checkpoint and a run differ in what changes the result.
+
+    Raises:
+        FastdissError: what differs.
+    """
     may_differ = {
         "max_update", "max_epoch", "patience", "keep_last", "log_interval",
         "save_interval_updates", "max_skipped", "compile", "shard",
     }  # fmt: skip
     if config.lr_scheduler == "cosine":
         may_differ.discard("max_update")
-    if before.arch != arch:  # then all options differ, and say nothing
-        return [f"arch was {before.arch} and is now {arch}"]
     now = {
         "arch": arch,
         "dataset": dataset_hash[:16],
@@ -127,6 +130,16 @@ def changes(
         for key, value in now.items()
         if json.dumps(then.get(key)) != json.dumps(value)
     ]
-    if config.lr_scheduler == "cosine" and config.max_update != before.train_config["max_update"]:
-        differing.append("(the cosine ends at max_update: all later learning rates differ)")
-    return differing
+    if before.arch != arch:  # all options may differ then, and say nothing
+        differing = differing[:1]
+    if not differing:
+        return
+    named = "; ".join(differing[:4])
+    if len(differing) > 4:
+        named += f"; and {len(differing) - 4} more (a forgotten --config?)"
+    if any(one.startswith("train.max_update ") for one in differing):
+        named += " (where the cosine ends, so that all learning rates differ)"
+    raise FastdissError(
+        f"{path} was trained with different settings: {named}. Train into another --save-dir, or "
+        "resume anyway with --accept-changes"
+    )
