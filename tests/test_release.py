@@ -12,6 +12,7 @@ import yaml
 from conftest import one_line_error, run_cli
 from runs import command
 from safetensors import safe_open
+from safetensors.torch import save_file
 
 import fastdiss_cli
 from fastdiss_cli.training.checkpoint import Checkpoint
@@ -39,6 +40,26 @@ def facts_of(path: Path) -> dict[str, object]:
     assert done.returncode == 0, done.stderr
     _, front, _ = done.stdout.split("---\n", 2)
     return yaml.safe_load(front)
+
+
+def test_the_same_release_is_the_same_bytes(files: list[Path], tmp_path: Path) -> None:
+    """safetensors writes several entries of metadata in random order."""
+    out = tmp_path / "model.safetensors"
+    found = set()
+    for _ in range(6):
+        assert run_cli("export", files[0], "--output", out).returncode == 0
+        found.add(out.read_bytes())
+    assert len(found) == 1
+
+
+def test_a_checkpoint_of_format_2_is_read(files: list[Path], tmp_path: Path) -> None:
+    with safe_open(files[0], framework="pt") as file:
+        about = json.loads(file.metadata()["fastdiss"])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    metadata = {"fastdiss": "2", "facts": about["facts"], "sha256": about["sha256"]}
+    save_file(tensors, tmp_path / "old.safetensors", metadata)
+    old, new = Checkpoint.load(tmp_path / "old.safetensors"), Checkpoint.load(files[0])
+    assert old.progress == new.progress and old.model_config == new.model_config
 
 
 def test_a_release_generates_what_the_checkpoint_does(files: list[Path], tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -307,6 +308,22 @@ def test_training_curves_of_several_runs(tmp_path: Path) -> None:
         assert text in shown
     assert all(f">{name}<" in shown for name in "abc")
     assert "skipped" not in shown  # nothing but zeros
+
+
+def test_a_log_before_the_lines_is_passed_over(tmp_path: Path) -> None:
+    """As `generate > job.log 2>&1` leaves it."""
+    path = generated(tmp_path / "out.txt", POOR)
+    plain = run_cli("score", path).stdout
+    path.write_text("checkpoints: 5 sentences on cpu\n" + path.read_text() + "wrote it\n")
+    assert run_cli("score", path).stdout == plain and plain
+
+
+def test_files_of_a_run_come_in_the_order_of_their_steps(tmp_path: Path) -> None:
+    paths = [generated(tmp_path / f"{n}/out.steps{k}.txt", POOR) for n in "ba" for k in (1, 20, 5)]
+    rows = run_cli("score", *paths, "--metrics", "bleu").stdout.splitlines()[1:7]
+    assert [re.search(r"([ab])/out.steps(\d+)", row).groups() for row in rows] == [
+        (n, k) for n in "ba" for k in ("1", "5", "20")
+    ]
 
 
 @needs_matplotlib

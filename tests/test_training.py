@@ -57,6 +57,25 @@ def test_resuming_otherwise_is_refused_with_the_difference(data_bin: Path, tmp_p
     start(data_bin, tmp_path, max_update=2).run()  # training longer changes no update
 
 
+def test_what_befalls_the_last_checkpoint_befalls_no_other(data_bin: Path, tmp_path: Path) -> None:
+    start(data_bin, tmp_path, max_update=2, keep_last=3, save_interval_updates=1).run()
+    last, best = (tmp_path / f"checkpoint_{name}.safetensors" for name in ("last", "best"))
+    (numbered,) = tmp_path.glob("checkpoint_*_2.safetensors")
+    assert last.read_bytes() == best.read_bytes() == numbered.read_bytes()
+    assert last.stat().st_nlink == 1 and best.samefile(numbered)
+
+
+def test_another_architecture_is_all_that_is_told(data_bin: Path, tmp_path: Path) -> None:
+    start(data_bin, tmp_path, "difformer_tiny", max_update=1).run()
+    with pytest.raises(FastdissError) as refused:
+        start(data_bin, tmp_path, "transformer_tiny", seed=3)
+    said = str(refused.value)
+    assert "arch was difformer_tiny and is now transformer_tiny. Train" in said
+    with pytest.raises(FastdissError, match=r"and \d+ more \(a forgotten --config\?\)"):
+        more = {"seed": 3, "lr": 1, "max_tokens": 9, "update_freq": 2, "warmup_updates": 7}
+        start(data_bin, tmp_path, "difformer_tiny", **more)
+
+
 def test_a_new_run_begins_with_the_weights_of_another(data_bin: Path, tmp_path: Path) -> None:
     start(data_bin, tmp_path / "first", ema_decay=0.5).run()
     load = Checkpoint.load(tmp_path / "first" / "checkpoint_best.safetensors")
