@@ -401,13 +401,14 @@ def test_a_damaged_checkpoint_is_refused_or_right(
 ) -> None:
     header, tensors = parts(saved)
     begin = len(saved) - len(tensors)
-    facts = saved.index(b'"facts"')
+    # JSON within JSON
+    facts, digest = (saved.index(name) for name in (b'\\"facts\\"', b'\\"sha256\\"'))
     regions = {
         "length": (0, 8),
         "header": (8, begin),
         "version": (saved.index(b'"fastdiss"'), saved.index(b'"fastdiss"') + 16),
         "facts": (facts, facts + 600),
-        "sha256": (saved.index(b'"sha256"'), saved.index(b'"sha256"') + 76),
+        "sha256": (digest, digest + 80),
     }
     for group in ("model", "ema", "optimizer", "tokenizer"):
         ends = [v["data_offsets"] for n, v in header.items() if n.startswith(f"{group}.")]
@@ -469,17 +470,18 @@ def test_a_shape_that_claims_petabytes(saved: bytes, original: Checkpoint, tmp_p
         assert check_checkpoint(tmp_path / "x", joined(header, tensors), original)
 
 
-@pytest.mark.parametrize("version", ["1", "3", "10", "", "2\n3", "0"])
+@pytest.mark.parametrize("version", ["1", "4", "10", "", "2\n3", "0"])
+@pytest.mark.parametrize("alone", [True, False])  # as until format 2, and since
 def test_another_version_of_a_checkpoint_says_so(
-    saved: bytes, tmp_path: Path, version: str
+    saved: bytes, tmp_path: Path, version: str, alone: bool
 ) -> None:
     header, tensors = parts(saved)
-    header["__metadata__"]["fastdiss"] = version
+    header["__metadata__"]["fastdiss"] = version if alone else json.dumps({"format": version})
     (tmp_path / "x").write_bytes(joined(header, tensors))
     with pytest.raises(FastdissError) as caught:
         Checkpoint.load(tmp_path / "x")
     told(caught.value)
-    assert f"checkpoint format {version!r}; this fastdiss reads '2'" in str(caught.value)
+    assert f"checkpoint format {version!r}; this fastdiss reads '3'" in str(caught.value)
 
 
 def test_facts_that_are_incomplete_under_a_right_hash(
@@ -487,7 +489,7 @@ def test_facts_that_are_incomplete_under_a_right_hash(
 ) -> None:
     """What another program wrote, with the hash that belongs to it."""
     header, tensors = parts(saved)
-    facts = json.loads(header["__metadata__"]["facts"])
+    facts = json.loads(json.loads(header["__metadata__"]["fastdiss"])["facts"])
     path = tmp_path / "x.safetensors"
     wrong = st.sampled_from([None, True, "", "x", [], {}, -1, 2.5, 0, [1], {"x": 1}])
 
@@ -496,7 +498,8 @@ def test_facts_that_are_incomplete_under_a_right_hash(
     def change(changed: dict[str, Any]) -> None:
         text = json.dumps(changed)
         digest = _digest(text, dict(sorted(original.tensors.items())))
-        forged = {"fastdiss": "2", "facts": text, "sha256": digest}
+        about = {"format": "3", "facts": text, "sha256": digest}
+        forged = {"fastdiss": json.dumps(about)}
         path.write_bytes(joined({**header, "__metadata__": forged}, tensors))
         for read in (Checkpoint.load, lambda path: load_model(path, CPU)):
             try:

@@ -312,7 +312,7 @@ def test_training_curves_of_several_runs(tmp_path: Path) -> None:
 
 def test_a_log_before_the_lines_is_passed_over(tmp_path: Path) -> None:
     """As `generate > job.log 2>&1` leaves it."""
-    path = generated(tmp_path / "out.txt", POOR)
+    path = generated(tmp_path / "out.txt", POOR, summary("fastdiss_tiny", 8, steps=5))
     plain = run_cli("score", path).stdout
     path.write_text("checkpoints: 5 sentences on cpu\n" + path.read_text() + "wrote it\n")
     assert run_cli("score", path).stdout == plain and plain

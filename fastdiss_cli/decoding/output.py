@@ -28,7 +28,7 @@ if TYPE_CHECKING:  # `score` reads these files, and need not wait for torch
     from fastdiss_cli.models.registry import Hypothesis
 
 _LINE = re.compile(r"([STHDPI])-([0-9]{1,18})\t(.*)", re.DOTALL)
-_LOG_LINES = 50
+_SUMMARY = re.compile(r"Generate .* sentences/s, NFE [\d.]+$")
 _HISTORY = re.compile(r"E-[0-9]{1,18}_[0-9]+\t")
 # (below, rich style): one dark hue and an underline, for dark and light terminals and for eyes
 # that tell no red from green; label smoothing keeps sure pieces near 0.9
@@ -116,8 +116,9 @@ def read_system(path: Path) -> Generated:
     if not lines:
         raise FastdissError(f"{path} is empty")
     plain = Generated([[line] for line in lines])
-    # a log may come first, where stdout and stderr went into one file
-    if not any(_LINE.match(line) or _HISTORY.match(line) for line in lines[:_LOG_LINES]):
+    summary = next((line for line in reversed(lines) if _SUMMARY.match(line)), "")
+    # where stdout and stderr went into one file, a log comes first, and the summary tells it
+    if not (summary or _LINE.match(lines[0]) or _HISTORY.match(lines[0])):
         return plain
     found: dict[str, dict[int, list[str]]] = {"S": {}, "D": {}, "T": {}}
     newest = -1  # sentence with a D line
@@ -147,7 +148,7 @@ def read_system(path: Path) -> Generated:
         [references[number][0] for number in sorted(answers)]
         if references.keys() == answers.keys()
         else None,
-        next((line for line in reversed(lines) if line.startswith("Generate ")), ""),
+        summary,
     )
 
 

@@ -36,7 +36,7 @@ def check_selection(method: str | None, metric: str, reranked: bool) -> None:
     if metric not in METRICS:
         raise FastdissError(f"mbr_metric {metric}: choose from {', '.join(METRICS)}")
     if method is not None and (method == "rerank") != reranked:
-        raise FastdissError("select rerank and a reranker (--rerank-path) go together")
+        raise FastdissError("select rerank and a reranker go together (--rerank-path)")
 
 
 def check_reranker(

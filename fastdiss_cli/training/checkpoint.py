@@ -179,6 +179,15 @@ class Checkpoint:
             ) from None
 
 
+def update_of(path: Path) -> int | None:
+    """Return how many updates a checkpoint has seen, by its header alone; None: there is none."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return json.loads(_about(file.metadata() or {})["facts"])["progress"]["update"]
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError):
+        return None
+
+
 def vocabulary(tokenizer: Tokenizer) -> Vocabulary:
     """Return what a model knows of a tokenizer."""
     ids = (tokenizer.bos, tokenizer.pad, tokenizer.eos)

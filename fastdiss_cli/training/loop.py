@@ -32,6 +32,7 @@ from fastdiss_cli.training.checkpoint import (
     load_weights,
     pack_optimizer,
     unpack_optimizer,
+    update_of,
     vocabulary,
 )
 from fastdiss_cli.training.gradient import add_gradient, sum_and_clip, update_attempt
@@ -409,6 +410,8 @@ class Training:
                 self.ema.weights[name].copy_(value)
         unpack_optimizer(self.model, self.optimizer, checkpoint.group("optimizer"))
         self.progress = checkpoint.progress
-        if self.progress.is_best and self.processes.rank == 0:  # a kill may have come in between
-            copy_checkpoint(path, self.save_dir / BEST)
+        if self.progress.is_best and self.processes.rank == 0:
+            best = self.save_dir / BEST
+            if update_of(best) != self.progress.update:  # a kill came in between
+                copy_checkpoint(path, best)
         logs.info(f"resuming {path} after update {self.progress.update:,}")

@@ -22,10 +22,10 @@ HERE = Path(__file__).parent
 ALL_STEPS = "1,2,3,5,10,20,50,100"
 FEW_STEPS = "1,2,5,20"
 
-# One network; the unrolled SCP is the default. MANS has a pass of its own, but in the last.
-NETWORK = {"source_copy": "1"}
-DIFFORMER = NETWORK | {"arch": "difformer_tiny"}
-SCP = NETWORK | {"arch": "fastdiss_tiny", "scp_unroll": "0", "mans_strength": "0"}
+# One network, with the source copy of the plan; the unrolled SCP is the default. MANS has a pass of
+# its own, but in the last.
+DIFFORMER = {"arch": "difformer_tiny"}
+SCP = {"arch": "fastdiss_tiny", "scp_unroll": "0", "mans_strength": "0"}
 SCP_MANS = SCP | {"mans_strength": "0.25", "mans_shared_pass": "false"}
 VARIANTS: dict[str, dict[str, str]] = {
     "no self-conditioning": DIFFORMER | {"self_cond_rate": "0"},
@@ -49,7 +49,6 @@ BASE = {
     "self_cond_form": "expected",
     "embedding_scale": "false",
     "latent_dim": "64",
-    "source_copy": "1",
     "scp_offset": "step-matched",
     "scp_grid": "uniform",
     "scp_coupling": "markov",
@@ -112,6 +111,7 @@ SWEEPS: dict[str, dict[str, dict[str, str]]] = {
     "Source copy": {
         "none": {"source_copy": "0"},
         "width 0.3": {"source_copy": "0.3"},
+        "width 1": {"source_copy": "1"},
         "width 3": {"source_copy": "3"},
     },
     "Embedding": {
@@ -212,7 +212,7 @@ def variant_trials(work: Path, plan: dict[str, Any]) -> Iterator[Trial]:
     for seed in range(1, plan["seeds"] + 1):
         sampling = every_seed | (first_seed if seed == 1 else {})
         for name in plan.get("variants", VARIANTS):
-            options = dict(VARIANTS[name])
+            options = {"source_copy": str(plan["source_copy"])} | VARIANTS[name]
             arch = options.pop("arch")
             folder = trial_folder(work, name, seed)
             yield Trial(folder, arch, seed, plan["updates"], options, "test", sampling)
@@ -233,6 +233,7 @@ def sweep_trials(work: Path, plan: dict[str, Any]) -> Iterator[Trial]:
                 trials[f"{name} {setting}"] = (BASE | changes, sampling)
         for name, (options, sampling) in trials.items():
             folder = trial_folder(work, f"sweep/{name}", seed)
+            options = {"source_copy": str(plan["source_copy"])} | options
             updates = plan["sweep_updates"]
             yield Trial(folder, "fastdiss_tiny", seed, updates, options, "valid", sampling)
 
