@@ -100,7 +100,7 @@ def test_a_new_run_refuses_weights_for_other_tokens(
     other = tmp_path / "other"
     run_cli("preprocess", "-s", "de", "-t", "en", "--destdir", other, "--model-type", "word",
             "--trainpref", corpus / "train")  # fmt: skip
-    with pytest.raises(FastdissError, match=r"has another src tokenizer"):
+    with pytest.raises(FastdissError, match=r"the source tokenizer of the dataset .* is not"):
         start(other, tmp_path / "second", begin_with=tmp_path / "first")
 
 
@@ -285,7 +285,7 @@ def test_little_space_for_checkpoints_is_told_before_training(
         monkeypatch.setattr(shutil, "disk_usage", lambda _, space=space: space)
         said.clear()
         start(data_bin, tmp_path / str(copies))
-        assert ("two checkpoints of" in " ".join(said)) == told
+        assert ("three checkpoints of" in " ".join(said)) == told
 
 
 def test_the_best_of_equal_bleu_has_the_lower_loss() -> None:

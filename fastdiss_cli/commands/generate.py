@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from fastdiss_cli import logs
+from fastdiss_cli.commands.decoding_flags import decoding_options, step_counts_of
 from fastdiss_cli.commands.options import SourceLang, TargetLang, UserModule
 from fastdiss_cli.errors import FastdissError
 
 if TYPE_CHECKING:
     from fastdiss_cli.decoding.translation import Output
-    from fastdiss_cli.models.registry import Seq2SeqModel
 
 INPUT = {"rich_help_panel": "Input and output"}
 SAMPLING = {"rich_help_panel": "Sampling (diffusion models)"}
@@ -211,7 +210,7 @@ def generate(
         raise typer.BadParameter("--diagnose is over all sentences at once, without --buffer-size")
     if input is not None and diagnose:
         raise typer.BadParameter("--diagnose needs a dataset: it measures losses on the answers")
-    step_counts = _step_counts(steps)
+    step_counts = step_counts_of(steps)
     flags = {
         "solver": solver,
         "time_grid": time_grid,
@@ -367,37 +366,7 @@ def generate(
         raise SystemExit(128 + done.signal)
 
 
-def decoding_options(model: Seq2SeqModel, arch: str, flags: dict[str, Any]) -> Any:
-    """Return a model's decoding options; a flag that it does not have is wrong usage."""
-    known = [field.name for field in dataclasses.fields(model.Decoding)]
-    given = {key: value for key, value in flags.items() if value is not None}
-    for key in given:
-        if key not in known:
-            there = ", ".join(_flag(name) for name in known if name in flags)
-            raise typer.BadParameter(f"{_flag(key)} does not apply to {arch}, which has {there}")
-    try:
-        return model.Decoding(**given)
-    except FastdissError as error:  # it begins with the option's name
-        name, _, rest = str(error).partition(" ")
-        raise typer.BadParameter(f"{_flag(name)} {rest}") from None
-
-
-def _flag(option: str) -> str:
-    return "--" + {"history": "print-history"}.get(option, option.replace("_", "-"))
-
-
 def _keep(outputs: Sequence[Output]) -> str:
     """Keep what is written of outputs that are not complete, and say where it is."""
     kept = [str(output.keep()) for output in outputs if output.path]
     return f"in {', '.join(kept)}" if kept else "written"
-
-
-def _step_counts(steps: str | None) -> list[int | None]:
-    if steps is None:
-        return [None]
-    counts = steps.split(",")
-    if not all(count.strip().isdecimal() and int(count) >= 1 for count in counts):
-        raise typer.BadParameter(f"--steps {steps}: give whole numbers of at least 1, as in 1,2,5")
-    if len(set(map(int, counts))) < len(counts):
-        raise typer.BadParameter(f"--steps {steps}: a step count is given twice")
-    return [int(count) for count in counts]

@@ -52,7 +52,8 @@ def train(
     finetune_from_model: Annotated[
         Path | None,
         typer.Option(
-            metavar="CHECKPOINT", help="Begin with its weights; of a folder its checkpoint_best."
+            metavar="CHECKPOINT|DIR",
+            help="Begin with its weights. A resumed training has its own.",
         ),
     ] = None,
     source_lang: SourceLang = None,

@@ -247,6 +247,25 @@ class _CountedLines:
             raise
 
 
+def check_same(side: str, own: Tokenizer, other: Tokenizer, where: str, remedy: str) -> None:
+    """Refuse a tokenizer that is not the checkpoint's own, whose ids would mean other tokens.
+
+    Args:
+        side: source or target.
+        own: the checkpoint's.
+        other, where: the one beside it, and what that belongs to.
+        remedy: what to do.
+
+    Raises:
+        FastdissError: they differ; the message has both hashes.
+    """
+    if own.hash != other.hash:
+        raise FastdissError(
+            f"the {side} tokenizer of {where} ({other.hash[:16]}) is not the checkpoint's "
+            f"({own.hash[:16]}); {remedy}"
+        )
+
+
 def _explain(message: str, model_type: str, vocab_size: int) -> str:
     reason = message.rsplit("] ", 1)[-1].strip()
     limit = re.search(r"value <= (\d+)", message)

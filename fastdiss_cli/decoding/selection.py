@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from fastdiss_cli.data.batching import pad
-from fastdiss_cli.data.tokenizer import Tokenizer
+from fastdiss_cli.data.tokenizer import Tokenizer, check_same
 from fastdiss_cli.decoding.mbr import METRICS, expected_utility
 from fastdiss_cli.errors import FastdissError
 from fastdiss_cli.models.registry import Hypothesis, Seq2SeqModel
@@ -55,11 +55,7 @@ def check_reranker(
         FastdissError: it does not fit.
     """
     for side, mine, other in zip(("source", "target"), own, theirs, strict=True):
-        if mine.hash != other.hash:
-            raise FastdissError(
-                f"the reranker has another {side} tokenizer ({other.hash[:16]}, the model "
-                f"{mine.hash[:16]}): train both on one dataset"
-            )
+        check_same(side, mine, other, "the reranker", "train both on one dataset")
     source, target = languages
     if source != target and their_languages == (target, source):  # a joined tokenizer cannot tell
         raise FastdissError(

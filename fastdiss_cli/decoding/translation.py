@@ -16,7 +16,7 @@ import torch
 from fastdiss_cli import logs
 from fastdiss_cli.data.binarized import BinarizedDataset, TokenFile
 from fastdiss_cli.data.text import ComingLines, count_lines, decode_lines, read_lines
-from fastdiss_cli.data.tokenizer import Tokenizer
+from fastdiss_cli.data.tokenizer import Tokenizer, check_same
 from fastdiss_cli.decoding.generation import Run, decode
 from fastdiss_cli.decoding.output import format_lines, hypothesis_text
 from fastdiss_cli.decoding.selection import Select
@@ -57,8 +57,9 @@ def dataset_input(
     Raises:
         FastdissError: it is damaged, or was made with other tokenizers than the checkpoint's.
     """
-    check_tokenizer("source", src, dataset.src_tokenizer, str(dataset.folder))
-    check_tokenizer("target", tgt, dataset.tgt_tokenizer, str(dataset.folder))
+    where, remedy = str(dataset.folder), "use a dataset made with the same --tokenizer, or --input"
+    check_same("source", src, dataset.src_tokenizer, where, remedy)
+    check_same("target", tgt, dataset.tgt_tokenizer, where, remedy)
     files = dataset[split]
     dataset.verify(split)
     pairs = zip(files["src"], files["tgt"], strict=True)
@@ -118,15 +119,6 @@ def _as_they_come(coming: ComingLines, pairs: Iterator[Pair]) -> Iterator[list[P
             raise
         yield window
         most = min(2 * len(window), WINDOW)
-
-
-def check_tokenizer(side: str, own: Tokenizer, other: Tokenizer, where: str) -> None:
-    """Refuse a tokenizer that is not the checkpoint's own."""
-    if own.hash != other.hash:
-        raise FastdissError(
-            f"the {side} tokenizer of {where} ({other.hash[:16]}) is not the checkpoint's "
-            f"({own.hash[:16]}); use a dataset made with the same --tokenizer, or --input"
-        )
 
 
 def check_direction(languages: tuple[str, str], dataset: BinarizedDataset) -> None:

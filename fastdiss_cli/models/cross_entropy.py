@@ -18,9 +18,9 @@ def linear_cross_entropy(
 ) -> tuple[Tensor, Tensor]:
     """Return the mean cross-entropy of ``softmax(x weight^T + bias)`` with smoothed labels.
 
-    It is ``F.cross_entropy`` of ``F.linear`` in half of the time: the gradient is made along with
-    the value, a chunk of tokens at a time, so that [P, V] is never in memory as a whole and is
-    read and written less often (as in Hsu et al. 2024, Liger kernel).
+    It is ``F.cross_entropy`` of ``F.linear``, but the gradient is made along with the value, a
+    chunk of tokens at a time, so that [P, V] is never in memory as a whole and is read and written
+    less often (as in Hsu et al. 2024, Liger kernel).
 
     Args:
         x: float [P, D].

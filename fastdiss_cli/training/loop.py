@@ -23,6 +23,7 @@ from fastdiss_cli.models.registry import Architecture, Seq2SeqModel
 from fastdiss_cli.randomness import seed_everything
 from fastdiss_cli.signals import Stop, Stopped, elected, stop_on_signal
 from fastdiss_cli.training import sharding
+from fastdiss_cli.training.batches import make_batcher
 from fastdiss_cli.training.checkpoint import (
     BEST,
     LAST,
@@ -90,8 +91,10 @@ class Training:
         self.optimizer = make_optimizer(self.model, config)
         self.ema = EMA(self.model, config.ema_decay) if config.ema_decay else None
         self.progress = Progress()
-        self.batcher = self._batcher("train")
-        self.valid_batcher = self._batcher("valid") if "valid" in dataset.splits else None
+        self.batcher = make_batcher(dataset, "train", config, processes)
+        self.valid_batcher = (
+            make_batcher(dataset, "valid", config, processes) if "valid" in dataset.splits else None
+        )
         if misfits := self.model.misfits(*self.batcher.sizes):
             logs.warn(f"train: {misfits}")
         self._schedule: tuple[int, list[Any]] | None = None
@@ -308,26 +311,6 @@ class Training:
         tokenizers = (self.dataset.src_tokenizer, self.dataset.tgt_tokenizer)
         model = self.arch.family(self.model_config, *map(vocabulary, tokenizers))
         return model.to(self.device)
-
-    def _batcher(self, split: str) -> TokenBatcher:
-        files, dataset = self.dataset[split], self.dataset
-        batcher = TokenBatcher(
-            files["src"],
-            files["tgt"],
-            dataset.src_tokenizer.pad,
-            dataset.tgt_tokenizer.pad,
-            self.config.max_tokens,
-            self.config.max_positions,
-            self.config.seed,
-            self.processes.rank,
-            self.processes.world_size,
-        )
-        if batcher.left_out:
-            logs.warn(
-                f"{split}: {batcher.left_out:,} of {len(files['src']):,} sentence pairs are longer "
-                f"than train.max_positions = {self.config.max_positions} tokens and are left out"
-            )
-        return batcher
 
     def _record(self, figures: dict[str, Any]) -> None:
         """Append a line to ``metrics.jsonl``."""

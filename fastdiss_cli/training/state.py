@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastdiss_cli import logs
 from fastdiss_cli.config import TrainConfig
-from fastdiss_cli.data.tokenizer import Tokenizer
+from fastdiss_cli.data.tokenizer import Tokenizer, check_same
 from fastdiss_cli.errors import FastdissError
 from fastdiss_cli.training.checkpoint import (
     BEST,
@@ -29,12 +29,13 @@ from fastdiss_cli.training.checkpoint import (
 def warn_of_little_space(folder: Path, checkpoint: int) -> None:
     """Warn, before hours of training, where checkpoints of so many bytes will not fit.
 
-    There are two at a time at least: one is written while the one before it is there.
+    There are three at a time at least: the last, the best, and the one that takes the place of
+    either.
     """
     free = shutil.disk_usage(folder).free
-    if free < 2 * checkpoint:
+    if free < 3 * checkpoint:
         logs.warn(
-            f"--save-dir {folder}: {free / 1e6:,.0f} MB are free, where two checkpoints of "
+            f"--save-dir {folder}: {free / 1e6:,.0f} MB are free, where three checkpoints of "
             f"{checkpoint / 1e6:,.0f} MB must fit"
         )
 
@@ -75,13 +76,10 @@ def trained_weights(
     """
     path = best_of(path)
     checkpoint = Checkpoint.load(path)
-    for side, tokenizer in tokenizers.items():
-        theirs = checkpoint.tokenizer(side)
-        if theirs.hash != tokenizer.hash:
-            raise FastdissError(
-                f"{path} has another {side} tokenizer ({theirs.hash[:16]}) than the dataset "
-                f"({tokenizer.hash[:16]}): preprocess with the tokenizer that it was trained on"
-            )
+    remedy = f"preprocess with the tokenizers that {path} was trained on"
+    for side, name in (("src", "source"), ("tgt", "target")):
+        own = checkpoint.tokenizer(side)
+        check_same(name, own, tokenizers[side], "the dataset", remedy)
     then = checkpoint.model_config
     differing = [f"{k} {then.get(k)} -> {v}" for k, v in options.items() if then.get(k) != v]
     logs.info(
@@ -137,7 +135,7 @@ def refuse_changes(
     named = "; ".join(differing[:4])
     if len(differing) > 4:
         named += f"; and {len(differing) - 4} more (a forgotten --config?)"
-    if any(one.startswith("train.max_update ") for one in differing):
+    if "train.max_update " in named:
         named += " (where the cosine ends, so that all learning rates differ)"
     raise FastdissError(
         f"{path} was trained with different settings: {named}. Train into another --save-dir, or "

@@ -1,0 +1,40 @@
+"""The batches of a split, shared out over the ranks."""
+
+from __future__ import annotations
+
+from fastdiss_cli import logs
+from fastdiss_cli.config import TrainConfig
+from fastdiss_cli.data.batching import TokenBatcher
+from fastdiss_cli.data.binarized import BinarizedDataset
+from fastdiss_cli.distributed import Processes
+
+
+def make_batcher(
+    dataset: BinarizedDataset, split: str, config: TrainConfig, processes: Processes
+) -> TokenBatcher:
+    """Return the batcher of a split for this rank; say what is too long for it.
+
+    Args:
+        dataset: one that has the split.
+        split: train or valid.
+        config: seed and sizes.
+        processes: this process among the others.
+    """
+    files = dataset[split]
+    batcher = TokenBatcher(
+        files["src"],
+        files["tgt"],
+        dataset.src_tokenizer.pad,
+        dataset.tgt_tokenizer.pad,
+        config.max_tokens,
+        config.max_positions,
+        config.seed,
+        processes.rank,
+        processes.world_size,
+    )
+    if batcher.left_out:
+        logs.warn(
+            f"{split}: {batcher.left_out:,} of {len(files['src']):,} sentence pairs are longer "
+            f"than train.max_positions = {config.max_positions} tokens and are left out"
+        )
+    return batcher
