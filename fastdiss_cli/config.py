@@ -25,40 +25,40 @@ SECTIONS = ("model", "train")
 _NOT_YAML = (yaml.YAMLError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
 
 
+def option(default: Any, meaning: str) -> Any:
+    """Declare a field of a configuration; `fastdiss models ARCH` prints what it means."""
+    return dataclasses.field(default=default, metadata={"meaning": meaning})
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """Everything about a training run that is not the model."""
 
-    arch: str = "fastdiss_small"
-    seed: int = 1
-    # batches
-    max_tokens: int = 8000  # padded tokens per batch and side, per process
-    max_positions: int = 1024  # longer training sentences are left out, with a report
-    update_freq: int = 1  # batches whose gradients are added up for one update
-    # length
-    max_update: int = 100_000
-    max_epoch: int = 0  # 0: no limit
-    patience: int = 20  # validations without a better score before training stops; 0: never
-    # optimizer: AdamW
-    lr: float = 5e-4
-    lr_scheduler: str = "inverse_sqrt"  # or cosine (down to 0 at max_update)
-    warmup_updates: int = 4000
-    adam_betas: tuple[float, float] = (0.9, 0.98)
-    weight_decay: float = 0.01
-    clip_norm: float = 1.0  # 0: no clipping
-    ema_decay: float = 0.9999  # 0: no average; validation and generate use the average
-    max_skipped: int = 20  # updates in a row with a non-finite gradient before training stops
-    # validation and checkpoints
-    validate_interval_updates: int = 1000  # 0: at the end of every epoch
-    save_interval_updates: int = 1000
-    valid_sentences: int = 500  # decoded for BLEU; 0: validation loss only
-    valid_steps: int = 5
-    keep_last: int = 1  # numbered checkpoints kept; 0: none but last and best
-    log_interval: int = 50
-    # machine
-    dtype: str = "auto"  # auto, float32 or bfloat16 (autocast)
-    compile: bool = False
-    shard: bool = False  # divide weights, moments and average among the processes
+    arch: str = option("fastdiss_small", "a name that `fastdiss models` lists")
+    seed: int = option(1, "of all random draws")
+    max_tokens: int = option(8000, "padded tokens per batch and side, per process")
+    max_positions: int = option(1024, "longer training sentences are left out, with a report")
+    update_freq: int = option(1, "batches whose gradients are added up for one update")
+    max_update: int = option(100_000, "updates before training stops")
+    max_epoch: int = option(0, "epochs before training stops; 0: no limit")
+    patience: int = option(20, "validations without a better score before it stops; 0: no limit")
+    lr: float = option(5e-4, "peak learning rate of AdamW")
+    lr_scheduler: str = option("inverse_sqrt", "inverse_sqrt, or cosine: down to 0 at max_update")
+    warmup_updates: int = option(4000, "updates over which the learning rate rises from 0")
+    adam_betas: tuple[float, float] = option((0.9, 0.98), "of AdamW")
+    weight_decay: float = option(0.01, "of AdamW, for matrices")
+    clip_norm: float = option(1.0, "the norm that gradients are clipped to; 0: no clipping")
+    ema_decay: float = option(0.9999, "of the average that validates and generates; 0: no average")
+    max_skipped: int = option(20, "non-finite gradients in a row before training stops")
+    validate_interval_updates: int = option(1000, "updates between validations; 0: every epoch")
+    save_interval_updates: int = option(1000, "updates between checkpoints")
+    valid_sentences: int = option(500, "how many are decoded for BLEU; 0: validation loss only")
+    valid_steps: int = option(5, "sampling steps of that decoding")
+    keep_last: int = option(1, "numbered checkpoints kept; 0: none but last and best")
+    log_interval: int = option(50, "updates between lines of metrics.jsonl")
+    dtype: str = option("auto", "auto, float32 or bfloat16 (autocast)")
+    compile: bool = option(False, "use torch.compile")
+    shard: bool = option(False, "divide weights, moments and average among the processes")
 
     def __post_init__(self) -> None:
         for key in (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -15,7 +16,9 @@ from conftest import one_line_error, run_cli, run_process
 
 import fastdiss_cli
 from fastdiss_cli import logs
+from fastdiss_cli.config import TrainConfig, build, read_recipe
 from fastdiss_cli.errors import FastdissError
+from fastdiss_cli.models.registry import architecture
 
 NETWORK = {"model_dim": 16, "ffn_dim": 32, "heads": 2, "encoder_layers": 1, "decoder_layers": 1}
 
@@ -308,6 +311,20 @@ def test_models_lists_the_registry() -> None:
     done = run_cli("models")
     names = [line.split()[0] for line in done.stdout.splitlines()[1:]]
     assert {"transformer_base", "difformer_iwslt_de_en", "fastdiss_tiny"} <= set(names)
+
+
+@pytest.mark.parametrize("name", ["transformer_small", "difformer_base", "fastdiss_tiny"])
+def test_models_prints_all_options_as_a_recipe(name: str, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(run_cli("models", name).stdout)
+    read = read_recipe(recipe)
+    config = architecture(name).config({})
+    assert build(type(config), read["model"], "model") == config
+    assert build(TrainConfig, read["train"], "train") == TrainConfig(arch=name)
+    assert read["model"].keys() == vars(config).keys()
+    assert read["train"].keys() == vars(TrainConfig()).keys()
+    settings = [line for line in recipe.read_text().splitlines() if line.startswith("  ")]
+    assert all(re.search(r"  # \w", line) for line in settings)
 
 
 def test_a_failure_leaves_older_results(data_bin: Path, fastdiss: Path, tmp_path: Path) -> None:

@@ -46,7 +46,8 @@ def train(
         typer.Option(
             "--set",
             metavar="SECTION.KEY=VALUE",
-            help="Any other option, as in model.noise_factor=4; overrides all. Repeatable.",
+            help="Any option that `fastdiss models ARCH` prints, as in model.noise_factor=4; "
+            "overrides all. Repeatable.",
         ),
     ] = None,
     finetune_from_model: Annotated[

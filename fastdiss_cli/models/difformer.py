@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastdiss_cli.config import one_of, require
+from fastdiss_cli.config import one_of, option, require
 from fastdiss_cli.data.batching import Batch, pad
 from fastdiss_cli.diffusion.objective import (
     Condition,
@@ -57,16 +57,16 @@ from fastdiss_cli.models.source_copy import source_copy
 class DiffusionConfig(NetworkConfig):
     """Options of the network and of the diffusion process."""
 
-    latent_dim: int = 128
-    noise_schedule: str = "sqrt"
-    noise_factor: float = 4.0
-    self_cond_rate: float = 0.5  # share of batches with standard self-conditioning
-    self_cond_form: str = "expected"  # how an estimate is told: raw, nearest or expected embedding
-    logit_scale: str = "matched"  # of z0_hat . embedding: see `LatentEmbedding`
-    embedding_scale: bool = False  # learn a common scale of the target embeddings
-    source_copy: float = 0.0  # width of the soft copy that denoising starts from; 0: none
-    length_loss: float = 0.1
-    max_length_offset: int = 128  # target length - source length, at most, either way
+    latent_dim: int = option(128, "dimension of the target embeddings that are denoised")
+    noise_schedule: str = option("sqrt", f"signal by time: {', '.join(ABAR)}")
+    noise_factor: float = option(4.0, "standard deviation of the noise at t = 1")
+    self_cond_rate: float = option(0.5, "share of batches that are told an estimate")
+    self_cond_form: str = option("expected", f"how they are told it: {', '.join(FORMS)}")
+    logit_scale: str = option("matched", f"of z0_hat . embedding: {', '.join(LOGIT_SCALES)}")
+    embedding_scale: bool = option(False, "learn a common scale of the target embeddings")
+    source_copy: float = option(0.0, "width of the soft copy that denoising begins with; 0: none")
+    length_loss: float = option(0.1, "weight of the loss of the length head")
+    max_length_offset: int = option(128, "target length - source length, at most, either way")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastdiss_cli.config import one_of, require
+from fastdiss_cli.config import one_of, option, require
 from fastdiss_cli.diffusion.objective import (
     MANS,
     MANS_CONFIDENCES,
@@ -32,18 +32,21 @@ DEFAULT_ANCHORS = {"distance": (0.1, 1.0), "probability": (0.9, 0.1)}
 class FastDiSSConfig(DiffusionConfig):
     """Options of SCP and MANS; see `SCP` and `MANS` for what they mean."""
 
-    self_cond_rate: float = 1.0  # share of batches with a first pass at t' > t
-    scp_offset: str = "step-matched"
-    scp_coupling: str = "markov"
-    scp_gap: float = 0.2
-    scp_step_counts: tuple[int, ...] = (2, 3, 5, 10, 20)
-    scp_grid: str = "uniform"
-    scp_unroll: float = 0.5  # share of those told an estimate whose z_t is a step of sampling
-    mans_strength: float = 0.0  # MANS is off: no gain was shown, see docs/method.md
-    mans_confidence: str = "distance"
-    mans_anchors: tuple[float, ...] = ()  # (easy, hard); empty: `DEFAULT_ANCHORS`
-    mans_start_update: int = 0
-    mans_shared_pass: bool = False
+    self_cond_rate: float = option(1.0, "share of batches with a first pass at t' > t")
+    scp_offset: str = option("step-matched", f"how t' is drawn: {', '.join(SCP_OFFSETS)}")
+    scp_coupling: str = option("markov", f"of z_t' and z_t: {', '.join(SCP_COUPLINGS)}")
+    scp_gap: float = option(0.2, "t' - t where scp_offset is fixed")
+    scp_step_counts: tuple[int, ...] = option((2, 3, 5, 10, 20), "that step-matched draws from")
+    scp_grid: str = option("uniform", f"time grid of step-matched: {', '.join(TIME_GRIDS)}")
+    scp_unroll: float = option(0.5, "share of those told an estimate whose z_t is sampling's own")
+    # MANS is off: no gain was shown, see docs/method.md
+    mans_strength: float = option(0.0, "lambda: how much more noise an easy token gets; 0: no MANS")
+    mans_confidence: str = option("distance", f"what is easy, by {' or '.join(MANS_CONFIDENCES)}")
+    mans_anchors: tuple[float, ...] = option(
+        (), "confidences [easy, hard]; empty: [0.1, 1] by distance, [0.9, 0.1] by probability"
+    )
+    mans_start_update: int = option(0, "the update from which on MANS is used")
+    mans_shared_pass: bool = option(False, "take the confidence from SCP's pass, not an own one")
 
     def __post_init__(self) -> None:
         super().__post_init__()

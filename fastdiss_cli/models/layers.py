@@ -11,20 +11,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastdiss_cli.config import require
+from fastdiss_cli.config import option, require
 
 
 @dataclass(frozen=True)
 class NetworkConfig:
     """Sizes of the encoder-decoder."""
 
-    model_dim: int = 256
-    ffn_dim: int = 1024
-    heads: int = 4
-    encoder_layers: int = 4
-    decoder_layers: int = 4
-    dropout: float = 0.1
-    label_smoothing: float = 0.1
+    model_dim: int = option(256, "width of the layers")
+    ffn_dim: int = option(1024, "width inside the feed-forward blocks")
+    heads: int = option(4, "attention heads, a divisor of model_dim")
+    encoder_layers: int = option(4, "layers of the encoder")
+    decoder_layers: int = option(4, "layers of the decoder")
+    dropout: float = option(0.1, "dropout rate")
+    label_smoothing: float = option(0.1, "of the cross-entropy")
 
     def __post_init__(self) -> None:
         for key in ("model_dim", "ffn_dim", "heads", "encoder_layers", "decoder_layers"):

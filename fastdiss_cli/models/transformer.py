@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastdiss_cli.config import require
+from fastdiss_cli.config import option, require
 from fastdiss_cli.data.batching import Batch, pad
 from fastdiss_cli.models import SIZES
 from fastdiss_cli.models.beam_search import beam_search
@@ -38,7 +38,9 @@ from fastdiss_cli.models.registry import Hypothesis, Loss, Seq2SeqModel, Vocabul
 class TransformerConfig(NetworkConfig):
     """Options of the network."""
 
-    share_embeddings: bool = True  # one table for source, target and output if vocabularies agree
+    share_embeddings: bool = option(
+        True, "one table for source, target and output if their vocabularies agree"
+    )
 
 
 @dataclass(frozen=True)
