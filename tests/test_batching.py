@@ -29,8 +29,8 @@ class Side:
         self.sizes = np.array(lengths, np.int32)
         self.first_id = first_id
 
-    def __getitem__(self, sentence: int) -> np.ndarray:
-        return np.full(self.sizes[sentence], self.first_id + sentence, np.uint16)
+    def gather(self, sentences: np.ndarray) -> np.ndarray:
+        return np.repeat(self.first_id + sentences, self.sizes[sentences])
 
 
 def batchers(

@@ -115,6 +115,9 @@ def test_what_is_written_is_read(
     assert file.tokens.dtype == dtype
     for i, sentence in enumerate(sentences):
         np.testing.assert_array_equal(file[i], sentence)
+    some = np.arange(len(sentences))[::-2].repeat(2)  # in another order, some not, some twice
+    chosen = [sentences[i] for i in some]
+    np.testing.assert_array_equal(file.gather(some), np.concatenate([np.zeros(0), *chosen]))
     lengths = [len(sentence) for sentence in sentences]
     assert file.sizes.tolist() == lengths
     assert (info.tokens, info.longest) == (sum(lengths), max(lengths, default=0))
@@ -275,7 +278,7 @@ def test_sizes_and_offsets_that_are_wrong_in_agreement(tmp_path: Path) -> None:
     with pytest.raises(FastdissError, match="do not fit together"):
         by_hand(tmp_path / "begins-late", [1, 1, 3], [2, 4, 6])
     file = by_hand(tmp_path / "below-nothing", [5, -2, 3], [0, 10, 6])
-    for read in (lambda: file[1], lambda: file.sizes):
+    for read in (lambda: file[1], lambda: file.sizes, lambda: file.gather(np.array([0]))):
         with pytest.raises(FastdissError, match="do not fit together"):
             read()
 

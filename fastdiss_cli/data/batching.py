@@ -43,10 +43,14 @@ class Batch:
 
 def pad(rows: Sequence[Sequence[int] | np.ndarray], value: int) -> tuple[Tensor, Tensor]:
     """Stack ragged rows: int64 [B, longest] filled with ``value``, and bool, true on padding."""
-    lengths = np.array([len(row) for row in rows])
+    return _stack(np.concatenate(rows), np.array([len(row) for row in rows]), value)
+
+
+def _stack(flat: np.ndarray, lengths: np.ndarray, value: int) -> tuple[Tensor, Tensor]:
+    """Do as `pad` with rows that come one after the other."""
     mask = np.arange(lengths.max(initial=0)) >= lengths[:, None]
     tokens = np.full(mask.shape, value, np.int64)
-    tokens[~mask] = np.concatenate(rows)
+    tokens[~mask] = flat
     return torch.from_numpy(tokens), torch.from_numpy(mask)
 
 
@@ -151,15 +155,17 @@ class TokenBatcher:
 
     def collate(self, sentences: np.ndarray) -> Batch:
         """Read and pad the given sentences."""
-        src_tokens, src_pad_mask = pad([self.src[i] for i in sentences], self.src_pad)
-        tgt_tokens, tgt_pad_mask = pad([self.tgt[i] for i in sentences], self.tgt_pad)
+        src, tgt = self.src, self.tgt
+        src_lengths, tgt_lengths = src.sizes[sentences], tgt.sizes[sentences]
+        src_tokens, src_pad_mask = _stack(src.gather(sentences), src_lengths, self.src_pad)
+        tgt_tokens, tgt_pad_mask = _stack(tgt.gather(sentences), tgt_lengths, self.tgt_pad)
         return Batch(
             ids=torch.from_numpy(np.asarray(sentences, np.int64)),
             src_tokens=src_tokens,
             src_pad_mask=src_pad_mask,
             tgt_tokens=tgt_tokens,
             tgt_pad_mask=tgt_pad_mask,
-            num_tgt_tokens=int((~tgt_pad_mask).sum()),
+            num_tgt_tokens=int(tgt_lengths.sum()),
         )
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:

@@ -255,6 +255,13 @@ class TokenFile:
             raise self._misfit()
         return self.tokens[start // width : end // width]
 
+    def gather(self, sentences: np.ndarray) -> np.ndarray:
+        """Return the tokens of the given sentences, one after the other."""
+        sizes = self.sizes[sentences].astype(np.int64)
+        begins = self._offsets[sentences] // self.tokens.itemsize
+        shift = begins - (np.cumsum(sizes) - sizes)  # from a place in the answer to one in the file
+        return self.tokens[np.repeat(shift, sizes) + np.arange(sizes.sum())]
+
     @cached_property
     def sizes(self) -> np.ndarray:
         """The length of every sentence, int32 [N]."""
