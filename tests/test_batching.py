@@ -145,7 +145,8 @@ def test_batches_go_on_from_any_number() -> None:
 @bounded
 @given(rows=st.lists(st.lists(st.integers(2, 99), max_size=9), min_size=1, max_size=9))
 def test_padding(rows: list[list[int]]) -> None:
-    tokens, mask = pad(rows, 1)
+    tokens, layout = pad(rows, 1)
+    mask = layout.pad_mask
     assert tokens.dtype == torch.int64 and mask.dtype == torch.bool
     assert tokens.shape == mask.shape == (len(rows), max(map(len, rows)))
     for row, padded, hidden in zip(rows, tokens.tolist(), mask.tolist(), strict=True):
@@ -160,8 +161,8 @@ def test_collate_reads_both_sides() -> None:
     assert batch.ids.tolist() == [2, 0]
     assert batch.src_tokens.tolist() == [[1002, 1002, SRC_PAD], [1000, 1000, 1000]]
     assert batch.tgt_tokens.tolist() == [[5002, 5002], [5000, TGT_PAD]]
-    assert torch.equal(batch.src_pad_mask, batch.src_tokens == SRC_PAD)
-    assert torch.equal(batch.tgt_pad_mask, batch.tgt_tokens == TGT_PAD)
+    assert torch.equal(batch.src_layout.pad_mask, batch.src_tokens == SRC_PAD)
+    assert torch.equal(batch.tgt_layout.pad_mask, batch.tgt_tokens == TGT_PAD)
     assert batch.num_tgt_tokens == 3
     assert {t.dtype for t in (batch.ids, batch.src_tokens, batch.tgt_tokens)} == {torch.int64}
     moved = batch.to(torch.device("cpu"))

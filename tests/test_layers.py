@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastdiss_cli.models.layers import Cache, Layout, attend, dropout
+from fastdiss_cli.data.layout import Layout
+from fastdiss_cli.models.layers import Cache, attend, dropout
 
 
 @pytest.mark.parametrize("causal", [False, True])

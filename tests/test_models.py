@@ -5,7 +5,9 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ import torch
 
 from fastdiss_cli.config import build
 from fastdiss_cli.data.batching import Batch, pad
+from fastdiss_cli.data.layout import Layout
 from fastdiss_cli.decoding.diagnosis import by_time
 from fastdiss_cli.decoding.generation import Run, decode
 from fastdiss_cli.decoding.selection import by_score
@@ -20,7 +23,7 @@ from fastdiss_cli.errors import FastdissError
 from fastdiss_cli.models.denoiser import Denoiser
 from fastdiss_cli.models.embedding import LatentEmbedding
 from fastdiss_cli.models.frozen import can_pack, freeze
-from fastdiss_cli.models.layers import Cache, Layout
+from fastdiss_cli.models.layers import Cache
 from fastdiss_cli.models.registry import Seq2SeqModel, Vocabulary, architecture, architectures
 from fastdiss_cli.models.source_copy import source_copy
 from fastdiss_cli.models.transformer import Transformer
@@ -50,11 +53,8 @@ def random_sentences(count: int, longest: int = 9) -> list[list[int]]:
 
 
 def make_batch(sources: Sequence[Sequence[int]], targets: Sequence[Sequence[int]]) -> Batch:
-    src_tokens, src_pad_mask = pad(sources, VOCAB.pad)
-    tgt_tokens, tgt_pad_mask = pad(targets, VOCAB.pad)
     ids = torch.arange(len(sources))
-    count = int((~tgt_pad_mask).sum())
-    return Batch(ids, src_tokens, src_pad_mask, tgt_tokens, tgt_pad_mask, count)
+    return Batch(ids, *pad(sources, VOCAB.pad), *pad(targets, VOCAB.pad))
 
 
 def answers(model: Seq2SeqModel, sources: list[list[int]], max_tokens: int, **options: object):
@@ -76,17 +76,17 @@ def test_a_hypothesis_does_not_depend_on_the_order_of_the_corpus(family: str) ->
     """Noise belongs to a sentence's number, so here the numbers move along with the sentences."""
     model, sources = make_model(family), random_sentences(12)
     options = model.Decoding(**({"max_len_b": 12} if isinstance(model, Transformer) else {}))
-    memory = model.encode(pad(sources, VOCAB.pad)[0])
+    memory = model.encode(*pad(sources, VOCAB.pad))
     forward = model.decode(memory, torch.arange(12), options)
     backward = model.decode(
-        model.encode(pad(sources[::-1], VOCAB.pad)[0]), torch.arange(12).flip(0), options
+        model.encode(*pad(sources[::-1], VOCAB.pad)), torch.arange(12).flip(0), options
     )
     assert [h[0].tokens for h in forward] == [h[0].tokens for h in reversed(backward)]
 
 
 def test_other_sentence_numbers_and_seeds_draw_other_noise() -> None:
     model, sources = make_model("difformer"), random_sentences(4)
-    memory = model.encode(pad(sources, VOCAB.pad)[0])
+    memory = model.encode(*pad(sources, VOCAB.pad))
     first, other, reseeded = (
         [h[0].score for h in model.decode(memory, torch.arange(4) + n, model.Decoding(seed=seed))]
         for n, seed in ((0, 1), (4, 1), (0, 2))
@@ -100,10 +100,10 @@ def test_more_padding_changes_neither_memory_nor_loss(
 ) -> None:
     model, sentences = make_model(family), random_sentences(6)
     batch = make_batch(sentences, sentences[::-1])
-    memory = model.encode(batch.src_tokens)
+    memory = model.encode(batch.src_tokens, batch.src_layout)
     wider = torch.nn.functional.pad(batch.src_tokens, (0, 5), value=VOCAB.pad)
-    kept = model.encode(wider).hidden[:, : batch.src_tokens.shape[1]]
-    real = ~batch.src_pad_mask
+    kept = model.encode(wider, Layout.of(wider == VOCAB.pad)).hidden[:, : memory.hidden.shape[1]]
+    real = ~batch.src_layout.pad_mask
     torch.testing.assert_close(kept[real], memory.hidden[real], rtol=1e-4, atol=1e-5)
 
     # of wide noise the narrow batch gets a part, and both draw the same times
@@ -112,22 +112,51 @@ def test_more_padding_changes_neither_memory_nor_loss(
     losses = []
     for extra in (0, 7):
         wide = torch.nn.functional.pad(tgt_tokens, (0, extra), value=VOCAB.pad)
-        masks = batch.src_pad_mask, wide == VOCAB.pad
-        padded = Batch(batch.ids, batch.src_tokens, masks[0], wide, masks[1], 0)
+        layout = Layout.of(wide == VOCAB.pad)
+        padded = Batch(batch.ids, batch.src_tokens, batch.src_layout, wide, layout)
         torch.manual_seed(1)
         losses.append(model.loss(padded, update=1).total)
     torch.testing.assert_close(losses[0], losses[1], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("transformer", {}),
+        ("difformer", {"self_cond_rate": 1.0}),
+        ("fastdiss", {}),
+        ("fastdiss", {"self_cond_form": "nearest", "scp_offset": "uniform"}),
+        ("fastdiss", {"mans_strength": 0.5, "mans_confidence": "probability"}),
+        ("fastdiss", {"mans_strength": 0.5, "mans_shared_pass": True}),
+    ],
+)
+@pytest.mark.parametrize("bfloat16", [False, True])
+def test_a_gradient_never_waits_for_the_device(
+    family: str, options: dict[str, Any], bfloat16: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The device meta stands in for a GPU: it has no values, and what is elsewhere is refused."""
+    monkeypatch.setattr(torch, "get_autocast_dtype", lambda _: torch.bfloat16)
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda _: bfloat16)
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())
+    device, sentences = torch.device("meta"), random_sentences(6)
+    model = make_model(family, **options).train().to(device)
+    batch = make_batch(sentences, sentences[::-1]).to(device)
+    with torch.enable_grad():
+        loss = model.loss(batch, update=1).total
+    loss.backward()
+    assert loss.device == device and all(p.grad is not None for p in model.parameters())
+
+
 @pytest.mark.parametrize("family", ["difformer", "fastdiss"])
 def test_more_padding_changes_no_estimate(family: str) -> None:
     model, sentences = make_model(family), random_sentences(5)
-    memory = model.encode(pad(sentences, VOCAB.pad)[0])
-    _, mask = pad(sentences, VOCAB.pad)
+    memory = model.encode(*pad(sentences, VOCAB.pad))
+    _, layout = pad(sentences, VOCAB.pad)
+    mask = layout.pad_mask
     N, T = mask.shape
     z, t = torch.randn(N, T + 4, 16), torch.rand(N, 1)
     wide_mask = torch.nn.functional.pad(mask, (0, 4), value=True)
-    narrow = model.denoise(z[:, :T], t, z[:, :T] * 0.5, memory, Layout.of(mask))
+    narrow = model.denoise(z[:, :T], t, z[:, :T] * 0.5, memory, layout)
     wide = model.denoise(z, t, z * 0.5, memory, Layout.of(wide_mask))[:, :T]
     torch.testing.assert_close(wide[~mask], narrow[~mask], rtol=1e-4, atol=1e-5)
 
@@ -137,7 +166,7 @@ def test_the_source_is_copied_along_the_diagonal(padded: bool) -> None:
     """Against the formula, position by position, for two candidates of each of two sentences."""
     sources = [[5, 6, 7, 8, 2], [9, 4, 2] if padded else [9, 9, 5, 4, 2]]
     lengths = [3, 7, 2, 4] if padded else [3, 3, 3, 3]
-    memory = make_model("difformer").encode(pad(sources, VOCAB.pad)[0])
+    memory = make_model("difformer").encode(*pad(sources, VOCAB.pad))
     layout = Layout.of(torch.arange(max(lengths)) >= torch.tensor(lengths)[:, None])
     rows = []
     for n, T in enumerate(lengths):
@@ -159,7 +188,7 @@ def test_a_network_without_source_copy_starts_from_positions_alone() -> None:
     for model in (with_copy, without):
         seen = starts[model.config.source_copy] = []
         model.decoder.register_forward_pre_hook(lambda _, given, seen=seen: seen.append(given[0]))
-        memory = model.encode(pad(sources, VOCAB.pad)[0])
+        memory = model.encode(*pad(sources, VOCAB.pad))
         for which in (layout, longer):
             zeros = torch.zeros(1, 5, 16)
             model.denoise(zeros, torch.tensor(1.0), zeros, memory, which)
@@ -173,7 +202,7 @@ def test_a_network_without_source_copy_starts_from_positions_alone() -> None:
 def test_candidates_share_the_memory_of_their_sentence() -> None:
     """Folding candidates into the query is the same as repeating the memory for each."""
     model, sentences = make_model("difformer"), random_sentences(3)
-    memory = model.encode(pad(sentences, VOCAB.pad)[0])
+    memory = model.encode(*pad(sentences, VOCAB.pad))
     z, t = torch.randn(6, 7, 16), torch.rand(6, 1)
     layout = Layout.of(torch.arange(7) >= torch.tensor([7, 3, 5, 7, 6, 2])[:, None])
     folded = model.denoise(z, t, z, memory, layout)
@@ -183,7 +212,7 @@ def test_candidates_share_the_memory_of_their_sentence() -> None:
 
 def test_times_of_tokens_and_of_sentences_agree() -> None:
     model, sentences = make_model("difformer"), random_sentences(3)
-    memory = model.encode(pad(sentences, VOCAB.pad)[0])
+    memory = model.encode(*pad(sentences, VOCAB.pad))
     z, t, layout = torch.randn(3, 5, 16), torch.rand(()), Layout.of(torch.zeros(3, 5) > 0)
     estimate = model.denoise(z, t, z, memory, layout)
     for shape in ((3, 1), (3, 5)):
@@ -200,9 +229,9 @@ def test_all_step_counts_share_one_encoder_pass(monkeypatch: pytest.MonkeyPatch)
     model, sources = make_model("difformer"), random_sentences(8)
     right, calls = model.encode, []
 
-    def counted(src_tokens: torch.Tensor):
+    def counted(src_tokens: torch.Tensor, layout: Layout):
         calls.append(len(src_tokens))
-        return right(src_tokens)
+        return right(src_tokens, layout)
 
     monkeypatch.setattr(model, "encode", counted)
     runs = [Run(model.Decoding(steps=n)) for n in (1, 2, 5)]
@@ -213,7 +242,7 @@ def test_all_step_counts_share_one_encoder_pass(monkeypatch: pytest.MonkeyPatch)
 
 def test_solvers_are_told_apart() -> None:
     model, sources = make_model("difformer"), random_sentences(4)
-    memory = model.encode(pad(sources, VOCAB.pad)[0])
+    memory = model.encode(*pad(sources, VOCAB.pad))
 
     def scores(solver: str, steps: int) -> list[float]:
         options = model.Decoding(solver=solver, steps=steps)
@@ -225,7 +254,7 @@ def test_solvers_are_told_apart() -> None:
 
 def test_beams_give_that_many_candidates_best_first() -> None:
     model, sources = make_model("difformer"), random_sentences(3)
-    memory = model.encode(pad(sources, VOCAB.pad)[0])
+    memory = model.encode(*pad(sources, VOCAB.pad))
     options = model.Decoding(length_beam=3, noise_beam=2)
     for candidates in model.decode(memory, torch.arange(3), options):
         scores = [h.score for h in candidates]
@@ -239,7 +268,7 @@ def test_beams_give_that_many_candidates_best_first() -> None:
 
 def test_history_has_a_frame_for_every_step_and_ends_in_the_answer() -> None:
     model, sources = make_model("difformer"), random_sentences(3)
-    memory = model.encode(pad(sources, VOCAB.pad)[0])
+    memory = model.encode(*pad(sources, VOCAB.pad))
     options = model.Decoding(steps=4, time_grid="uniform", history=True)
     for (h,) in model.decode(memory, torch.arange(3), options):
         assert [step.time for step in h.history] == [1, 0.75, 0.5, 0.25]
@@ -248,7 +277,7 @@ def test_history_has_a_frame_for_every_step_and_ends_in_the_answer() -> None:
 
 def test_gold_self_conditioning_uses_the_gold_length() -> None:
     model, sources = make_model("difformer"), random_sentences(3)
-    memory = model.encode(pad(sources, VOCAB.pad)[0])
+    memory = model.encode(*pad(sources, VOCAB.pad))
     gold = [[5, 6, 2], [7, 2], [8, 9, 10, 11, 2]]
     told, right = [], model.denoise
     model.denoise = lambda z, t, self_cond, *more: (
@@ -256,7 +285,8 @@ def test_gold_self_conditioning_uses_the_gold_length() -> None:
         right(z, t, self_cond, *more),
     )[1]
     found = model.decode(memory, torch.arange(3), model.Decoding(self_cond="gold"), gold)
-    tokens, mask = pad(gold, VOCAB.pad)
+    tokens, layout = pad(gold, VOCAB.pad)
+    mask = layout.pad_mask
     assert len(told) == 5
     for self_cond in told:
         assert torch.equal(self_cond[~mask], model.embedding(tokens)[~mask])
@@ -269,8 +299,8 @@ def test_gold_self_conditioning_uses_the_gold_length() -> None:
 
 def test_cached_decoding_is_teacher_forcing() -> None:
     model, sentences = make_model("transformer"), random_sentences(4)
-    tokens, _ = pad(sentences, VOCAB.pad)
-    memory = model.encode(tokens)
+    tokens, own = pad(sentences, VOCAB.pad)
+    memory = model.encode(tokens, own)
     layout = Layout.of(torch.zeros_like(tokens) > 0)
     full = layout.padded(model.logits(memory, tokens, layout))
     caches = [Cache(), Cache()]
@@ -293,7 +323,7 @@ def test_the_nfe_of_beam_search_is_how_long_it_searched(
     right = model.embed
     monkeypatch.setattr(model, "embed", lambda *given: [calls.append(1), right(*given)][1])
     options = model.Decoding(beam=5, lenpen=lenpen, max_len_b=12, min_len=0)
-    (row,) = model.decode(model.encode(torch.tensor([[4, 5, 2]])), torch.arange(1), options)
+    (row,) = model.decode(model.encode(*pad([[4, 5, 2]], VOCAB.pad)), torch.arange(1), options)
     assert {h.nfe for h in row} == {len(calls)} and len({len(h.tokens) for h in row}) > 1
 
 
@@ -306,7 +336,7 @@ def test_wide_beam_search_finds_the_best_of_all_answers() -> None:
     for p in model.parameters():
         p.mul_(1.5)  # less uniform than at initialisation
     options = model.Decoding(beam=64, max_len_b=3, min_len=0)
-    memory = model.encode(torch.tensor([[4, 5, 2]]))
+    memory = model.encode(*pad([[4, 5, 2]], VOCAB.pad))
     ((best, *_),) = model.decode(memory, torch.arange(1), options)
     words = (3, 4, 5)
     every = [list(w) for n in range(4) for w in itertools.product(words, repeat=n)]
@@ -325,7 +355,7 @@ def test_wide_beam_search_finds_the_best_of_all_answers() -> None:
 
 def test_greedy_search_follows_the_most_likely_token() -> None:
     model, sources = make_model("transformer"), random_sentences(5)
-    memory = model.encode(pad(sources, VOCAB.pad)[0])
+    memory = model.encode(*pad(sources, VOCAB.pad))
     found = model.decode(memory, torch.arange(5), model.Decoding(beam=1, min_len=0, max_len_b=12))
     for b, (h,) in enumerate(found):
         tokens = torch.tensor([[*h.tokens, VOCAB.eos]])
@@ -340,7 +370,7 @@ def test_greedy_search_follows_the_most_likely_token() -> None:
 
 def test_lengths_are_bounded_as_told() -> None:
     model, sources = make_model("transformer"), random_sentences(6)
-    memory = model.encode(pad(sources, VOCAB.pad)[0])
+    memory = model.encode(*pad(sources, VOCAB.pad))
     for low, high in ((1, 3), (4, 4), (2, 7)):
         options = model.Decoding(beam=3, min_len=low, max_len_b=high)
         found = model.decode(memory, torch.arange(6), options)
@@ -349,7 +379,7 @@ def test_lengths_are_bounded_as_told() -> None:
 
 def test_log_likelihood_is_the_score_of_beam_search() -> None:
     model, sources = make_model("transformer"), random_sentences(4)
-    memory = model.encode(pad(sources, VOCAB.pad)[0])
+    memory = model.encode(*pad(sources, VOCAB.pad))
     found = model.decode(memory, torch.arange(4), model.Decoding(beam=3, max_len_b=12))
     likelihood = model.log_likelihood(memory, [h.tokens for row in found for h in row])
     scores = torch.tensor([h.score for row in found for h in row])
@@ -403,10 +433,10 @@ def test_an_estimate_is_told_raw_nearest_or_expected() -> None:
     z0_hat = torch.randn(2, 3, 16)
     z0_hat[1, 2] = 0
     layout = Layout.of(torch.tensor([[False] * 3, [False, False, True]]))
-    sources, _ = pad(random_sentences(2), VOCAB.pad)
+    sources = pad(random_sentences(2), VOCAB.pad)
     for form in ("raw", "nearest", "expected"):
         model = make_model("fastdiss", self_cond_form=form)
-        denoiser = Denoiser(model, model.encode(sources), layout)
+        denoiser = Denoiser(model, model.encode(*sources), layout)
         told = denoiser.tell(z0_hat)
         assert torch.equal(told, denoiser.project(z0_hat, form))
         logits = model.embedding.logits(z0_hat)
@@ -431,7 +461,7 @@ def test_a_learned_scale_scales_embeddings_and_logits() -> None:
 
 def test_who_was_never_told_anything_is_told_nothing() -> None:
     model, sources = make_model("difformer", self_cond_rate=0.0), random_sentences(5)
-    memory = model.encode(pad(sources, VOCAB.pad)[0])
+    memory = model.encode(*pad(sources, VOCAB.pad))
     modes = [
         model.decode(memory, torch.arange(5), model.Decoding(steps=3, self_cond=mode))
         for mode in ("none", "reuse", "recompute")
@@ -443,7 +473,7 @@ def test_who_was_never_told_anything_is_told_nothing() -> None:
 def test_a_diagnosis_measures_the_gap_to_a_fresh_estimate() -> None:
     """An estimate that was told a fresh one has no gap; a stale one has."""
     model, sources = make_model("difformer"), random_sentences(5)
-    memory = model.encode(pad(sources, VOCAB.pad)[0])
+    memory = model.encode(*pad(sources, VOCAB.pad))
     for mode, exact in (("recompute", True), ("reuse", False)):
         options = model.Decoding(steps=3, self_cond=mode, diagnose=True)
         for (h,) in model.decode(memory, torch.arange(5), options):
@@ -451,7 +481,7 @@ def test_a_diagnosis_measures_the_gap_to_a_fresh_estimate() -> None:
             assert all((step.gap < 1e-9) == exact and step.norm > 0 for step in h.history)
     silent = make_model("difformer", self_cond_rate=0.0)
     options = silent.Decoding(steps=2, diagnose=True)
-    for (h,) in silent.decode(silent.encode(pad(sources, VOCAB.pad)[0]), torch.arange(5), options):
+    for (h,) in silent.decode(silent.encode(*pad(sources, VOCAB.pad)), torch.arange(5), options):
         assert all(math.isnan(step.gap) for step in h.history)
 
 
@@ -531,7 +561,7 @@ def test_an_early_exit_stops_sentences_that_do_not_change() -> None:
     """What goes on is as without it; what stops has the tokens of the step before."""
     model, sources = make_model("difformer"), random_sentences(24)
     model.embedding.bias.normal_(std=4)  # else an untrained model changes its mind in every step
-    memory = model.encode(pad(sources, VOCAB.pad)[0])
+    memory = model.encode(*pad(sources, VOCAB.pad))
     ways = {"steps": 8, "length_beam": 2, "history": True}
     every, early = (
         model.decode(memory, torch.arange(24), model.Decoding(**ways, early_exit=exits))
@@ -555,7 +585,7 @@ def test_an_early_exit_stops_sentences_that_do_not_change() -> None:
 def test_an_early_exit_with_every_solver(solver: str) -> None:
     model, sources = make_model("difformer"), random_sentences(24)
     model.embedding.bias.normal_(std=4)
-    memory = model.encode(pad(sources, VOCAB.pad)[0])
+    memory = model.encode(*pad(sources, VOCAB.pad))
     options = model.Decoding(steps=12, solver=solver, early_exit=True)
     assert len({h.nfe for (h,) in model.decode(memory, torch.arange(24), options)}) > 1
 
@@ -589,11 +619,10 @@ def test_where_layers_cannot_be_packed_they_stay(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_frozen_model_computes_in_bfloat16(family: str) -> None:
     model, sources = make_model(family), random_sentences(32)
-    tokens, _ = pad(sources, VOCAB.pad)
-    wanted = model.encode(tokens).hidden
+    wanted = model.encode(*pad(sources, VOCAB.pad)).hidden
     freeze(model, torch.bfloat16)
     with torch.autocast("cpu", torch.bfloat16):
-        found = model.encode(tokens).hidden
+        found = model.encode(*pad(sources, VOCAB.pad)).hidden
     assert not torch.equal(found, wanted)
     torch.testing.assert_close(found.float(), wanted, rtol=0.05, atol=0.05)
     run = Run(model.Decoding(**({"max_len_b": 12} if family == "transformer" else {})))

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from fastdiss_cli.data.layout import Layout
 from fastdiss_cli.data.tokenizer import Tokenizer, train_tokenizer
 from fastdiss_cli.decoding.output import (
     format_lines,
@@ -119,7 +120,7 @@ def test_reranking_takes_what_the_reranker_finds_most_likely(tokenizer: Tokenize
         class src:
             pad = 1
 
-        def encode(self, tokens: torch.Tensor) -> torch.Tensor:
+        def encode(self, tokens: torch.Tensor, layout: Layout) -> torch.Tensor:
             return tokens
 
         def log_likelihood(self, memory: torch.Tensor, answers: list[list[int]]) -> torch.Tensor:

@@ -11,47 +11,51 @@ import torch
 from torch import Tensor
 
 from fastdiss_cli.data.binarized import TokenFile
+from fastdiss_cli.data.layout import Layout
 from fastdiss_cli.errors import FastdissError
 from fastdiss_cli.randomness import counter_seed
 
 
 @dataclass
 class Batch:
-    """Right-padded sentence pairs.
+    """Right-padded sentence pairs, with layouts that say where the padding is.
 
     Attributes:
         ids: int64 [B], the sentences' numbers in their split.
         src_tokens, tgt_tokens: int64 [B, S] and [B, T], both sides ending in eos.
-        src_pad_mask, tgt_pad_mask: bool [B, S] and [B, T], true on padding.
     """
 
     ids: Tensor
     src_tokens: Tensor
-    src_pad_mask: Tensor
+    src_layout: Layout
     tgt_tokens: Tensor
-    tgt_pad_mask: Tensor
-    num_tgt_tokens: int
+    tgt_layout: Layout
+
+    @property
+    def num_tgt_tokens(self) -> int:
+        return self.tgt_layout.num_tokens
 
     def to(self, device: torch.device) -> Batch:
-        tensors = {
-            name: value.to(device, non_blocking=True)
-            for name, value in vars(self).items()
-            if isinstance(value, Tensor)
-        }
-        return Batch(**tensors, num_tgt_tokens=self.num_tgt_tokens)
+        return Batch(
+            self.ids.to(device, non_blocking=True),
+            self.src_tokens.to(device, non_blocking=True),
+            self.src_layout.to(device),
+            self.tgt_tokens.to(device, non_blocking=True),
+            self.tgt_layout.to(device),
+        )
 
 
-def pad(rows: Sequence[Sequence[int] | np.ndarray], value: int) -> tuple[Tensor, Tensor]:
-    """Stack ragged rows: int64 [B, longest] filled with ``value``, and bool, true on padding."""
+def pad(rows: Sequence[Sequence[int] | np.ndarray], value: int) -> tuple[Tensor, Layout]:
+    """Stack ragged rows: int64 [B, longest] filled with ``value``, and where the tokens are."""
     return _stack(np.concatenate(rows), np.array([len(row) for row in rows]), value)
 
 
-def _stack(flat: np.ndarray, lengths: np.ndarray, value: int) -> tuple[Tensor, Tensor]:
+def _stack(flat: np.ndarray, lengths: np.ndarray, value: int) -> tuple[Tensor, Layout]:
     """Do as `pad` with rows that come one after the other."""
     mask = np.arange(lengths.max(initial=0)) >= lengths[:, None]
     tokens = np.full(mask.shape, value, np.int64)
     tokens[~mask] = flat
-    return torch.from_numpy(tokens), torch.from_numpy(mask)
+    return torch.from_numpy(tokens), Layout.of(torch.from_numpy(mask))
 
 
 def batches_by_tokens(order: np.ndarray, lengths: np.ndarray, max_tokens: int) -> list[np.ndarray]:
@@ -156,17 +160,10 @@ class TokenBatcher:
     def collate(self, sentences: np.ndarray) -> Batch:
         """Read and pad the given sentences."""
         src, tgt = self.src, self.tgt
-        src_lengths, tgt_lengths = src.sizes[sentences], tgt.sizes[sentences]
-        src_tokens, src_pad_mask = _stack(src.gather(sentences), src_lengths, self.src_pad)
-        tgt_tokens, tgt_pad_mask = _stack(tgt.gather(sentences), tgt_lengths, self.tgt_pad)
-        return Batch(
-            ids=torch.from_numpy(np.asarray(sentences, np.int64)),
-            src_tokens=src_tokens,
-            src_pad_mask=src_pad_mask,
-            tgt_tokens=tgt_tokens,
-            tgt_pad_mask=tgt_pad_mask,
-            num_tgt_tokens=int(tgt_lengths.sum()),
-        )
+        src_tokens, src_layout = _stack(src.gather(sentences), src.sizes[sentences], self.src_pad)
+        tgt_tokens, tgt_layout = _stack(tgt.gather(sentences), tgt.sizes[sentences], self.tgt_pad)
+        ids = torch.from_numpy(np.asarray(sentences, np.int64))
+        return Batch(ids, src_tokens, src_layout, tgt_tokens, tgt_layout)
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """Yield this rank's batches of an epoch from number ``start`` on."""

@@ -117,7 +117,7 @@ def _decode_batch(
     sentences = torch.from_numpy(rows + first).to(device)
     start = time.perf_counter()
     with autocast(device, dtype):
-        memory = model.encode(pad(batch, model.src.pad)[0].to(device))
+        memory = model.encode(*(x.to(device) for x in pad(batch, model.src.pad)))
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         encoding = time.perf_counter() - start

@@ -126,9 +126,9 @@ def by_reranking(reranker: Seq2SeqModel) -> Select:
     ) -> list[Hypothesis]:
         C = max(len(row) for row in candidates)
         full = [row + row[:1] * (C - len(row)) for row in candidates]
-        src_tokens, _ = pad(sources, reranker.src.pad)
+        src_tokens, layout = (x.to(device) for x in pad(sources, reranker.src.pad))
         answers = [h.tokens for row in full for h in row]
-        scores = reranker.log_likelihood(reranker.encode(src_tokens.to(device)), answers)
+        scores = reranker.log_likelihood(reranker.encode(src_tokens, layout), answers)
         best = scores.view(len(candidates), C).argmax(dim=1).tolist()
         return [row[i] for row, i in zip(full, best, strict=True)]
 

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from fastdiss_cli.models.layers import Layout, Memory
+from fastdiss_cli.data.layout import Layout
+from fastdiss_cli.models.layers import Memory
 from fastdiss_cli.randomness import counter_normal
 
 if TYPE_CHECKING:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from fastdiss_cli.config import one_of, option, require
 from fastdiss_cli.data.batching import Batch, pad
+from fastdiss_cli.data.layout import Layout
 from fastdiss_cli.diffusion.objective import (
     Condition,
     draw_times,
@@ -34,10 +35,8 @@ from fastdiss_cli.models.embedding import FORMS, LOGIT_SCALES, LatentEmbedding
 from fastdiss_cli.models.layers import (
     Decoder,
     Encoder,
-    Layout,
     Memory,
     NetworkConfig,
-    encode,
     initialise,
     positions,
     sinusoid,
@@ -135,8 +134,8 @@ class Difformer(Seq2SeqModel):
         initialise(self)
         nn.init.normal_(self.embedding.table.weight)
 
-    def encode(self, src_tokens: Tensor) -> Memory:
-        return encode(self.encoder, self.decoder, src_tokens, self.src.pad)
+    def encode(self, src_tokens: Tensor, layout: Layout) -> Memory:
+        return self.decoder.memory(self.encoder(src_tokens, layout), layout)
 
     def denoise(
         self, z_t: Tensor, t: Tensor, self_cond: Tensor, memory: Memory, layout: Layout
@@ -162,7 +161,7 @@ class Difformer(Seq2SeqModel):
 
     def predict_lengths(self, memory: Memory) -> Tensor:
         """Return log-probabilities of target length - source length + max_length_offset."""
-        pooled = memory.hidden.sum(1) / memory.lengths[:, None]
+        pooled = memory.hidden.sum(1) / memory.layout.lengths[:, None]
         return F.log_softmax(self.length_head(pooled).float(), dim=-1)
 
     @property
@@ -202,8 +201,8 @@ class Difformer(Seq2SeqModel):
 
     def loss(self, batch: Batch, update: int) -> Loss:
         config: DiffusionConfig = self.config
-        memory = self.encode(batch.src_tokens)
-        denoiser = Denoiser(self, memory, Layout.of(batch.tgt_pad_mask))
+        memory = self.encode(batch.src_tokens, batch.src_layout)
+        denoiser = Denoiser(self, memory, batch.tgt_layout)
         z_0 = self.embedding(batch.tgt_tokens)
         noise = torch.randn_like(z_0)
         with torch.no_grad():
@@ -214,7 +213,7 @@ class Difformer(Seq2SeqModel):
         z0_hat = denoiser(z_t, given.t, given.self_cond)
         mse, anchor = self._token_losses(z0_hat, z_0, batch.tgt_tokens, denoiser.layout)
         limit = config.max_length_offset
-        offset = (~batch.tgt_pad_mask).sum(1) - memory.lengths
+        offset = batch.tgt_layout.lengths - memory.layout.lengths
         length = F.nll_loss(self.predict_lengths(memory), offset.clamp(-limit, limit) + limit)
         total = mse + anchor + config.length_loss * length
         return Loss(total, {"mse": mse, "anchor": anchor, "length": length})
@@ -228,7 +227,8 @@ class Difformer(Seq2SeqModel):
             gap: the network is told its estimate at t + gap, at most 1, noised further from the
                 same z_t. None: it is told nothing.
         """
-        denoiser = Denoiser(self, self.encode(batch.src_tokens), Layout.of(batch.tgt_pad_mask))
+        memory = self.encode(batch.src_tokens, batch.src_layout)
+        denoiser = Denoiser(self, memory, batch.tgt_layout)
         z_0 = self.embedding(batch.tgt_tokens)
         now = torch.tensor(t, device=z_0.device)
         z_t = self.schedule.add_noise(z_0, now, torch.randn_like(z_0))
@@ -325,7 +325,7 @@ class Difformer(Seq2SeqModel):
     def _length_candidates(self, memory: Memory, beam: int) -> Tensor:
         """Return the most likely target lengths of each sentence, int64 [B, beam], all >= 1."""
         limit = self.config.max_length_offset
-        src_lengths = memory.lengths[:, None]
+        src_lengths = memory.layout.lengths[:, None]
         log_probs = self.predict_lengths(memory)
         reachable = src_lengths + torch.arange(-limit, limit + 1, device=src_lengths.device) >= 1
         log_probs = log_probs.masked_fill(~reachable, float("-inf"))

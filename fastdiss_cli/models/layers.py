@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastdiss_cli.config import option, require
+from fastdiss_cli.data.layout import Layout
 
 
 @dataclass(frozen=True)
@@ -36,48 +37,6 @@ class NetworkConfig:
 
 
 @dataclass
-class Layout:
-    """Where the tokens of a right-padded batch are.
-
-    Every layer but attention works on the tokens alone, one after the other, so that padding
-    costs nothing there; attention works on the batch.
-
-    Attributes:
-        pad_mask: bool [N, T], true on padding.
-        index: int64 [P], the places of the P tokens in the flattened batch; None: no padding.
-    """
-
-    pad_mask: Tensor
-    index: Tensor | None
-
-    @classmethod
-    def of(cls, pad_mask: Tensor) -> Layout:
-        index = (~pad_mask).flatten().nonzero().squeeze(1)
-        return cls(pad_mask, None if len(index) == pad_mask.numel() else index)
-
-    @property
-    def attn_mask(self) -> Tensor | None:
-        """The attention mask, bool [N, 1, 1, T], true where to look; None: everywhere."""
-        return None if self.index is None else ~self.pad_mask[:, None, None, :]
-
-    def flat(self, x: Tensor) -> Tensor:
-        """Return the tokens [P, ...] of a batch [N, T, ...]."""
-        x = x.flatten(0, 1)
-        return x if self.index is None else x.index_select(0, self.index)
-
-    def padded(self, x: Tensor) -> Tensor:
-        """Return the batch [N, T, ...] of tokens [P, ...], with zeros as padding."""
-        if self.index is not None:
-            batch = x.new_zeros(self.pad_mask.numel(), *x.shape[1:])
-            x = batch.index_copy(0, self.index, x)
-        return x.unflatten(0, self.pad_mask.shape)
-
-    def select(self, rows: Tensor) -> Layout:
-        """Return the layout of some rows; int64 indices into N."""
-        return Layout.of(self.pad_mask[rows])
-
-
-@dataclass
 class Memory:
     """The encoded sources, with every decoder layer's keys and values computed once.
 
@@ -90,11 +49,6 @@ class Memory:
     hidden: Tensor
     layout: Layout
     keys_values: list[tuple[Tensor, Tensor]]
-
-    @property
-    def lengths(self) -> Tensor:
-        """Source lengths, int64 [B]."""
-        return (~self.layout.pad_mask).sum(1)
 
     def select(self, rows: Tensor) -> Memory:
         """Return the memory of some sentences; int64 indices into B."""
@@ -299,12 +253,6 @@ class Decoder(nn.Module):
             cache = None if caches is None else caches[i]
             x = layer(x, layout, causal, memory.keys_values[i], attn_mask, cache)
         return self.norm(x)
-
-
-def encode(encoder: Encoder, decoder: Decoder, src_tokens: Tensor, pad: int) -> Memory:
-    """Encode int64 [B, S], right-padded with the id ``pad``."""
-    layout = Layout.of(src_tokens == pad)
-    return decoder.memory(encoder(src_tokens, layout), layout)
 
 
 def attend(

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from fastdiss_cli.config import build
 from fastdiss_cli.data.batching import Batch
+from fastdiss_cli.data.layout import Layout
 from fastdiss_cli.errors import FastdissError, suggest
 from fastdiss_cli.models import FAMILIES
 
@@ -115,8 +116,8 @@ class Seq2SeqModel(nn.Module, ABC):
         """Return the loss of a batch; random draws come from torch's global generators."""
 
     @abstractmethod
-    def encode(self, src_tokens: Tensor) -> Any:
-        """Return what decoding needs of the sources; int64 [B, S], right-padded."""
+    def encode(self, src_tokens: Tensor, layout: Layout) -> Any:
+        """Return what decoding needs of the sources; int64 [B, S], right-padded, with layout."""
 
     @abstractmethod
     def decode(

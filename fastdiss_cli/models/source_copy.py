@@ -7,7 +7,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastdiss_cli.models.layers import Layout, Memory
+from fastdiss_cli.data.layout import Layout
+from fastdiss_cli.models.layers import Memory
 
 
 def source_copy(memory: Memory, layout: Layout, width: float) -> Tensor:
@@ -31,7 +32,7 @@ def source_copy(memory: Memory, layout: Layout, width: float) -> Tensor:
     B, S, _ = memory.hidden.shape
     N, T = layout.pad_mask.shape
     device = memory.hidden.device
-    ratio = memory.lengths.repeat_interleave(N // B) / (~layout.pad_mask).sum(1)
+    ratio = memory.layout.lengths.repeat_interleave(N // B) / layout.lengths
     place = (torch.arange(T, device=device) + 0.5) * ratio[:, None]
     distance = (torch.arange(S, device=device) + 0.5 - place[..., None]).abs()
     weights = (-distance / width).view(B, -1, S)

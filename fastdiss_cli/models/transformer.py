@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from fastdiss_cli.config import option, require
 from fastdiss_cli.data.batching import Batch, pad
+from fastdiss_cli.data.layout import Layout
 from fastdiss_cli.models import SIZES
 from fastdiss_cli.models.beam_search import beam_search
 from fastdiss_cli.models.cross_entropy import linear_cross_entropy
@@ -24,10 +25,8 @@ from fastdiss_cli.models.layers import (
     Cache,
     Decoder,
     Encoder,
-    Layout,
     Memory,
     NetworkConfig,
-    encode,
     initialise,
     positions,
 )
@@ -83,8 +82,8 @@ class Transformer(Seq2SeqModel):
         if config.share_embeddings and src == tgt:
             self.encoder.embedding = self.embedding
 
-    def encode(self, src_tokens: Tensor) -> Memory:
-        return encode(self.encoder, self.decoder, src_tokens, self.src.pad)
+    def encode(self, src_tokens: Tensor, layout: Layout) -> Memory:
+        return self.decoder.memory(self.encoder(src_tokens, layout), layout)
 
     def embed(self, tokens: Tensor, start: int = 0) -> Tensor:
         """Embed int64 [N, T] whose first column is at position ``start``; float [N, T, H]."""
@@ -105,8 +104,8 @@ class Transformer(Seq2SeqModel):
         return self.output(self.teach(memory, tgt_tokens, layout)).float()
 
     def loss(self, batch: Batch, update: int) -> Loss:
-        layout = Layout.of(batch.tgt_pad_mask)
-        hidden = self.teach(self.encode(batch.src_tokens), batch.tgt_tokens, layout)
+        layout, memory = batch.tgt_layout, self.encode(batch.src_tokens, batch.src_layout)
+        hidden = self.teach(memory, batch.tgt_tokens, layout)
         gold, smoothing = layout.flat(batch.tgt_tokens), self.config.label_smoothing
         total, nll = linear_cross_entropy(hidden, self.output.weight, None, gold, smoothing)
         return Loss(total, {"nll": nll})
@@ -119,11 +118,10 @@ class Transformer(Seq2SeqModel):
             answers: N answers without eos, those of a sentence as neighbours; N a multiple of B.
         """
         rows = [[*tokens, self.tgt.eos] for tokens in answers]
-        tokens, pad_mask = (x.to(memory.hidden.device) for x in pad(rows, self.tgt.pad))
-        layout = Layout.of(pad_mask)
+        tokens, layout = (x.to(memory.hidden.device) for x in pad(rows, self.tgt.pad))
         gold = layout.flat(tokens)
         nll = F.cross_entropy(self.logits(memory, tokens, layout), gold, reduction="none")
-        return -layout.padded(nll).sum(1) / (~pad_mask).sum(1)
+        return -layout.padded(nll).sum(1) / layout.lengths
 
     def decode(
         self,

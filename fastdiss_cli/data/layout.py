@@ -1,0 +1,66 @@
+"""Where the tokens of a padded batch are."""
+# N rows, T length, P tokens (without padding) of a batch
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Layout:
+    """Where the tokens of a right-padded batch are.
+
+    Every layer but attention works on the tokens alone, one after the other, so that padding
+    costs nothing there; attention works on the batch.
+
+    Attributes:
+        pad_mask: bool [N, T], true on padding.
+        index: int64 [P], the places of the P tokens in the flattened batch; None: no padding.
+    """
+
+    pad_mask: Tensor
+    index: Tensor | None
+
+    @classmethod
+    def of(cls, pad_mask: Tensor) -> Layout:
+        """Return the layout of a mask. On a GPU that waits for the mask, to count its tokens."""
+        index = (~pad_mask).flatten().nonzero().squeeze(1)
+        return cls(pad_mask, None if len(index) == pad_mask.numel() else index)
+
+    @property
+    def num_tokens(self) -> int:
+        """P."""
+        return self.pad_mask.numel() if self.index is None else len(self.index)
+
+    @property
+    def lengths(self) -> Tensor:
+        """Tokens of each row, int64 [N]."""
+        return (~self.pad_mask).sum(1)
+
+    @property
+    def attn_mask(self) -> Tensor | None:
+        """The attention mask, bool [N, 1, 1, T], true where to look; None: everywhere."""
+        return None if self.index is None else ~self.pad_mask[:, None, None, :]
+
+    def flat(self, x: Tensor) -> Tensor:
+        """Return the tokens [P, ...] of a batch [N, T, ...]."""
+        x = x.flatten(0, 1)
+        return x if self.index is None else x.index_select(0, self.index)
+
+    def padded(self, x: Tensor) -> Tensor:
+        """Return the batch [N, T, ...] of tokens [P, ...], with zeros as padding."""
+        if self.index is not None:
+            batch = x.new_zeros(self.pad_mask.numel(), *x.shape[1:])
+            x = batch.index_copy(0, self.index, x)
+        return x.unflatten(0, self.pad_mask.shape)
+
+    def to(self, device: torch.device) -> Layout:
+        index = None if self.index is None else self.index.to(device, non_blocking=True)
+        return Layout(self.pad_mask.to(device, non_blocking=True), index)
+
+    def select(self, rows: Tensor) -> Layout:
+        """Return the layout of some rows; int64 indices into N."""
+        return Layout.of(self.pad_mask[rows])
