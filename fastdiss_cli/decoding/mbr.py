@@ -19,6 +19,9 @@ from fastdiss_cli.errors import FastdissError
 
 METRICS = ("bleu", "chrf")
 BLEU_ORDER = 4
+# The k-th order without any match counts as 2^-k matches: m such orders give a factor of
+# 2^-(1 + ... + m).
+SMOOTHING = np.exp2([-m * (m + 1) / 2 for m in range(BLEU_ORDER + 1)])
 CHRF_ORDER = 6
 CHRF_BETA = 2
 
@@ -121,9 +124,11 @@ def _match_ngrams(lines: Sequence[Sequence[str]], order: int) -> tuple[np.ndarra
 
     # Sorted by their longest n-grams, positions with equal n-grams of any order are neighbours.
     ranking = np.lexsort(window[::-1])
-    window, owner = window[:, ranking], owner[ranking]
+    window, owner = window.take(ranking, axis=1), owner[ranking]
     is_new = np.ones(window.shape, dtype=bool)
-    is_new[:, 1:] = np.logical_or.accumulate(window[:, 1:] != window[:, :-1], axis=0)
+    np.not_equal(window[:, 1:], window[:, :-1], out=is_new[:, 1:])
+    for n in range(1, order):
+        is_new[n] |= is_new[n - 1]
     gram = np.cumsum(is_new).reshape(window.shape) - 1  # distinct across the orders too
     n_grams = int(gram[-1, -1]) + 1
     cells = (owner * n_grams + gram)[window > 0]
@@ -136,10 +141,10 @@ def _match_ngrams(lines: Sequence[Sequence[str]], order: int) -> tuple[np.ndarra
     column = np.repeat(np.arange(n_grams), most)
     ends = np.cumsum(most)
     k = np.arange(1, column.size + 1) - (ends - most)[column]
-    reached = counts[:, column] >= k.astype(counts.dtype)
+    reached = (counts.take(column, axis=1) >= k.astype(counts.dtype)).astype(np.float32)
     bounds = [0, *ends[gram[:, -1]]]
     for n in range(order):
-        part = reached[:, bounds[n] : bounds[n + 1]].astype(np.float32)
+        part = reached[:, bounds[n] : bounds[n + 1]]
         matches[n] = part @ part.T
     return matches, totals
 
@@ -147,11 +152,8 @@ def _match_ngrams(lines: Sequence[Sequence[str]], order: int) -> tuple[np.ndarra
 def _bleu(matches: np.ndarray, totals: np.ndarray) -> np.ndarray:
     """Return sentence BLEU [U, U] over the orders that the hypothesis (row) has n-grams of."""
     orders = (totals > 0).sum(axis=0)
-    # The k-th order without any match counts as 2^-k matches: m such orders give a factor of
-    # 2^-(1 + ... + m).
     missed = orders[:, None] - (matches > 0).sum(axis=0)
-    smoothing = np.exp2(-missed * (missed + 1) / 2)
-    product = np.maximum(matches, 1).prod(axis=0) * smoothing
+    product = np.maximum(matches, 1).prod(axis=0) * SMOOTHING[missed]
     product /= np.maximum(totals, 1.0).prod(axis=0)[:, None]
     brevity = np.exp(np.minimum(1 - totals[0] / np.maximum(totals[0], 1)[:, None], 0))
     mean = product ** (1 / np.maximum(orders, 1))[:, None]
