@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import signal
 from functools import partial
 from pathlib import Path
@@ -217,6 +218,23 @@ def test_the_other_direction_is_refused(
     assert run_cli("preprocess", *more).returncode == 0
     done = run_cli("generate", tmp_path / "d", "--path", checkpoints["transformer_tiny"])
     assert "goes from de to en" in one_line_error(done, "from en to de")
+
+
+def test_other_languages_are_told(
+    corpus: Path, data_bin: Path, checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    for side, language in (("de", "nl"), ("en", "en")):
+        shutil.copy(corpus / f"test.{side}", tmp_path / f"test.{language}")
+    more = ["-s", "nl", "-t", "en", "--tokenizer", data_bin / "tokenizer.src"]
+    more += ["--testpref", tmp_path / "test", "--destdir", tmp_path / "d"]
+    assert run_cli("preprocess", *more).returncode == 0
+    found = [
+        run_cli("generate", data, "--path", checkpoints["transformer_tiny"])
+        for data in (tmp_path / "d", data_bin)
+    ]
+    assert [done.returncode for done in found] == [0, 0]
+    told = ["was trained to go from de to en" in done.stderr for done in found]
+    assert told == [True, False]
 
 
 def test_a_reranker_that_goes_the_other_way_is_refused(

@@ -122,12 +122,21 @@ def _as_they_come(coming: ComingLines, pairs: Iterator[Pair]) -> Iterator[list[P
 
 
 def check_direction(languages: tuple[str, str], dataset: BinarizedDataset) -> None:
-    """Refuse a dataset in the other direction, which a joined tokenizer cannot tell."""
+    """Refuse a dataset in the other direction, which a joined tokenizer cannot tell.
+
+    Of other languages a warning is enough: names differ, as in en and en-GB.
+    """
     source, target = languages
-    if source != target and (dataset.summary["target"], dataset.summary["source"]) == languages:
+    theirs = dataset.summary["source"], dataset.summary["target"]
+    if source != target and theirs == (target, source):
         raise FastdissError(
             f"the checkpoint goes from {source} to {target}, {dataset.folder} from {target} to "
             f"{source}: give -s {source} -t {target} (a dataset of fairseq), or preprocess again"
+        )
+    if source and theirs != languages:
+        logs.warn(
+            f"the checkpoint was trained to go from {source} to {target}, and {dataset.folder} goes "
+            f"from {theirs[0]} to {theirs[1]}"
         )
 
 
