@@ -135,8 +135,8 @@ def check_direction(languages: tuple[str, str], dataset: BinarizedDataset) -> No
         )
     if source and theirs != languages:
         logs.warn(
-            f"the checkpoint was trained to go from {source} to {target}, and {dataset.folder} goes "
-            f"from {theirs[0]} to {theirs[1]}"
+            f"the checkpoint was trained to go from {source} to {target}, "
+            f"and {dataset.folder} goes from {theirs[0]} to {theirs[1]}"
         )
 
 
