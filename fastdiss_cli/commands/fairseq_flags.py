@@ -251,7 +251,6 @@ _GENERATE = {
     "--prefix-size": without("answers are made as a whole"),
     "--no-repeat-ngram-size": without("nothing is forbidden to an answer"),
     "--unkpen": without("no piece is unknown"),
-    "--temperature": without("beam search and the solvers have no temperature"),
     "--replace-unk": without("no piece is unknown", "maybe"),
     "--no-early-stop": without("a beam is done when it is full", "none"),
     "--lm-path": without("there is no language model beside the model"),

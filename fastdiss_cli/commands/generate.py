@@ -100,6 +100,12 @@ def generate(
         str | None,
         typer.Option(help="ddpm, ddim or dpm-solver++. (default: ddpm)", **SAMPLING),
     ] = None,
+    temperature: Annotated[
+        float | None,
+        typer.Option(
+            help="Scale of the noise that ddpm adds in a step, 0 to 1. (default: 0.5)", **SAMPLING
+        ),
+    ] = None,
     time_grid: Annotated[
         str | None,
         typer.Option(help="uniform, quadratic or log-snr. (default: log-snr)", **SAMPLING),
@@ -213,6 +219,7 @@ def generate(
     step_counts = step_counts_of(steps)
     flags = {
         "solver": solver,
+        "temperature": temperature,
         "time_grid": time_grid,
         "clamp": clamp,
         "self_cond": self_cond,

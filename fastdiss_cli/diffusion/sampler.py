@@ -21,6 +21,7 @@ def sample(
     noise: Callable[[int], Tensor],
     steps: int,
     solver: str = "ddpm",
+    temperature: float = 1.0,
     self_cond: str = "reuse",
     gold: Tensor | None = None,
     grid: str = "log-snr",
@@ -37,6 +38,7 @@ def sample(
         noise: the k-th standard normal draw, float [N, T, D]; 0 is the start.
         steps: N, at least 1.
         solver: a key of `SOLVERS`.
+        temperature: scale of the noise that the solver adds in a step; 1: that of its formula.
         self_cond: what the network is told of z_0. ``reuse``: the estimate of the step before,
             zeros in the first; ``none``: zeros; ``recompute``: an estimate at the present step
             by a second evaluation; ``gold``: the true embeddings (for diagnosis).
@@ -87,6 +89,6 @@ def sample(
             clamp(z0_hat) if clamp else estimate,
             times[k],
             times[k + 1],
-            lambda draw=k + 1: noise(draw),
+            lambda draw=k + 1: temperature * noise(draw),
         )
     return answer, nfe

@@ -17,7 +17,12 @@ from fastdiss_cli.diffusion.schedule import NoiseSchedule
 
 
 class Solver(Protocol):
-    """The contract: ``noise`` draws a standard normal [N, T, D]; t > s > 0 broadcast with z."""
+    """The contract: ``noise`` draws a standard normal [N, T, D]; t > s > 0 broadcast with z.
+
+    A sampler scales what ``noise`` draws by its temperature. ``adds_noise``: it is drawn at all.
+    """
+
+    adds_noise: bool
 
     def __init__(self, schedule: NoiseSchedule) -> None: ...
 
@@ -37,7 +42,7 @@ class Ancestral(Solver):
     direction of the noise (Song et al. 2021, DDIM, equation 12).
     """
 
-    eta = 1.0
+    eta, adds_noise = 1.0, True
 
     def __init__(self, schedule: NoiseSchedule) -> None:
         self.schedule = schedule
@@ -51,11 +56,11 @@ class Ancestral(Solver):
         variance = self.eta**2 * between * sigma_s**2 / sigma_t**2
         direction = (z - alpha_t * z0_hat) / sigma_t
         mean = alpha_s * z0_hat + torch.sqrt((sigma_s**2 - variance).clamp_min(0)) * direction
-        return mean + torch.sqrt(variance) * noise() if self.eta else mean
+        return mean + torch.sqrt(variance) * noise() if self.adds_noise else mean
 
 
 class Deterministic(Ancestral):
-    eta = 0.0
+    eta, adds_noise = 0.0, False
 
 
 class DPMSolverPP2M(Solver):
@@ -64,6 +69,8 @@ class DPMSolverPP2M(Solver):
     It steps in ``lambda = log(alpha/sigma)``. The step from t = 1, where lambda is -inf, has no
     earlier estimate and is of first order.
     """
+
+    adds_noise = False
 
     def __init__(self, schedule: NoiseSchedule) -> None:
         self.schedule = schedule

@@ -81,6 +81,9 @@ class DiffusionConfig(NetworkConfig):
         require(self, "max_length_offset", self.max_length_offset >= 1, "at least 1")
 
 
+TEMPERATURE = 0.5  # of ddpm: see docs/method.md
+
+
 @dataclass(frozen=True)
 class DiffusionDecoding:
     """Options of sampling."""
@@ -89,6 +92,7 @@ class DiffusionDecoding:
     length_beam: int = 1
     noise_beam: int = 1
     solver: str = "ddpm"
+    temperature: float | None = None  # scale of the noise that ddpm adds; None: TEMPERATURE
     time_grid: str = "log-snr"
     clamp: str = "expected"  # what the solver takes for z_0: the raw, nearest or expected embedding
     self_cond: str = "reuse"
@@ -102,6 +106,11 @@ class DiffusionDecoding:
         require(self, "length_beam", self.length_beam >= 1, "at least 1")
         require(self, "noise_beam", self.noise_beam >= 1, "at least 1")
         one_of(self, "solver", tuple(SOLVERS))
+        adds_noise = SOLVERS[self.solver].adds_noise
+        if self.temperature is None:
+            object.__setattr__(self, "temperature", TEMPERATURE if adds_noise else 0.0)
+        require(self, "temperature", 0 <= self.temperature <= 1, "in [0, 1]")
+        require(self, "temperature", adds_noise or self.temperature == 0, f"0 with {self.solver}")
         one_of(self, "time_grid", TIME_GRIDS)
         one_of(self, "clamp", FORMS)
         one_of(self, "self_cond", SELF_COND_MODES)
@@ -302,6 +311,7 @@ class Difformer(Seq2SeqModel):
             partial(running.noise, options.seed, self.config.latent_dim),
             options.steps,
             solver=options.solver,
+            temperature=options.temperature,
             # a model that was trained without self-conditioning gets none
             self_cond=options.self_cond if self.self_conditioned else "none",
             gold=told,

@@ -21,7 +21,7 @@ import torch
 from plots import plot, plot_gap, plot_quality, plot_speed
 from results import FEW, METRIC, NAMES, Results, figures_of
 from sacrebleu.metrics.base import Metric
-from trials import CLAMPS, GRIDS, HERE, SWEEPS, VARIANTS
+from trials import CLAMPS, GRIDS, HERE, SWEEPS, TEMPERATURES, VARIANTS
 
 from fastdiss_cli.decoding.output import read_system
 from fastdiss_cli.metrics import METRICS, paired_test
@@ -224,6 +224,13 @@ def sweeps(results: Results) -> str:
         "Grid",
         {grid: ("base", "default" if grid == GRIDS[0] else f"grid {grid}") for grid in GRIDS},
     )
+    tables["Temperature of sampling"] = rows(
+        "Temperature",
+        {
+            temperature: ("base", "default" if k == 0 else f"temperature {temperature}")
+            for k, temperature in enumerate(TEMPERATURES)
+        },
+    )
     parts = [
         f"### {sweep}\n\n" + markdown(["", *FEW], cells)
         for sweep, cells in tables.items()
@@ -302,6 +309,10 @@ def main() -> None:
             speed(results),
         ]
 
+    by_temperature: list[str] = []
+    for temperature in TEMPERATURES[1:]:
+        table = quality_by_steps(results, f"temperature {temperature}", results.steps)
+        by_temperature += [f"ddpm at temperature {temperature}, seed 1:\n", table]
     seeds = len(results.seeds)
     spread = "mean ± standard deviation over seeds" if seeds > 1 else "one seed: no spread is known"
     network = "with source copy" if plan["source_copy"] else "without source copy"
@@ -312,8 +323,10 @@ def main() -> None:
         f"{name}; {spread}. Diffusion networks {network}.\n",
         "## What was to be shown\n",
         targets(results, p),
-        "## Quality by steps\n\n![](quality_by_steps.svg)\n\nddpm:\n",
+        "## Quality by steps\n\n![](quality_by_steps.svg)\n\n"
+        f"ddpm at temperature {TEMPERATURES[0]}:\n",
         quality_by_steps(results, "reuse", results.steps),
+        *by_temperature,
         "ddim, seed 1:\n",
         quality_by_steps(results, "ddim", results.steps),
         "## Other metrics at 5 steps\n",

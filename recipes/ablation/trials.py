@@ -120,9 +120,10 @@ SWEEPS: dict[str, dict[str, dict[str, str]]] = {
         "dimension 128": {"latent_dim": "128"},
     },
 }
-# Open choices of sampling, for the base and, of the first, for the settings of "Told as".
+# Open choices of sampling, the default first: for the base and, CLAMPS, the settings of "Told as".
 CLAMPS = ("expected", "raw", "nearest")
 GRIDS = ("log-snr", "uniform", "quadratic")
+TEMPERATURES = ("0.5", "1", "0")
 
 MBR = ["--length-beam", "5", "--noise-beam", "3", "--select", "mbr"]
 
@@ -204,6 +205,7 @@ def variant_trials(work: Path, plan: dict[str, Any]) -> Iterator[Trial]:
     }
     first_seed = {
         "ddim": ["--steps", steps, "--solver", "ddim"],
+        **{f"temperature {t}": ["--steps", steps, "--temperature", t] for t in TEMPERATURES[1:]},
         "none": ["--steps", FEW_STEPS, "--self-cond", "none"],
         "gold": ["--steps", FEW_STEPS, "--self-cond", "gold"],
         "diagnosis": ["--steps", "5,20", "--diagnose"],
@@ -225,8 +227,9 @@ def sweep_trials(work: Path, plan: dict[str, Any]) -> Iterator[Trial]:
     steps = ["--steps", FEW_STEPS]
     clamps = {f"clamp {form}": [*steps, "--clamp", form] for form in CLAMPS[1:]}
     grids = {f"grid {grid}": [*steps, "--time-grid", grid] for grid in GRIDS[1:]}
+    colder = {f"temperature {t}": [*steps, "--temperature", t] for t in TEMPERATURES[1:]}
     for seed in range(1, plan["sweep_seeds"] + 1):
-        trials = {"base": (BASE, {"default": steps} | clamps | grids)}
+        trials = {"base": (BASE, {"default": steps} | clamps | grids | colder)}
         for name, settings in SWEEPS.items():
             sampling = {"default": steps} | (clamps if name == "Told as" else {})
             for setting, changes in settings.items():
