@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import reprlib
+import types
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -148,6 +149,8 @@ def parse_settings(settings: Sequence[str]) -> dict[str, dict[str, Any]]:
 
 def _convert(value: Any, hint: Any, name: str) -> Any:
     """Return ``value`` as the type of a configuration field."""
+    if isinstance(hint, types.UnionType):  # X | None
+        return None if value is None else _convert(value, typing.get_args(hint)[0], name)
     if typing.get_origin(hint) is tuple:
         parts = typing.get_args(hint)
         variadic = len(parts) == 2 and parts[1] is Ellipsis

@@ -106,6 +106,8 @@ def test_candidates_are_all_with_the_chosen_one_first(
         ({"steps": "5"}, "steps must be a whole number, not '5'"),
         ({"steps": 0}, "steps must be at least 1"),
         ({"solver": "euler"}, "solver must be one of ddpm"),
+        ({"temperature": "cold"}, "temperature must be a number, not 'cold'"),
+        ({"temperature": 0.5, "solver": "ddim"}, "temperature must be 0 with ddim"),
         ({"self_cond": "gold"}, "self_cond='gold'"),
         ({"select": "best"}, "select best: choose from score, mbr, rerank"),
         ({"mbr_metric": "ter"}, "mbr_metric ter: choose from bleu, chrf"),

@@ -21,6 +21,7 @@ from fastdiss_cli.decoding.generation import Run, decode
 from fastdiss_cli.decoding.selection import by_score
 from fastdiss_cli.errors import FastdissError
 from fastdiss_cli.models.denoiser import Denoiser
+from fastdiss_cli.models.difformer import TEMPERATURE
 from fastdiss_cli.models.embedding import LatentEmbedding
 from fastdiss_cli.models.frozen import can_pack, freeze
 from fastdiss_cli.models.layers import Cache
@@ -250,6 +251,24 @@ def test_solvers_are_told_apart() -> None:
 
     assert len({tuple(scores(solver, 4)) for solver in ("ddpm", "ddim", "dpm-solver++")}) == 3
     assert scores("ddpm", 1) == scores("ddim", 1)  # one step has no move to make
+
+
+def test_a_temperature_is_of_ddpm() -> None:
+    model, sources = make_model("fastdiss"), random_sentences(4)
+    memory = model.encode(*pad(sources, VOCAB.pad))
+
+    def scores(**options: Any) -> list[float]:
+        options = model.Decoding(steps=4, **options)
+        return [h[0].score for h in model.decode(memory, torch.arange(4), options)]
+
+    assert len({tuple(scores(temperature=t)) for t in (0.0, 0.5, 1.0)}) == 3
+    assert scores() == scores(temperature=TEMPERATURE)
+    assert model.Decoding(solver="ddim").temperature == 0
+    assert model.Decoding(solver="ddim", temperature=0.0) == model.Decoding(solver="ddim")
+    with pytest.raises(FastdissError, match="temperature must be 0 with dpm-solver"):
+        model.Decoding(solver="dpm-solver++", temperature=1.0)
+    with pytest.raises(FastdissError, match=r"temperature must be in \[0, 1\], not 1.5"):
+        model.Decoding(temperature=1.5)
 
 
 def test_beams_give_that_many_candidates_best_first() -> None:

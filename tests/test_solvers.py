@@ -147,6 +147,23 @@ def test_what_each_self_conditioning_mode_tells_the_network() -> None:
     assert run("gold") == [9, 9, 9]
 
 
+@pytest.mark.parametrize("temperature", [0.0, 0.3, 1.0])
+def test_the_temperature_scales_the_noise_of_a_step_and_not_the_start(temperature: float) -> None:
+    seen: list[Tensor] = []
+
+    def denoise(z: Tensor, t: Tensor, told: Tensor) -> Tensor:
+        seen.append(z)
+        return torch.full_like(z, 2.0)
+
+    draws = [torch.full((1, 2, 3), 3.0), torch.full((1, 2, 3), 5.0)]
+    sample(denoise, SCHEDULE, draws.__getitem__, 2, "ddpm", grid="uniform", temperature=temperature)
+    half, one = torch.tensor(0.5), torch.tensor(1.0)
+    torch.testing.assert_close(seen[0], SCHEDULE.sigma(one) * 3.0 * torch.ones(1, 2, 3))
+    # from pure noise z at s is a noised estimate: alpha_s x + sigma_s noise
+    wanted = SCHEDULE.alpha(half) * 2.0 + SCHEDULE.sigma(half) * temperature * draws[1]
+    torch.testing.assert_close(seen[1], wanted)
+
+
 @pytest.mark.parametrize("clamped", [True, False])
 def test_the_solver_takes_the_clamped_estimate_and_the_network_is_told_its_form(
     clamped: bool,

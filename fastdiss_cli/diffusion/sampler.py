@@ -21,10 +21,10 @@ def sample(
     noise: Callable[[int], Tensor],
     steps: int,
     solver: str = "ddpm",
-    temperature: float = 1.0,
     self_cond: str = "reuse",
     gold: Tensor | None = None,
     grid: str = "log-snr",
+    temperature: float = 1.0,
     tell: Tell = lambda z0_hat: z0_hat,
     clamp: Callable[[Tensor], Tensor] | None = None,
     watch: Callable[[Tensor, Tensor, Tensor], None] | None = None,
@@ -38,12 +38,12 @@ def sample(
         noise: the k-th standard normal draw, float [N, T, D]; 0 is the start.
         steps: N, at least 1.
         solver: a key of `SOLVERS`.
-        temperature: scale of the noise that the solver adds in a step; 1: that of its formula.
         self_cond: what the network is told of z_0. ``reuse``: the estimate of the step before,
             zeros in the first; ``none``: zeros; ``recompute``: an estimate at the present step
             by a second evaluation; ``gold``: the true embeddings (for diagnosis).
         gold: float [N, T, D], needed for ``gold``.
         grid: one of `TIME_GRIDS`.
+        temperature: scale of the noise that the solver adds in a step; 1: that of its formula.
         tell: maps an estimate z0_hat to the form in which the network is told it.
         clamp: maps an estimate to what the solver takes for z_0; None: what ``tell`` gives.
         watch: called at every step with its t (0-d), z and z0_hat.
