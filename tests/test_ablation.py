@@ -71,19 +71,22 @@ def test_trials_and_report(corpus: Path, tmp_path: Path, monkeypatch: pytest.Mon
 
     arguments = ["embedded", str(work)]
 
-    def run() -> str:
+    def run() -> tuple[str, str]:
         monkeypatch.setattr(sys, "argv", ["trials.py", *arguments])
         trials.main()
         monkeypatch.setattr(sys, "argv", ["report.py", *arguments])
         report.main()
-        return (recipe / "results" / "embedded" / "RESULTS.md").read_text()
+        folder = recipe / "results" / "embedded"
+        return (folder / "RESULTS.md").read_text(), (folder / "SWEEPS.md").read_text()
 
-    first = run()
+    first, choices = run()
     trained = [command for command in commands if command[0] == "train"]
     # 2 seeds of 2 variants and the transformer, and 1 seed of the base and three settings
     assert len(trained) == 2 * 3 + 4
     commands.clear()
-    assert run() == first and not commands  # finished trials are neither trained nor sampled again
+    assert (
+        run() == (first, choices) and not commands
+    )  # finished trials are neither trained nor sampled again
 
     figures = json.loads((recipe / "results" / "embedded" / "figures.json").read_text())
     five = [figures[f"difformer/seed{s}/reuse/generate-test.steps5.txt bleu"] for s in (1, 2)]
@@ -97,4 +100,9 @@ def test_trials_and_report(corpus: Path, tmp_path: Path, monkeypatch: pytest.Mon
     for outputs, wanted, is_sure in ((always, -50, True), (mostly, -50 / 3, False)):
         difference, p = report.resampled(metric, outputs, references)
         assert difference == pytest.approx(wanted) and (p < 0.01) == is_sure
-    assert "reached" in first and "nan" not in first.split("## The open choices")[0]
+    assert "reached" in first and "nan" not in first
+    scores = json.loads((recipe / "results" / "embedded" / "sweeps.json").read_text())
+    for what, way in (("| raw estimate |", "Told as raw estimate/seed1/default"),
+                      ("\n| 0 |", "base/seed1/temperature 0")):  # fmt: skip
+        score = scores[f"sweep/{way}/generate-valid.steps1.txt bleu"]
+        assert f"{what} {score:.2f} |" in choices

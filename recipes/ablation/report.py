@@ -1,6 +1,7 @@
-"""Score what `trials.py` generated and write RESULTS.md, figures.json and the plots of a corpus.
+"""Score what `trials.py` generated and write the tables and plots of a corpus.
 
-Every figure comes from files under WORK; figures.json keeps them all.
+RESULTS.md and the plots are of the variants, SWEEPS.md of the open choices. Every figure comes from
+files under WORK; figures.json and sweeps.json keep them all.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import torch
 from plots import plot, plot_gap, plot_quality, plot_speed
 from results import FEW, METRIC, NAMES, Results, figures_of
 from sacrebleu.metrics.base import Metric
-from trials import CLAMPS, GRIDS, HERE, SWEEPS, TEMPERATURES, VARIANTS
+from trials import CLAMPS, GRIDS, HERE, SWEEPS, TEMPERATURES, VARIANTS, trial_folder
 
 from fastdiss_cli.decoding.output import read_system
 from fastdiss_cli.metrics import METRICS, paired_test
@@ -286,16 +287,9 @@ def machine() -> str:
     return f"{model}, {os.cpu_count()} cores, torch {torch.__version__}, float32"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("corpus", choices=METRIC)
-    parser.add_argument("work", type=Path)
-    arguments = parser.parse_args()
-    results = Results(arguments.corpus, arguments.work)
-    folder = HERE / "results" / results.corpus
-    folder.mkdir(parents=True, exist_ok=True)
+def write_results(results: Results, folder: Path) -> None:
+    """Write RESULTS.md, figures.json and the plots of the variants."""
     plan, name = results.plan, NAMES[results.metric]
-
     paired, p = significance(results)
     steps_table, time_table = diagnosis(results)
     plot(folder / "quality_by_steps.svg", lambda axes: plot_quality(results, axes))
@@ -308,11 +302,11 @@ def main() -> None:
             "![](quality_by_speed.svg)\n",
             speed(results),
         ]
-
     by_temperature: list[str] = []
     for temperature in TEMPERATURES[1:]:
         table = quality_by_steps(results, f"temperature {temperature}", results.steps)
         by_temperature += [f"ddpm at temperature {temperature}, seed 1:\n", table]
+
     seeds = len(results.seeds)
     spread = "mean ± standard deviation over seeds" if seeds > 1 else "one seed: no spread is known"
     network = "with source copy" if plan["source_copy"] else "without source copy"
@@ -347,18 +341,43 @@ def main() -> None:
         "Anchor loss at time t, told nothing, a fresh estimate (at t) or a stale one (t + 0.2):\n",
         time_table,
     ]
-    if plan["sweep_seeds"]:
-        sections += [
-            f"## The open choices\n\nValidation data, {plan['sweep_updates']:,} updates, "
-            f"{plan['sweep_seeds']} seed(s): the spread between seeds, in the tables above, is "
-            "larger than most differences here. Each setting differs from `BASE` in `trials.py`, "
-            "the defaults of that commit, by what its row says; best at 5 steps first.\n",
-            sweeps(results),
-        ]
-    (folder / "RESULTS.md").write_text("\n".join(sections), encoding="utf-8")
-    figures = json.dumps(dict(sorted(results.scores.items())), indent=0)
-    (folder / "figures.json").write_text(figures + "\n", encoding="utf-8")
-    print(f"wrote {folder / 'RESULTS.md'}")
+    write(results, folder, "RESULTS.md", sections, "figures.json")
+
+
+def write_sweeps(results: Results, folder: Path) -> None:
+    """Write SWEEPS.md and sweeps.json."""
+    plan, name = results.plan, NAMES[results.metric]
+    sections = [
+        f"# {results.corpus}: the open choices\n",
+        f"Written by `bash recipes/ablation/run.sh {results.corpus}` on {machine()}. Validation "
+        f"data, {name} by steps, `fastdiss_tiny`, {plan['sweep_updates']:,} updates, "
+        f"{plan['sweep_seeds']} seed(s): the spread between seeds, which RESULTS.md has, is larger "
+        "than most differences here. Each setting differs from `BASE` in `trials.py`, the defaults "
+        "of that commit, by what its row says; best at 5 steps first.\n",
+        sweeps(results),
+    ]
+    write(results, folder, "SWEEPS.md", sections, "sweeps.json")
+
+
+def write(results: Results, folder: Path, name: str, sections: list[str], figures: str) -> None:
+    """Write a page, and beside it every score that is in it."""
+    (folder / name).write_text("\n".join(sections), encoding="utf-8")
+    scores = json.dumps(dict(sorted(results.scores.items())), indent=0)
+    (folder / figures).write_text(scores + "\n", encoding="utf-8")
+    print(f"wrote {folder / name}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("corpus", choices=METRIC)
+    parser.add_argument("work", type=Path)
+    arguments = parser.parse_args()
+    folder = HERE / "results" / arguments.corpus
+    folder.mkdir(parents=True, exist_ok=True)
+    if trial_folder(arguments.work, "difformer", 1).exists():
+        write_results(Results(arguments.corpus, arguments.work), folder)
+    if trial_folder(arguments.work, "sweep/base", 1).exists():
+        write_sweeps(Results(arguments.corpus, arguments.work), folder)
 
 
 if __name__ == "__main__":

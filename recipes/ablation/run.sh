@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Do SCP and MANS make five steps as good as many? Train the matrix, sample, score, write RESULTS.md.
+# Do SCP and MANS make five steps as good as many? Train the matrix, sample, score, write the tables.
 # usage: run.sh CORPUS [TEXT] [WORK]
 #   CORPUS   embedded, cmudict_g2p or multi30k
 #   TEXT     the folder with the corpus; not needed for the embedded one

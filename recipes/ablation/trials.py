@@ -49,6 +49,7 @@ BASE = {
     "self_cond_form": "expected",
     "embedding_scale": "false",
     "latent_dim": "64",
+    "source_copy": "1",
     "scp_offset": "step-matched",
     "scp_grid": "uniform",
     "scp_coupling": "markov",
@@ -111,7 +112,6 @@ SWEEPS: dict[str, dict[str, dict[str, str]]] = {
     "Source copy": {
         "none": {"source_copy": "0"},
         "width 0.3": {"source_copy": "0.3"},
-        "width 1": {"source_copy": "1"},
         "width 3": {"source_copy": "3"},
     },
     "Embedding": {
@@ -236,7 +236,6 @@ def sweep_trials(work: Path, plan: dict[str, Any]) -> Iterator[Trial]:
                 trials[f"{name} {setting}"] = (BASE | changes, sampling)
         for name, (options, sampling) in trials.items():
             folder = trial_folder(work, f"sweep/{name}", seed)
-            options = {"source_copy": str(plan["source_copy"])} | options
             updates = plan["sweep_updates"]
             yield Trial(folder, "fastdiss_tiny", seed, updates, options, "valid", sampling)
 
