@@ -37,7 +37,7 @@ class GenerateOptions(TypedDict, total=False):
         steps: denoising steps, each one evaluation of the network; at least 1 (5).
         length_beam, noise_beam: candidates per sentence: lengths x noise draws; at least 1 (1, 1).
         solver: ``ddpm``, ``ddim`` or ``dpm-solver++`` (ddpm).
-        temperature: scale of the noise that ``ddpm`` adds in a step; 0 to 1 (0.5).
+        temperature: scale of the noise that ``ddpm`` adds in a step; 0 to 1 (0.25).
         time_grid: ``uniform``, ``quadratic`` or ``log-snr`` (log-snr).
         clamp: ``raw``, ``nearest`` or ``expected``: what the solver takes for z_0 (expected).
         self_cond: ``reuse``, ``none`` or ``recompute`` (reuse).

@@ -103,7 +103,7 @@ def generate(
     temperature: Annotated[
         float | None,
         typer.Option(
-            help="Scale of the noise that ddpm adds in a step, 0 to 1. (default: 0.5)", **SAMPLING
+            help="Scale of the noise that ddpm adds in a step, 0 to 1. (default: 0.25)", **SAMPLING
         ),
     ] = None,
     time_grid: Annotated[

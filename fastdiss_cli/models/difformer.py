@@ -81,7 +81,7 @@ class DiffusionConfig(NetworkConfig):
         require(self, "max_length_offset", self.max_length_offset >= 1, "at least 1")
 
 
-TEMPERATURE = 0.5  # of ddpm: see docs/method.md
+TEMPERATURE = 0.25  # of ddpm: see docs/method.md
 
 
 @dataclass(frozen=True)

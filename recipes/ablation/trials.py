@@ -123,7 +123,7 @@ SWEEPS: dict[str, dict[str, dict[str, str]]] = {
 # Open choices of sampling, the default first: for the base and, CLAMPS, the settings of "Told as".
 CLAMPS = ("expected", "raw", "nearest")
 GRIDS = ("log-snr", "uniform", "quadratic")
-TEMPERATURES = ("0.5", "1", "0")
+TEMPERATURES = ("0.25", "1", "0")
 
 MBR = ["--length-beam", "5", "--noise-beam", "3", "--select", "mbr"]
 
