@@ -132,6 +132,19 @@ def test_what_changes_no_result_is_not_asked_about(data_bin: Path, tmp_path: Pat
         start(data_bin, tmp_path, lr_scheduler="cosine")
 
 
+def test_options_that_a_checkpoint_does_not_know_have_their_defaults(
+    data_bin: Path, tmp_path: Path
+) -> None:
+    start(data_bin, tmp_path, max_update=1).run()
+    old = newest(tmp_path)
+    del old.model_config["length_loss"], old.model_config["source_copy"], old.train_config["dtype"]
+    old.save(tmp_path / "checkpoint_last.safetensors")
+    with pytest.raises(FastdissError) as refused:  # the family has 0, its sizes 1
+        start(data_bin, tmp_path)
+    told = str(refused.value)
+    assert "settings: model.source_copy was 0.0 and is now 1.0; train.dtype was auto" in told
+
+
 def test_a_cosine_knows_its_end(data_bin: Path, tmp_path: Path) -> None:
     start(data_bin, tmp_path, lr_scheduler="cosine", max_update=1).run()
     with pytest.raises(FastdissError, match="max_update was 1 and is now 2"):

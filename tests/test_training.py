@@ -319,15 +319,39 @@ def test_validation_bleu_of_answers_under_four_words(
     assert validation.validation_bleu(training.model, training.dataset, *how) == pytest.approx(100)
 
 
+@pytest.mark.parametrize("change", [{"valid_sentences": 3}, {"valid_steps": 2}])
+def test_another_validation_starts_anew(
+    data_bin: Path, tmp_path: Path, change: dict[str, int]
+) -> None:
+    options = {"validate_interval_updates": 2, "max_update": 4, "max_epoch": 99}
+    start(data_bin, tmp_path, **options).run()
+    again = start(data_bin, tmp_path, **options | {"max_update": 6})
+    assert again.progress.best is not None
+    other = start(data_bin, tmp_path, **options | change | {"max_update": 6}, accept_changes=True)
+    assert other.progress.best is None and other.progress.bad_validations == 0
+    other.run()
+    assert other.progress.best_update == 6
+
+
 def test_another_measure_of_validation_starts_anew(data_bin: Path, tmp_path: Path) -> None:
     """A loss is not compared with a BLEU."""
     options = {"validate_interval_updates": 2, "patience": 3, "max_update": 4}
     start(data_bin, tmp_path, valid_sentences=4, **options).run()
     changed = {"max_update": 8, "valid_sentences": 0, "accept_changes": True}
     by_loss = start(data_bin, tmp_path, **options | changed)
-    assert by_loss.progress.best_is_bleu and by_loss.progress.best >= 0
+    assert by_loss.progress.best is None
     by_loss.run()
     assert by_loss.progress.best < 0 and by_loss.progress.best_update > 4
+
+
+def test_an_average_that_is_switched_on_begins_with_the_weights(
+    data_bin: Path, tmp_path: Path
+) -> None:
+    trained = start(data_bin, tmp_path, max_update=4, ema_decay=0.0)
+    trained.run()
+    resumed = start(data_bin, tmp_path, ema_decay=0.9, accept_changes=True)
+    for name, p in trained.model.named_parameters():
+        assert torch.equal(resumed.ema.weights[name], p)
 
 
 def test_skipped_updates_are_counted_in_the_log(data_bin: Path, tmp_path: Path) -> None:

@@ -40,6 +40,7 @@ from fastdiss_cli.training.gradient import add_gradient, sum_and_clip, update_at
 from fastdiss_cli.training.log import MetricsFile, Window
 from fastdiss_cli.training.optimizer import EMA, learning_rate, make_optimizer
 from fastdiss_cli.training.state import (
+    changes,
     number_newest,
     refuse_changes,
     save_newest,
@@ -260,7 +261,7 @@ class Training:
 
     def _validate_and_save(self) -> int:
         """Validate, unless a signal comes meanwhile, and save; return the signal, or 0."""
-        best = self.progress.best, self.progress.best_update
+        before = dataclasses.replace(self.progress)
         try:
             if self.valid_batcher is not None:
                 self._validate(self.valid_batcher)
@@ -269,7 +270,8 @@ class Training:
             return stopped.signal
         self.progress.validation_due = False
         if not self._save(numbered=True, final=self._finished()):
-            self.progress.best, self.progress.best_update = best  # of what is on the disk
+            for name in ("best", "best_loss", "best_is_bleu", "best_update"):  # what is on the disk
+                setattr(self.progress, name, getattr(before, name))
         return 0
 
     def _validate(self, batcher: TokenBatcher) -> None:
@@ -376,23 +378,25 @@ class Training:
                 f"{path} is a release without optimizer state, which no training can go on from: "
                 "train into another --save-dir"
             )
-        if not accept_changes:
-            refuse_changes(
-                path,
-                checkpoint,
-                self.arch.name,
-                asdict(self.model_config),
-                self.config,
-                self.dataset.hash,
-                self.processes.world_size,
-            )
+        differing = changes(
+            checkpoint,
+            self.arch,
+            self.model_config,
+            self.config,
+            self.dataset.hash,
+            self.processes.world_size,
+        )
+        if differing and not accept_changes:
+            refuse_changes(path, differing)
         checkpoint.tensors = sharding.divide(checkpoint.tensors, self.model)
         load_weights(self.model, checkpoint.group("model"), path)
-        if self.ema and checkpoint.group("ema"):
-            for name, value in checkpoint.group("ema").items():
+        if self.ema:  # one that is switched on now begins with the weights
+            for name, value in (checkpoint.group("ema") or checkpoint.group("model")).items():
                 self.ema.weights[name].copy_(value)
         unpack_optimizer(self.model, self.optimizer, checkpoint.group("optimizer"))
         self.progress = checkpoint.progress
+        if any(one.startswith(("dataset ", "train.valid_")) for one in differing):
+            self.progress.best, self.progress.bad_validations = None, 0  # of other validations
         if self.progress.is_best and self.processes.rank == 0:
             best = self.save_dir / BEST
             if update_of(best) != self.progress.update:  # a kill came in between

@@ -11,9 +11,10 @@ from typing import Any
 from torch import Tensor
 
 from fastdiss_cli import logs
-from fastdiss_cli.config import TrainConfig
+from fastdiss_cli.config import TrainConfig, build
 from fastdiss_cli.data.tokenizer import Tokenizer, check_same
 from fastdiss_cli.errors import FastdissError
+from fastdiss_cli.models.registry import Architecture
 from fastdiss_cli.training.checkpoint import (
     BEST,
     LAST,
@@ -89,19 +90,17 @@ def trained_weights(
     return checkpoint.averaged()
 
 
-def refuse_changes(
-    path: Path,
+def changes(
     before: Checkpoint,
-    arch: str,
-    model: dict[str, Any],
+    arch: Architecture,
+    model_config: Any,
     config: TrainConfig,
     dataset_hash: str,
     world_size: int,
-) -> None:
-    """Refuse to resume where a checkpoint and a run differ in what changes the result.
+) -> list[str]:
+    """Say in what a checkpoint and a run differ, as far as it changes the result.
 
-    Raises:
-        FastdissError: what differs.
+    Options that the checkpoint does not know yet have their defaults there.
     """
     may_differ = {
         "max_update", "max_epoch", "patience", "keep_last", "log_interval",
@@ -109,29 +108,38 @@ def refuse_changes(
     }  # fmt: skip
     if config.lr_scheduler == "cosine":
         may_differ.discard("max_update")
+    same_arch = before.arch == arch.name
+    old_model = asdict(build(arch.family.Config, before.model_config, "model")) if same_arch else {}
+    old_train = asdict(build(TrainConfig, before.train_config, "train"))
     now = {
-        "arch": arch,
+        "arch": arch.name,
         "dataset": dataset_hash[:16],
         "processes": world_size,
-        **{f"model.{k}": v for k, v in model.items()},
+        **{f"model.{k}": v for k, v in asdict(model_config).items()},
         **{f"train.{k}": v for k, v in asdict(config).items() if k not in may_differ},
     }
     then = {
         "arch": before.arch,
         "dataset": before.dataset_hash[:16],
         "processes": before.world_size,
-        **{f"model.{k}": v for k, v in before.model_config.items()},
-        **{f"train.{k}": v for k, v in before.train_config.items()},
+        **{f"model.{k}": v for k, v in old_model.items()},
+        **{f"train.{k}": v for k, v in old_train.items()},
     }
     differing = [
         f"{key} was {then.get(key)} and is now {value}"
         for key, value in now.items()
         if json.dumps(then.get(key)) != json.dumps(value)
     ]
-    if before.arch != arch:  # all options may differ then, and say nothing
-        differing = differing[:1]
-    if not differing:
-        return
+    # of another architecture all options may differ, which says nothing
+    return differing if same_arch else differing[:1]
+
+
+def refuse_changes(path: Path, differing: list[str]) -> None:
+    """Refuse to resume.
+
+    Raises:
+        FastdissError: what differs.
+    """
     named = "; ".join(differing[:4])
     if len(differing) > 4:
         named += f"; and {len(differing) - 4} more (a forgotten --config?)"

@@ -101,13 +101,10 @@ def quick_decoding(model: Seq2SeqModel, steps: int) -> object:
 def judge(progress: Progress, figures: dict[str, float]) -> None:
     """Note whether a validation is the best so far: by BLEU, or by loss where there is none.
 
-    Of equal BLEU the lower loss is the better. Where the measure is another than before, the best
-    so far does not count.
+    Of equal BLEU the lower loss is the better.
     """
     loss, by_bleu = figures["loss"], "bleu" in figures
     score = figures["bleu"] if by_bleu else -loss
-    if progress.best_is_bleu != by_bleu:
-        progress.best, progress.bad_validations = None, 0
     best, best_loss = progress.best, progress.best_loss
     tied = score == best and best_loss is not None
     better = best is None or score > best or (tied and loss < best_loss)
