@@ -77,6 +77,10 @@ class TrainConfig:
         require(self, "adam_betas", all(0 <= b < 1 for b in self.adam_betas), "two in [0, 1)")
         require(self, "shard", not (self.shard and self.compile), "false with compile")
         one_of(self, "lr_scheduler", ("inverse_sqrt", "cosine"))
+        warm = self.warmup_updates > 0 or self.lr_scheduler != "inverse_sqrt"
+        require(
+            self, "warmup_updates", warm, "at least 1 with inverse_sqrt, which falls from there"
+        )
         one_of(self, "dtype", ("auto", "float32", "bfloat16"))
 
 

@@ -59,8 +59,12 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     if name not in DTYPES:
         raise FastdissError(f"--dtype {name}: choose from {', '.join(DTYPES)}")
     if name == "auto":
-        name = "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
+        name = "bfloat16" if device.type == "cuda" and _has_bfloat16() else "float32"
     return getattr(torch, name)
+
+
+def _has_bfloat16() -> bool:
+    return torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:

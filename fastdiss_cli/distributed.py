@@ -85,7 +85,13 @@ class Processes:
         self.world_size = int(os.environ.get("WORLD_SIZE", 1))
         self.device = device
         if device.type == "cuda" and self.world_size > 1:
-            self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+            local, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+            if local >= count:
+                raise FastdissError(
+                    f"local rank {local}: this machine has {count} GPU(s), and each takes one "
+                    f"process; give torchrun --nproc-per-node {count}"
+                )
+            self.device = torch.device("cuda", local)
             torch.cuda.set_device(self.device)
 
     def __enter__(self) -> Processes:
@@ -194,7 +200,7 @@ class Processes:
         try:
             yield
         except RuntimeError as error:
-            if out_of_memory(error):
+            if out_of_memory(error) or "CUDA error" in str(error):  # of this rank, told late
                 raise
             raise FastdissError(f"rank {self.rank} of {self.world_size}: {_gone(error)}") from None
 

@@ -85,7 +85,7 @@ def counter_normal(
         candidates[:, None, None],
     )
     words = torch.stack(torch.broadcast_tensors(*philox(key, counter)), dim=-1)
-    # Box-Muller on the centres of 2^24 bins of (0, 1), which float32 holds exactly
+    # Box-Muller on the centres of 2^24 bins of (0, 1); in the upper half float32 rounds them
     uniform = ((words >> 8).float() + 0.5) / 2**24
     radius = torch.sqrt(-2.0 * torch.log(uniform[..., :2]))
     angle = (2.0 * math.pi) * uniform[..., 2:]

@@ -253,6 +253,14 @@ def test_solvers_are_told_apart() -> None:
     assert scores("ddpm", 1) == scores("ddim", 1)  # one step has no move to make
 
 
+def test_more_lengths_than_there_are_is_refused() -> None:
+    model, sources = make_model("difformer", max_length_offset=3), random_sentences(2)
+    memory = model.encode(*pad(sources, VOCAB.pad))
+    assert len(model.decode(memory, torch.arange(2), model.Decoding(length_beam=4))[0]) == 4
+    with pytest.raises(FastdissError, match=r"length_beam 5: .* at most 4 lengths"):
+        model.decode(memory, torch.arange(2), model.Decoding(length_beam=5))
+
+
 def test_a_temperature_is_of_ddpm() -> None:
     model, sources = make_model("fastdiss"), random_sentences(4)
     memory = model.encode(*pad(sources, VOCAB.pad))

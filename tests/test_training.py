@@ -214,8 +214,8 @@ def test_learning_rates() -> None:
     assert [learning_rate(u, config) for u in (1, 5, 10, 40)] == [0.1, 0.5, 1.0, 0.5]
     cosine = dataclasses.replace(config, lr_scheduler="cosine")
     assert [learning_rate(u, cosine) for u in (5, 10, 60, 110)] == pytest.approx([0.5, 1, 0.5, 0])
-    without = dataclasses.replace(config, warmup_updates=0)
-    assert learning_rate(1, without) == 1.0
+    without = dataclasses.replace(cosine, warmup_updates=0)
+    assert [learning_rate(u, without) for u in (0, 55, 110)] == pytest.approx([1, 0.5, 0])
 
 
 def test_the_average_follows_the_weights() -> None:

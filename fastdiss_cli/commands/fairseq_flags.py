@@ -232,7 +232,9 @@ _GENERATE = {
     "--clamping": means("--clamp", "nearest"),
     "--decoding-early-stopping": OldFlag("one", _early_stopping, "sampling ends at time 0"),
     "--decoding-noise-schedule": without("sampling has the schedule of training"),
-    "--decoding-noise-factor": without("sampling has the noise factor of training"),
+    "--decoding-noise-factor": only(
+        "1", remark="with 4 in training it is --temperature 0.25 (one over the other), the default"
+    ),
     "--decoding-rescale-factor": without("sampling has the schedule of training"),
     "--decoding-fixed-t": without("the network is told the true time"),
     "--retain-iter-history": means("--print-history"),

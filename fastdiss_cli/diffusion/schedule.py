@@ -1,9 +1,9 @@
 """Noise schedules: how much signal and how much noise at time t.
 
 ``z_t = alpha(t) z_0 + sigma(t) noise`` with ``alpha = sqrt(abar)`` and
-``sigma = F sqrt(1 - abar)``. The noise factor ``F`` is part of the schedule, so that training and
-sampling cannot use different ones. To add a schedule, add its ``abar`` to `ABAR`: a decreasing
-function with ``abar(0) = 1`` and ``abar(1) = 0`` exactly, because sampling starts from pure noise.
+``sigma = F sqrt(1 - abar)``. The noise factor ``F`` is part of the schedule, which training and
+sampling share. To add a schedule, add its ``abar`` to `ABAR`: a decreasing function with
+``abar(0) = 1`` and ``abar(1) = 0`` exactly, because sampling starts from pure noise.
 """
 # B batch, T target length, D latent
 

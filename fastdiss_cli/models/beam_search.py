@@ -65,14 +65,15 @@ def beam_search(
         totals, flat = totals.flatten(1).topk(min(2 * K, K * width))
         parents, best = flat // width, found.view(B, -1).gather(1, flat)
         ends = best == eos
-        for b, rank in (ends[:, :K] & totals[:, :K].isfinite()).nonzero().tolist():
-            ended = answers[sentences[b]]
+        b, rank = (ends[:, :K] & totals[:, :K].isfinite()).nonzero().unbind(1)
+        parent, total = parents[b, rank], totals[b, rank]
+        token_scores = torch.cat([running[b, parent], total[:, None]], dim=1).diff()
+        found = (b, tokens[b, parent, 1:], total, token_scores)
+        for place, ids, score, parts in zip(*(x.tolist() for x in found), strict=True):
+            ended = answers[sentences[place]]
             if len(ended) < K:
-                parent = parents[b, rank]
-                sums = torch.cat([running[b, parent], totals[b, rank, None]])
-                ids = tokens[b, parent, 1:].tolist()
-                score = float(totals[b, rank]) / (position + 1) ** options.lenpen
-                ended.append(Hypothesis(ids, score, sums.diff().tolist(), nfe=0))
+                score /= (position + 1) ** options.lenpen
+                ended.append(Hypothesis(ids, score, parts, nfe=0))
 
         # the K best that go on: false sorts before true, and the sort keeps the order of scores
         go_on = torch.sort(ends.int(), dim=1, stable=True).indices[:, :K]

@@ -29,6 +29,7 @@ from fastdiss_cli.diffusion.objective import (
 from fastdiss_cli.diffusion.sampler import SELF_COND_MODES, sample
 from fastdiss_cli.diffusion.schedule import ABAR, TIME_GRIDS, NoiseSchedule
 from fastdiss_cli.diffusion.solvers import SOLVERS
+from fastdiss_cli.errors import FastdissError
 from fastdiss_cli.models import SIZES
 from fastdiss_cli.models.denoiser import Candidates, Denoiser
 from fastdiss_cli.models.embedding import FORMS, LOGIT_SCALES, LatentEmbedding
@@ -333,13 +334,21 @@ class Difformer(Seq2SeqModel):
         ]
 
     def _length_candidates(self, memory: Memory, beam: int) -> Tensor:
-        """Return the most likely target lengths of each sentence, int64 [B, beam], all >= 1."""
+        """Return the most likely target lengths of each sentence, int64 [B, beam], all >= 1.
+
+        Raises:
+            FastdissError: there are not as many, for a source of one token.
+        """
         limit = self.config.max_length_offset
         src_lengths = memory.layout.lengths[:, None]
         log_probs = self.predict_lengths(memory)
         reachable = src_lengths + torch.arange(-limit, limit + 1, device=src_lengths.device) >= 1
         log_probs = log_probs.masked_fill(~reachable, float("-inf"))
-        beam = min(beam, limit + 1)
+        if beam > limit + 1:
+            raise FastdissError(
+                f"length_beam {beam}: a model with max_length_offset {limit} tries at most "
+                f"{limit + 1} lengths"
+            )
         return src_lengths + log_probs.topk(beam, dim=1).indices - limit
 
     def _read(self, z0_hat: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,8 @@
 """The one model registry: an architecture is a name for a family and its sizes.
 
 A family is a subclass of `Seq2SeqModel`. Adding a system is one file with one such class and one
-`register` call for each size; the commands find it by its name and never mention a model.
+`register` call for each size, the file named in `FAMILIES`; the commands find it by its name and
+never mention a model.
 """
 # B batch, S source length, T target length
 

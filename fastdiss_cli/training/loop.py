@@ -112,6 +112,8 @@ class Training:
         copies = 3 + (self.ema is not None)  # weights, their average, the moments of AdamW
         warn_of_little_space(save_dir, 4 * copies * self.model.num_parameters())
         if config.compile:
+            # with and without padding, gradient, training: more kinds of batches than torch allows
+            torch._dynamo.config.cache_size_limit = 64
             self.model.encoder.compile(dynamic=True)
             self.model.decoder.compile(dynamic=True)
 

@@ -20,7 +20,7 @@ def learning_rate(update: int, config: TrainConfig) -> float:
     if update < warmup:
         return config.lr * update / warmup
     if config.lr_scheduler == "inverse_sqrt":
-        return config.lr * math.sqrt(max(warmup, 1) / max(update, 1))
+        return config.lr * math.sqrt(warmup / update)
     progress = (update - warmup) / max(config.max_update - warmup, 1)
     return config.lr * 0.5 * (1 + math.cos(math.pi * min(progress, 1)))
 
