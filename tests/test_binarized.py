@@ -172,6 +172,7 @@ def test_manifest_hash_is_that_of_tokens_and_tokenizers(tmp_path: Path, dataset:
         (lambda manifest: manifest.made_with.update(vocab_size=9), False),
         (lambda manifest: manifest.tokenizers.update(tgt="0" * 64), True),
         (lambda manifest: manifest.splits["valid"]["tgt"].sha256.update(bin="0" * 64), True),
+        (lambda manifest: manifest.splits.update(test=manifest.splits["valid"]), False),
     ):
         manifest = Manifest.read(dataset)
         change(manifest)

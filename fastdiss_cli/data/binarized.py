@@ -30,6 +30,7 @@ from fastdiss_cli.errors import FastdissError
 
 FORMAT_VERSION = 1
 SIDES = ("src", "tgt")
+TRAINING_SPLITS = ("train", "valid")  # those that a training depends on
 ENDINGS = ("bin", "idx")
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQ")
@@ -129,13 +130,14 @@ class Manifest:
 
     @property
     def hash(self) -> str:
-        """The sha256 of all that training depends on: tokens and tokenizers."""
+        """The sha256 of all that a training depends on: its tokens and the tokenizers."""
         facts = {
             "tokenizers": self.tokenizers,
             "files": {
                 f"{split}.{side}": info.sha256
                 for split, sides in self.splits.items()
                 for side, info in sides.items()
+                if split in TRAINING_SPLITS
             },
         }
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

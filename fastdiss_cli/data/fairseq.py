@@ -25,6 +25,7 @@ from fastdiss_cli import logs
 from fastdiss_cli.data.binarized import (
     ENDINGS,
     SIDES,
+    TRAINING_SPLITS,
     BinarizedDataset,
     TokenFile,
 )
@@ -36,7 +37,6 @@ _INDEX = re.compile(r"(?P<split>[^.]+)\.(?P<pair>[^.-]+-[^.-]+)\.(?P<language>[^
 _DICTIONARY = re.compile(r"dict\.[^.]+\.txt")
 _OTHER_FORMATS = {b"TNTIDX\x00\x00": "lazy or cached", b"HUFFIDX\x00": "huffman"}
 _MADE_BY = "fairseq-preprocess --dataset-impl mmap"
-_TRAINING = ("train", "valid")  # the splits that a training depends on
 
 
 def open_dataset(
@@ -115,7 +115,7 @@ class FairseqDataset(BinarizedDataset):
     @cached_property
     def hash(self) -> str:
         """The sha256 of the dictionaries and of the files that training reads."""
-        splits = [self.splits[split] for split in _TRAINING if split in self.splits]
+        splits = [self.splits[split] for split in TRAINING_SPLITS if split in self.splits]
         facts = [self.src_tokenizer.hash, self.tgt_tokenizer.hash]
         for file in (sides[side] for sides in splits for side in SIDES):
             facts += [file_hash(Path(f"{file.stem}.{ending}")) for ending in ENDINGS]
