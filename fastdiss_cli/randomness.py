@@ -28,11 +28,13 @@ def seed_everything(*parts: int | str) -> None:
     torch.manual_seed(counter_seed(*parts))
 
 
-def philox(key: tuple[Tensor, Tensor], counter: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def philox(
+    key: tuple[Tensor | int, Tensor | int], counter: tuple[Tensor, ...]
+) -> tuple[Tensor, ...]:
     """Apply the Philox-4x32 block function with 10 rounds.
 
     Args:
-        key: two int64 tensors holding 32-bit words, broadcastable to the counter.
+        key: two 32-bit words, as numbers or as int64 tensors broadcastable to the counter.
         counter: four int64 tensors holding 32-bit words, of one broadcastable shape.
 
     Returns:
@@ -72,10 +74,7 @@ def counter_normal(
     """
     device = sentences.device
     word = counter_seed(seed, "decode", step)
-    key = (
-        torch.tensor(word & _MASK, device=device),
-        torch.tensor((word >> 32) & _MASK, device=device),
-    )
+    key = word & _MASK, (word >> 32) & _MASK
     quads = (dim + 3) // 4
     cell = torch.arange(length, device=device)[:, None] * quads + torch.arange(quads, device=device)
     counter = (

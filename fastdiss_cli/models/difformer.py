@@ -360,7 +360,7 @@ class Difformer(Seq2SeqModel):
     def _logits(self, z0_hat: Tensor, layout: Layout) -> Tensor:
         """Score all tokens that an answer may have for estimates [N, T, D]; float32 [P, V]."""
         logits = self.embedding.logits(layout.flat(z0_hat))
-        logits[:, [self.tgt.bos, self.tgt.pad]] = float("-inf")
+        logits[:, self.tgt.bos] = logits[:, self.tgt.pad] = float("-inf")
         return logits
 
     def _history(

@@ -136,7 +136,7 @@ class Transformer(Seq2SeqModel):
             layout = Layout(torch.zeros_like(tokens, dtype=torch.bool), None)
             x = self.embed(tokens, position).squeeze(1)
             logits = self.output(self.decoder(x, layout, memory, caches=caches)).float()
-            logits[:, [self.tgt.pad, self.tgt.bos]] = float("-inf")
+            logits[:, self.tgt.bos] = logits[:, self.tgt.pad] = float("-inf")
             return logits
 
         return beam_search(step, caches, memory, self.tgt.eos, options)
