@@ -107,6 +107,7 @@ def test_what_changes_the_result_is_refused_or_accepted(
     change: dict[str, object],
     told: str,
 ) -> None:
+    given = set(change)
     start(data_bin, tmp_path / "c", max_update=1).run()
     if change.pop("data", None):
         before = BinarizedDataset(data_bin).manifest.hash
@@ -120,6 +121,8 @@ def test_what_changes_the_result_is_refused_or_accepted(
     assert "\n" not in str(refused.value)
     resumed = start(data_bin, tmp_path / "c", **change, max_update=2, accept_changes=True)
     assert resumed.progress.update == 1
+    others = bool({"data", "processes", "seed", "max_tokens"} & given)
+    assert (resumed.progress.epoch, resumed.progress.batch) == ((2, 0) if others else (1, 1))
     if not processes:
         assert resumed.run() == 0
 

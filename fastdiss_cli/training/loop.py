@@ -41,6 +41,7 @@ from fastdiss_cli.training.log import MetricsFile, Window
 from fastdiss_cli.training.optimizer import EMA, learning_rate, make_optimizer
 from fastdiss_cli.training.state import (
     changes,
+    forget_changed,
     number_newest,
     refuse_changes,
     save_newest,
@@ -397,8 +398,7 @@ class Training:
                 self.ema.weights[name].copy_(value)
         unpack_optimizer(self.model, self.optimizer, checkpoint.group("optimizer"))
         self.progress = checkpoint.progress
-        if any(one.startswith(("dataset ", "train.valid_")) for one in differing):
-            self.progress.best, self.progress.bad_validations = None, 0  # of other validations
+        forget_changed(self.progress, differing)
         if self.progress.is_best and self.processes.rank == 0:
             best = self.save_dir / BEST
             if update_of(best) != self.progress.update:  # a kill came in between

@@ -134,6 +134,22 @@ def changes(
     return differing if same_arch else differing[:1]
 
 
+def forget_changed(progress: Progress, differing: list[str]) -> None:
+    """Forget what belongs to a validation or to batches that are others now.
+
+    Args:
+        progress: of the checkpoint; it is changed.
+        differing: as `changes` says it.
+    """
+    names = {one.split()[0] for one in differing}
+    if names & {"dataset", "train.valid_sentences", "train.valid_steps"}:
+        progress.best, progress.bad_validations = None, 0
+    batches = {"dataset", "processes", "train.max_tokens", "train.max_positions", "train.seed"}
+    if names & batches and progress.batch:
+        progress.epoch, progress.batch = progress.epoch + 1, 0
+        logs.info(f"the batches are others than before: epoch {progress.epoch} begins")
+
+
 def refuse_changes(path: Path, differing: list[str]) -> None:
     """Refuse to resume.
 
