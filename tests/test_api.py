@@ -79,7 +79,7 @@ def test_candidates_are_all_with_the_chosen_one_first(
     diffusion: Path, autoregressive: Path
 ) -> None:
     translator = fastdiss_cli.load(str(diffusion))
-    options = {"steps": 3, "length_beam": 2, "noise_beam": 3, "max_tokens": 1}
+    options = {"steps": 3, "length_beam": 2, "noise_beam": 3, "max_tokens": 1, "temperature": 1.0}
     rows = translator.candidates(SENTENCES, **options)
     assert [len(row) for row in rows] == [6, 6, 6]
     assert [row[0].text for row in rows] == translator.generate(SENTENCES, **options)
