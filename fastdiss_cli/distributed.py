@@ -84,8 +84,6 @@ class Processes:
         self.rank = int(os.environ.get("RANK", 0))
         self.world_size = int(os.environ.get("WORLD_SIZE", 1))
         self.device = device
-        if self.rank:
-            logs.quiet()
         if device.type == "cuda" and self.world_size > 1:
             local, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
             if local >= count:
@@ -100,6 +98,8 @@ class Processes:
         if self.world_size > 1:
             with self.others():
                 dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+            if self.rank:
+                logs.quiet()
         return self
 
     def __exit__(
