@@ -59,12 +59,9 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     if name not in DTYPES:
         raise FastdissError(f"--dtype {name}: choose from {', '.join(DTYPES)}")
     if name == "auto":
-        name = "bfloat16" if device.type == "cuda" and _has_bfloat16() else "float32"
+        has_it = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        name = "bfloat16" if has_it else "float32"
     return getattr(torch, name)
-
-
-def _has_bfloat16() -> bool:
-    return torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:

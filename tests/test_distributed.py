@@ -25,6 +25,10 @@ from runs import (
     start,
 )
 
+from fastdiss_cli.device import pick_dtype
+from fastdiss_cli.distributed import Processes
+from fastdiss_cli.errors import FastdissError
+
 FULL = {
     "validate_interval_updates": 4, "save_interval_updates": 2, "log_interval": 3,
     "max_tokens": 120,
@@ -140,6 +144,32 @@ def test_ranks_draw_different_noise(
         training._update(batches, 100.0)
         training._update(batches, 100.0)
     assert len(draws) == len(set(draws)) == 8  # each rank, update and micro-batch its own
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(FastdissError, match=r"1 GPU.*--nproc-per-node 1"):
+        Processes(torch.device("cuda"))
+
+
+def test_only_what_the_transport_says_is_told_of_another_process() -> None:
+    ranks = Processes(torch.device("cpu"))
+    with pytest.raises(FastdissError, match="another process has ended"), ranks.others():
+        raise RuntimeError("Connection closed by peer")
+    with pytest.raises(RuntimeError, match="device-side assert"), ranks.others():
+        raise RuntimeError("CUDA error: device-side assert triggered")
+
+
+def test_no_gpu_emulates_bfloat16_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    def supported(including_emulation: bool = True) -> bool:
+        return including_emulation
+
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
+    gpu = torch.device("cuda")
+    assert pick_dtype("auto", gpu) == torch.float32
+    assert pick_dtype("bfloat16", gpu) == torch.bfloat16
 
 
 @pytest.mark.slow

@@ -506,6 +506,16 @@ def test_old_flags_are_translated_with_a_line_each(capsys: pytest.CaptureFixture
     assert told[3].startswith("--remove-bpe is not needed here: D- and T- lines are text")
 
 
+def test_difformers_noise_of_decoding_is_the_temperature_here(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert translate(["generate", "D", "--decoding-noise-factor", "1"]) == ["generate", "D"]
+    with pytest.raises(SystemExit):
+        translate(["generate", "D", "--decoding-noise-factor", "2"])
+    said = capsys.readouterr().err
+    assert "--temperature 0.25" in said and "'2' is not there" in said
+
+
 def test_the_word_behind_remove_bpe_may_be_the_dataset() -> None:
     assert translate(["generate", "--remove-bpe", "data-bin"]) == ["generate", "data-bin"]
 

@@ -32,7 +32,7 @@ class Layout:
 
     @property
     def num_tokens(self) -> int:
-        """P."""
+        """How many tokens there are, P."""
         return self.pad_mask.numel() if self.index is None else len(self.index)
 
     @property

@@ -337,7 +337,7 @@ class Difformer(Seq2SeqModel):
         """Return the most likely target lengths of each sentence, int64 [B, beam], all >= 1.
 
         Raises:
-            FastdissError: there are not as many, for a source of one token.
+            FastdissError: a source of one token has not as many.
         """
         limit = self.config.max_length_offset
         src_lengths = memory.layout.lengths[:, None]
