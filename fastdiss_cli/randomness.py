@@ -4,12 +4,13 @@ Training re-seeds torch before each micro-step from (seed, purpose, update, rank
 a resumed run needs no generator state. Decoding computes its noise from (seed, sentence,
 candidate, step, position), so a hypothesis depends neither on its batch nor on its neighbours.
 """
-# N rows (candidates), T target length, D latent
+# K draws, N rows (candidates), T target length, D latent
 
 from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -45,20 +46,18 @@ def philox(
     k0, k1 = key
     c0, c1, c2, c3 = counter
     for _ in range(10):
-        # the product wraps in int64, which leaves both 32-bit halves of its bits intact
+        # the product wraps in int64, which leaves both 32-bit halves of its bits intact; c1 and c3
+        # keep bits beyond their 32 until they are part of c0 and c2
         low, high = c0 * 0xD2511F53, c2 * 0xCD9E8D57
-        c0, c1, c2, c3 = (
-            ((high >> 32) & _MASK) ^ c1 ^ k0,
-            high & _MASK,
-            ((low >> 32) & _MASK) ^ c3 ^ k1,
-            low & _MASK,
-        )
+        c0 = ((high >> 32) ^ c1 ^ k0) & _MASK
+        c2 = ((low >> 32) ^ c3 ^ k1) & _MASK
+        c1, c3 = high, low
         k0, k1 = (k0 + 0x9E3779B9) & _MASK, (k1 + 0xBB67AE85) & _MASK
-    return c0, c1, c2, c3
+    return c0, c1 & _MASK, c2, c3 & _MASK
 
 
 def counter_normal(
-    seed: int, sentences: Tensor, candidates: Tensor, step: int, length: int, dim: int
+    seed: int, sentences: Tensor, candidates: Tensor, steps: Sequence[int], length: int, dim: int
 ) -> Tensor:
     """Draw standard normal noise for candidates that is independent of batch and padding.
 
@@ -66,15 +65,16 @@ def counter_normal(
         seed: the seed of the whole run.
         sentences: int64 [N], the sentence that each row belongs to.
         candidates: int64 [N], the number of the noise draw within its sentence.
-        step: the number of the draw within one candidate, 0 for the start of sampling.
+        steps: the numbers of K draws within one candidate, 0 for the start of sampling.
         length, dim: T and D; the value at a position does not depend on T.
 
     Returns:
-        float32 [N, T, D] on the device of ``sentences``.
+        float32 [K, N, T, D] on the device of ``sentences``.
     """
     device = sentences.device
-    word = counter_seed(seed, "decode", step)
-    key = word & _MASK, (word >> 32) & _MASK
+    words = [counter_seed(seed, "decode", step) for step in steps]
+    halves = [[word & _MASK for word in words], [(word >> 32) & _MASK for word in words]]
+    k0, k1 = torch.tensor(halves, device=device)[..., None, None, None]
     quads = (dim + 3) // 4
     cell = torch.arange(length, device=device)[:, None] * quads + torch.arange(quads, device=device)
     counter = (
@@ -83,10 +83,9 @@ def counter_normal(
         ((sentences >> 32) & _MASK)[:, None, None],
         candidates[:, None, None],
     )
-    words = torch.stack(torch.broadcast_tensors(*philox(key, counter)), dim=-1)
     # Box-Muller on the centres of 2^24 bins of (0, 1); in the upper half float32 rounds them
-    uniform = ((words >> 8).float() + 0.5) / 2**24
-    radius = torch.sqrt(-2.0 * torch.log(uniform[..., :2]))
-    angle = (2.0 * math.pi) * uniform[..., 2:]
-    normal = torch.cat([radius * torch.cos(angle), radius * torch.sin(angle)], dim=-1)
-    return normal.flatten(-2)[..., :dim]
+    uniform = [((word >> 8).float() + 0.5) / 2**24 for word in philox((k0, k1), counter)]
+    r, s = (torch.sqrt(-2.0 * torch.log(u)) for u in uniform[:2])
+    a, b = ((2.0 * math.pi) * u for u in uniform[2:])
+    normal = [r * torch.cos(a), s * torch.cos(b), r * torch.sin(a), s * torch.sin(b)]
+    return torch.stack(normal, dim=-1).flatten(-2)[..., :dim]

@@ -21,7 +21,7 @@ SMALL = (
     "train: {max_tokens: 200, valid_sentences: 5}\n"
 )
 PLAN = (
-    "embedded: {source_copy: 1, updates: 3, seeds: 2, variants: [difformer, '+SCP, unrolled'], "
+    "embedded: {updates: 3, seeds: 2, variants: [difformer, '+SCP, unrolled'], "
     "sweep_updates: 2, sweep_seeds: 1}\n"
 )
 

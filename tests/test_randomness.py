@@ -26,8 +26,8 @@ def noise(sentences: list[int], candidates: list[int], **other: int) -> torch.Te
     options = {"seed": 1, "step": 0, "length": 7, "dim": 10, **other}
     return counter_normal(
         options["seed"], torch.tensor(sentences), torch.tensor(candidates),
-        options["step"], options["length"], options["dim"],
-    )  # fmt: skip
+        [options["step"]], options["length"], options["dim"],
+    )[0]  # fmt: skip
 
 
 def test_noise_depends_on_nothing_but_its_counters() -> None:
@@ -35,6 +35,13 @@ def test_noise_depends_on_nothing_but_its_counters() -> None:
     among = noise([9, 5, 5], [0, 2, 1])
     assert torch.equal(alone[0], among[1])
     assert torch.equal(alone[0, :3], noise([5], [2], length=3)[0])
+
+
+def test_draws_made_together_are_those_made_alone() -> None:
+    sentences, candidates = torch.tensor([5, 2**40]), torch.tensor([0, 3])
+    together = counter_normal(1, sentences, candidates, [4, 0, 2], length=7, dim=10)
+    for step, draw in zip([4, 0, 2], together, strict=True):
+        assert torch.equal(draw, counter_normal(1, sentences, candidates, [step], 7, 10)[0])
 
 
 def test_every_counter_matters() -> None:

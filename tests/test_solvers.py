@@ -7,10 +7,12 @@ gain = alpha v / (alpha^2 v + sigma^2), and z_t itself is N(alpha mu, alpha^2 v 
 from __future__ import annotations
 
 import math
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastdiss_cli.diffusion.sampler import SELF_COND_MODES, sample
 from fastdiss_cli.diffusion.schedule import TIME_GRIDS, NoiseSchedule, time_grid
@@ -185,3 +187,22 @@ def test_the_solver_takes_the_clamped_estimate_and_the_network_is_told_its_form(
     wanted = SCHEDULE.alpha(half) * taken + SCHEDULE.sigma(half) * start
     torch.testing.assert_close(seen[1][0], wanted)
     assert not seen[0][1].any() and (seen[1][1] == 3).all()
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_the_levels_of_a_step_cost_the_device_nothing(solver: str) -> None:
+    """The device meta stands in for a GPU, where each of some 80 numbers would be a launch."""
+
+    class Numbers(TorchDispatchMode):
+        seen: ClassVar[list[str]] = []
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None):
+            made = func(*args, **kwargs or {})
+            if isinstance(made, Tensor) and made.device.type == "meta" and not made.dim():
+                self.seen.append(str(func))
+            return made
+
+    start = torch.zeros(2, 3, 4, device="meta")
+    with Numbers() as numbers:
+        sample(lambda z, t, told: z + t, SCHEDULE, lambda draw: start, 4, solver)
+    assert set(numbers.seen) == {"aten.select.int"}  # the time that the network is told

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -35,7 +36,8 @@ def sample(
     Args:
         denoise: (z [N, T, D], t [], self_cond [N, T, D]) -> z0_hat [N, T, D].
         schedule: the one that the network was trained with.
-        noise: the k-th standard normal draw, float [N, T, D]; 0 is the start.
+        noise: the k-th standard normal draw, float [N, T, D]; 0 is the start. Each is taken once,
+            none but the start where the temperature is 0.
         steps: N, at least 1.
         solver: a key of `SOLVERS`.
         self_cond: what the network is told of z_0. ``reuse``: the estimate of the step before,
@@ -57,12 +59,17 @@ def sample(
     """
     z = noise(0)
     device = z.device
-    times = time_grid(steps, grid, schedule).to(device)
-    z = z * schedule.sigma(times[0])
+    solver_times = time_grid(steps, grid, schedule)  # on the CPU: its levels cost no launches
+    times = solver_times.to(device)
+    z = z * schedule.sigma(solver_times[0])
     move = SOLVERS[solver](schedule)
     answer, nfe = torch.zeros_like(z), torch.zeros(len(z), dtype=torch.long, device=device)
     rows = torch.arange(len(z), device=device)
     earlier = torch.zeros_like(z)
+
+    def added(draw: int) -> Tensor:
+        return temperature * noise(draw) if temperature else torch.zeros_like(z)
+
     for k in range(steps):
         told = earlier
         if self_cond == "recompute":
@@ -89,8 +96,8 @@ def sample(
         z = move(
             z,
             clamp(z0_hat) if clamp else estimate,
-            times[k],
-            times[k + 1],
-            lambda draw=k + 1: temperature * noise(draw),
+            solver_times[k],
+            solver_times[k + 1],
+            partial(added, k + 1),
         )
     return answer, nfe

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -14,6 +14,8 @@ from fastdiss_cli.randomness import counter_normal
 
 if TYPE_CHECKING:
     from fastdiss_cli.models.difformer import Difformer
+
+_DRAWN_TOGETHER = 2**17  # numbers: as many as stay in a core's cache
 
 
 @dataclass
@@ -56,19 +58,32 @@ class Candidates:
         places: int64 [N], the number of each among all candidates.
         sentences, numbers: int64 [N], the sentence in the corpus and the number in the sentence,
             which seed the noise.
+        draws: how many draws of noise a run takes.
         tokens: int64 [N, T], the best tokens of the step before, for an early exit.
+        drawn: float [N, T, D], the draws that are made and not yet taken, by their number.
     """
 
     denoiser: Denoiser
     places: Tensor
     sentences: Tensor
     numbers: Tensor
+    draws: int
     tokens: Tensor | None = None
+    drawn: dict[int, Tensor] = field(default_factory=dict)
 
     def noise(self, seed: int, dim: int, draw: int) -> Tensor:
-        """Return the k-th standard normal draw of every candidate, float [N, T, dim]."""
-        length = self.denoiser.layout.pad_mask.shape[1]
-        return counter_normal(seed, self.sentences, self.numbers, draw, length, dim)
+        """Return the k-th standard normal draw of every candidate, float [N, T, dim].
+
+        Each is taken once. Of few candidates several are made together: a draw is 200 small
+        operations, however few the numbers are.
+        """
+        if draw not in self.drawn:
+            length = self.denoiser.layout.pad_mask.shape[1]
+            count = max(_DRAWN_TOGETHER // (len(self.sentences) * length * dim), 1)
+            draws = range(draw, min(draw + count, self.draws))
+            noise = counter_normal(seed, self.sentences, self.numbers, draws, length, dim)
+            self.drawn = dict(zip(draws, noise, strict=True))
+        return self.drawn.pop(draw)
 
     def drop_unchanged(self, tokens: Tensor) -> Tensor | None:
         """Drop the sentences none of whose candidates differs from the step before.
@@ -89,4 +104,5 @@ class Candidates:
         self.places, self.sentences, self.numbers, self.tokens = (
             x[rows] for x in (self.places, self.sentences, self.numbers, tokens)
         )
+        self.drawn = {draw: noise[rows] for draw, noise in self.drawn.items()}
         return rows

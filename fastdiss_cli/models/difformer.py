@@ -284,6 +284,7 @@ class Difformer(Seq2SeqModel):
             torch.arange(len(lengths), device=device),
             sentences.repeat_interleave(per_sentence),
             torch.arange(per_sentence, device=device).repeat(len(sentences)),
+            draws=options.steps if options.temperature else 1,
         )
         told = None
         if options.self_cond == "gold":

@@ -309,12 +309,11 @@ def write_results(results: Results, folder: Path) -> None:
 
     seeds = len(results.seeds)
     spread = "mean ± standard deviation over seeds" if seeds > 1 else "one seed: no spread is known"
-    network = "with source copy" if plan["source_copy"] else "without source copy"
     sections = [
         f"# {results.corpus}\n",
         f"Written by `bash recipes/ablation/run.sh {results.corpus}` on {machine()}. "
         f"{plan['updates']:,} updates per model, {seeds} seed(s), test data unless said otherwise; "
-        f"{name}; {spread}. Diffusion networks {network}.\n",
+        f"{name}; {spread}.\n",
         "## What was to be shown\n",
         targets(results, p),
         "## Quality by steps\n\n![](quality_by_steps.svg)\n\n"

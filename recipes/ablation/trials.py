@@ -22,8 +22,7 @@ HERE = Path(__file__).parent
 ALL_STEPS = "1,2,3,5,10,20,50,100"
 FEW_STEPS = "1,2,5,20"
 
-# One network, with the source copy of the plan; the unrolled SCP is the default. MANS has a pass of
-# its own, but in the last.
+# One network; the unrolled SCP is the default. MANS has a pass of its own, but in the last.
 DIFFORMER = {"arch": "difformer_tiny"}
 SCP = {"arch": "fastdiss_tiny", "scp_unroll": "0", "mans_strength": "0"}
 SCP_MANS = SCP | {"mans_strength": "0.25", "mans_shared_pass": "false"}
@@ -214,7 +213,7 @@ def variant_trials(work: Path, plan: dict[str, Any]) -> Iterator[Trial]:
     for seed in range(1, plan["seeds"] + 1):
         sampling = every_seed | (first_seed if seed == 1 else {})
         for name in plan.get("variants", VARIANTS):
-            options = {"source_copy": str(plan["source_copy"])} | VARIANTS[name]
+            options = dict(VARIANTS[name])
             arch = options.pop("arch")
             folder = trial_folder(work, name, seed)
             yield Trial(folder, arch, seed, plan["updates"], options, "test", sampling)
