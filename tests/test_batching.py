@@ -134,14 +134,6 @@ def test_long_and_short_sentences_are_mixed_over_the_epoch() -> None:
     assert abs(np.mean(longest[:half]) - np.mean(longest[half:])) < 3
 
 
-def test_batches_go_on_from_any_number() -> None:
-    (batcher,) = batchers(some_lengths(100))
-    expected = schedule(batcher, 2)
-    assert len(expected) > 5
-    assert [batch.ids.tolist() for batch in batcher.batches(2, start=4)] == expected[4:]
-    assert list(batcher.batches(2, start=len(expected))) == []
-
-
 @bounded
 @given(rows=st.lists(st.lists(st.integers(2, 99), max_size=9), min_size=1, max_size=9))
 def test_padding(rows: list[list[int]]) -> None:
@@ -158,13 +150,12 @@ def test_collate_reads_both_sides() -> None:
     lengths = [(3, 1), (1, 4), (2, 2)]
     (batcher,) = batchers(lengths)
     batch = batcher.collate(np.array([2, 0]))
-    assert batch.ids.tolist() == [2, 0]
     assert batch.src_tokens.tolist() == [[1002, 1002, SRC_PAD], [1000, 1000, 1000]]
     assert batch.tgt_tokens.tolist() == [[5002, 5002], [5000, TGT_PAD]]
     assert torch.equal(batch.src_layout.pad_mask, batch.src_tokens == SRC_PAD)
     assert torch.equal(batch.tgt_layout.pad_mask, batch.tgt_tokens == TGT_PAD)
     assert batch.num_tgt_tokens == 3
-    assert {t.dtype for t in (batch.ids, batch.src_tokens, batch.tgt_tokens)} == {torch.int64}
+    assert {t.dtype for t in (batch.src_tokens, batch.tgt_tokens)} == {torch.int64}
     moved = batch.to(torch.device("cpu"))
     assert torch.equal(moved.src_tokens, batch.src_tokens) and moved.num_tgt_tokens == 3
 

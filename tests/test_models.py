@@ -54,8 +54,7 @@ def random_sentences(count: int, longest: int = 9) -> list[list[int]]:
 
 
 def make_batch(sources: Sequence[Sequence[int]], targets: Sequence[Sequence[int]]) -> Batch:
-    ids = torch.arange(len(sources))
-    return Batch(ids, *pad(sources, VOCAB.pad), *pad(targets, VOCAB.pad))
+    return Batch(*pad(sources, VOCAB.pad), *pad(targets, VOCAB.pad))
 
 
 def answers(model: Seq2SeqModel, sources: list[list[int]], max_tokens: int, **options: object):
@@ -114,7 +113,7 @@ def test_more_padding_changes_neither_memory_nor_loss(
     for extra in (0, 7):
         wide = torch.nn.functional.pad(tgt_tokens, (0, extra), value=VOCAB.pad)
         layout = Layout.of(wide == VOCAB.pad)
-        padded = Batch(batch.ids, batch.src_tokens, batch.src_layout, wide, layout)
+        padded = Batch(batch.src_tokens, batch.src_layout, wide, layout)
         torch.manual_seed(1)
         losses.append(model.loss(padded, update=1).total)
     torch.testing.assert_close(losses[0], losses[1], rtol=1e-4, atol=1e-5)

@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -47,6 +48,31 @@ def test_resuming_is_the_same_as_never_stopping(data_bin: Path, tmp_path: Path, 
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
     seven = [line for line in metrics(tmp_path / "parts") if line["update"] != 7]
     assert seven == [line for line in metrics(tmp_path / "whole") if line["update"] != 7]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["transformer_tiny", "fastdiss_tiny"])
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # of torch itself
+def test_a_compiled_network_trains_the_same(
+    data_bin: Path, tmp_path: Path, arch: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Torch traces the network for all lengths, with a backend that runs what it is given."""
+    graphs, right = [], nn.Module.compile
+
+    def run_as_it_is(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(
+        nn.Module, "compile", lambda self, **how: right(self, backend=run_as_it_is, **how)
+    )
+    for compile in (False, True):
+        start(data_bin, tmp_path / str(compile), arch, compile=compile).run()
+        assert bool(graphs) == compile
+    assert len(graphs) < 30  # and not one for each of 12 updates with its lengths
+    plain, compiled = (metrics(tmp_path / str(compile)) for compile in (False, True))
+    for one, other in zip(plain, compiled, strict=True):
+        assert one == pytest.approx(other, rel=1e-4)
 
 
 def test_resuming_otherwise_is_refused_with_the_difference(data_bin: Path, tmp_path: Path) -> None:

@@ -21,11 +21,9 @@ class Batch:
     """Right-padded sentence pairs, with layouts that say where the padding is.
 
     Attributes:
-        ids: int64 [B], the sentences' numbers in their split.
         src_tokens, tgt_tokens: int64 [B, S] and [B, T], both sides ending in eos.
     """
 
-    ids: Tensor
     src_tokens: Tensor
     src_layout: Layout
     tgt_tokens: Tensor
@@ -37,7 +35,6 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         return Batch(
-            self.ids.to(device, non_blocking=True),
             self.src_tokens.to(device, non_blocking=True),
             self.src_layout.to(device),
             self.tgt_tokens.to(device, non_blocking=True),
@@ -162,10 +159,8 @@ class TokenBatcher:
         src, tgt = self.src, self.tgt
         src_tokens, src_layout = _stack(src.gather(sentences), src.sizes[sentences], self.src_pad)
         tgt_tokens, tgt_layout = _stack(tgt.gather(sentences), tgt.sizes[sentences], self.tgt_pad)
-        ids = torch.from_numpy(np.asarray(sentences, np.int64))
-        return Batch(ids, src_tokens, src_layout, tgt_tokens, tgt_layout)
+        return Batch(src_tokens, src_layout, tgt_tokens, tgt_layout)
 
-    def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        """Yield this rank's batches of an epoch from number ``start`` on."""
-        for sentences in self.epoch(epoch)[start:]:
-            yield self.collate(sentences)
+    def batches(self, epoch: int) -> Iterator[Batch]:
+        """Yield this rank's batches of an epoch."""
+        return map(self.collate, self.epoch(epoch))

@@ -44,7 +44,7 @@ def validation_loss(
     device = processes.device
     for number, batch in enumerate(batcher.batches(epoch=0)):
         seed_everything(config.seed, "valid", processes.rank, number)
-        with processes.attempt(f"the validation of {len(batch.ids)} sentences") as tried:
+        with processes.attempt(f"the validation of {len(batch.src_tokens)} sentences") as tried:
             with autocast(device, dtype):
                 loss = model.loss(batch.to(device), update)
             for name, value in {"loss": loss.total, **loss.parts}.items():

@@ -91,10 +91,10 @@ def make(system: str, **options: object) -> Seq2SeqModel:
     return model.eval()
 
 
-def take_turns(rounds: int, systems: dict[str, Callable[[], float]], warm: bool = True) -> Measured:
-    """Call every system once a round; the first round of ``warm`` ones does not count."""
+def take_turns(rounds: int, systems: dict[str, Callable[[], float]]) -> Measured:
+    """Call every system once a round; a first round, to warm up, does not count."""
     figures: Measured = {name: [] for name in systems}
-    for turn in range(-warm, rounds):
+    for turn in range(-1, rounds):
         for name, measure in systems.items():
             figure = measure()
             if turn >= 0:
@@ -140,10 +140,7 @@ def training(rounds: int, tokens: int, dtype: torch.dtype) -> Measured:
     # of similar length, as `TokenBatcher` puts them together: those in the middle of all
     count = max(tokens // 15, 2)
     rows = sorted(sentences(20 * count), key=len)[10 * count : 11 * count]
-    src_tokens, src_mask = pad(rows, VOCAB.pad)
-    tgt_tokens, tgt_mask = pad(rows[::-1], VOCAB.pad)
-    real = int((~tgt_mask).sum())
-    batch = Batch(torch.arange(len(rows)), src_tokens, src_mask, tgt_tokens, tgt_mask, real)
+    batch = Batch(*pad(rows, VOCAB.pad), *pad(rows[::-1], VOCAB.pad))
     config = TrainConfig()
     tried = update_attempt(Processes(pick_device("cpu")), config)
     systems = {}
@@ -161,7 +158,7 @@ def training(rounds: int, tokens: int, dtype: torch.dtype) -> Measured:
                 torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
                 optimizer.step()
                 average.update(model, 1)
-            return 2 * real / (time.perf_counter() - start)
+            return 2 * batch.num_tgt_tokens / (time.perf_counter() - start)
 
         systems[name] = update
     return take_turns(rounds, systems)
@@ -197,7 +194,7 @@ def flops_per_token(model: Seq2SeqModel) -> float:
     return 2 * (c.decoder_layers * layer + 3 * c.latent_dim * c.model_dim + expected)
 
 
-def growth(rounds: int, batch: int) -> dict[str, Measured]:
+def growth(rounds: int, batch: int, count: int = 64, tokens: int = 2048) -> dict[str, Measured]:
     """Measure how time grows with steps, with length and with the corpus; seconds."""
     model = make("fastdiss")
     freeze(model, torch.float32)
@@ -205,13 +202,15 @@ def growth(rounds: int, batch: int) -> dict[str, Measured]:
     def seconds(rows: list[list[int]], **options: int) -> float:
         return len(rows) / decoding_speed(model, rows, batch, torch.float32, **options)
 
-    rows = sentences(64)
-    lengths = {n: sentences(2048 // n, np.full(2048 // n, n)) for n in (8, 16, 32, 64, 128, 256)}
+    rows = sentences(count)
+    lengths = {
+        n: sentences(tokens // n, np.full(tokens // n, n)) for n in (8, 16, 32, 64, 128, 256)
+    }
     return {
         "steps": take_turns(
             rounds, {str(n): lambda n=n: seconds(rows, steps=n) for n in (1, 5, 10, 20, 40)}
         ),
-        "length, for 2,048 tokens": take_turns(
+        f"length, for {tokens:,} tokens": take_turns(
             rounds, {str(n): lambda r=r: seconds(r, steps=5) for n, r in lengths.items()}
         ),
     }
@@ -351,7 +350,7 @@ def main() -> None:
             "batches": decoding(rounds, count, arguments.max_tokens, dtype),
             "one by one": decoding(rounds, max(count // 12, 4), 1, dtype),
         }
-        figures["training"][name] = training(rounds, 2000, dtype)
+        figures["training"][name] = training(rounds, arguments.max_tokens, dtype)
     figures["growth"] = growth(rounds, arguments.max_tokens)
     figures["selection"] = selection(rounds, 50)
     figures["peak memory, MiB"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
