@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -29,13 +28,23 @@ def seed_everything(*parts: int | str) -> None:
     torch.manual_seed(counter_seed(*parts))
 
 
-def philox(
-    key: tuple[Tensor | int, Tensor | int], counter: tuple[Tensor, ...]
-) -> tuple[Tensor, ...]:
+def draw_keys(seed: int, draws: int) -> Tensor:
+    """Return the Philox keys of the draws 0, 1, ... within one candidate, int64 [10, 2, K]."""
+    words = torch.tensor([counter_seed(seed, "decode", draw) for draw in range(draws)])
+    return round_keys(torch.stack([words & _MASK, (words >> 32) & _MASK]))
+
+
+def round_keys(key: Tensor) -> Tensor:
+    """Return what the 10 rounds of Philox take, int64 [10, 2, ...], from a key [2, ...]."""
+    steps = torch.tensor([0x9E3779B9, 0xBB67AE85]) * torch.arange(10)[:, None]
+    return (key + steps.reshape(10, 2, *[1] * (key.dim() - 1))) & _MASK
+
+
+def philox(keys: Tensor, counter: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """Apply the Philox-4x32 block function with 10 rounds.
 
     Args:
-        key: two 32-bit words, as numbers or as int64 tensors broadcastable to the counter.
+        keys: int64 [10, 2, ...], see `round_keys`; broadcastable to the counter.
         counter: four int64 tensors holding 32-bit words, of one broadcastable shape.
 
     Returns:
@@ -43,38 +52,32 @@ def philox(
 
     Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3".
     """
-    k0, k1 = key
     c0, c1, c2, c3 = counter
-    for _ in range(10):
-        # the product wraps in int64, which leaves both 32-bit halves of its bits intact; c1 and c3
-        # keep bits beyond their 32 until they are part of c0 and c2
-        low, high = c0 * 0xD2511F53, c2 * 0xCD9E8D57
-        c0 = ((high >> 32) ^ c1 ^ k0) & _MASK
-        c2 = ((low >> 32) ^ c3 ^ k1) & _MASK
-        c1, c3 = high, low
-        k0, k1 = (k0 + 0x9E3779B9) & _MASK, (k1 + 0xBB67AE85) & _MASK
+    for k0, k1 in keys:
+        # the products wrap in int64, which leaves both 32-bit halves of their bits intact; c1 and
+        # c3 keep the upper half until they are part of c0 and c2
+        product0, product1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
+        c0 = ((product1 >> 32) ^ c1 ^ k0) & _MASK
+        c2 = ((product0 >> 32) ^ c3 ^ k1) & _MASK
+        c1, c3 = product1, product0
     return c0, c1 & _MASK, c2, c3 & _MASK
 
 
 def counter_normal(
-    seed: int, sentences: Tensor, candidates: Tensor, steps: Sequence[int], length: int, dim: int
+    keys: Tensor, sentences: Tensor, candidates: Tensor, length: int, dim: int
 ) -> Tensor:
     """Draw standard normal noise for candidates that is independent of batch and padding.
 
     Args:
-        seed: the seed of the whole run.
+        keys: int64 [10, 2, K], of the draws wanted: see `draw_keys`.
         sentences: int64 [N], the sentence that each row belongs to.
-        candidates: int64 [N], the number of the noise draw within its sentence.
-        steps: the numbers of K draws within one candidate, 0 for the start of sampling.
+        candidates: int64 [N], the number of the candidate's noise within its sentence.
         length, dim: T and D; the value at a position does not depend on T.
 
     Returns:
-        float32 [K, N, T, D] on the device of ``sentences``.
+        float32 [K, N, T, D] on the device of the arguments.
     """
     device = sentences.device
-    words = [counter_seed(seed, "decode", step) for step in steps]
-    halves = [[word & _MASK for word in words], [(word >> 32) & _MASK for word in words]]
-    k0, k1 = torch.tensor(halves, device=device)[..., None, None, None]
     quads = (dim + 3) // 4
     cell = torch.arange(length, device=device)[:, None] * quads + torch.arange(quads, device=device)
     counter = (
@@ -83,8 +86,9 @@ def counter_normal(
         ((sentences >> 32) & _MASK)[:, None, None],
         candidates[:, None, None],
     )
+    words = philox(keys[..., None, None, None], counter)
     # Box-Muller on the centres of 2^24 bins of (0, 1); in the upper half float32 rounds them
-    uniform = [((word >> 8).float() + 0.5) / 2**24 for word in philox((k0, k1), counter)]
+    uniform = [((word >> 8).float() + 0.5) / 2**24 for word in words]
     r, s = (torch.sqrt(-2.0 * torch.log(u)) for u in uniform[:2])
     a, b = ((2.0 * math.pi) * u for u in uniform[2:])
     normal = [r * torch.cos(a), s * torch.cos(b), r * torch.sin(a), s * torch.sin(b)]

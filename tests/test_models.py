@@ -141,7 +141,15 @@ def test_a_gradient_never_waits_for_the_device(
     device, sentences = torch.device("meta"), random_sentences(6)
     model = make_model(family, **options).train().to(device)
     batch = make_batch(sentences, sentences[::-1]).to(device)
+    right = torch.tensor
+
+    def on_the_host(data: Any, device: Any = "cpu", **other: Any) -> torch.Tensor:
+        assert str(device) == "cpu", "a copy of host memory waits"
+        return right(data, device=device, **other)
+
     with torch.enable_grad():
+        model.loss(batch, update=1)  # constants are copied there once
+        monkeypatch.setattr(torch, "tensor", on_the_host)
         loss = model.loss(batch, update=1).total
     loss.backward()
     assert loss.device == device and all(p.grad is not None for p in model.parameters())

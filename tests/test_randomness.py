@@ -7,7 +7,14 @@ import math
 import pytest
 import torch
 
-from fastdiss_cli.randomness import counter_normal, counter_seed, philox, seed_everything
+from fastdiss_cli.randomness import (
+    counter_normal,
+    counter_seed,
+    draw_keys,
+    philox,
+    round_keys,
+    seed_everything,
+)
 
 # from the kat_vectors file of Random123, for philox4x32 with 10 rounds
 KNOWN = [
@@ -18,16 +25,15 @@ KNOWN = [
 
 @pytest.mark.parametrize(("words", "expected"), KNOWN)
 def test_philox_gives_the_published_answers(words: list[int], expected: list[int]) -> None:
-    k0, k1, *counter = (torch.tensor([word]) for word in words)
-    assert [int(word) for word in philox((k0, k1), tuple(counter))] == expected
+    keys, counter = round_keys(torch.tensor(words[:2])), torch.tensor(words[2:])[:, None]
+    assert [int(word) for word in philox(keys, tuple(counter))] == expected
 
 
 def noise(sentences: list[int], candidates: list[int], **other: int) -> torch.Tensor:
     options = {"seed": 1, "step": 0, "length": 7, "dim": 10, **other}
-    return counter_normal(
-        options["seed"], torch.tensor(sentences), torch.tensor(candidates),
-        [options["step"]], options["length"], options["dim"],
-    )[0]  # fmt: skip
+    keys = draw_keys(options["seed"], options["step"] + 1)[..., options["step"] :]
+    rows = torch.tensor(sentences), torch.tensor(candidates)
+    return counter_normal(keys, *rows, options["length"], options["dim"])[0]
 
 
 def test_noise_depends_on_nothing_but_its_counters() -> None:
@@ -39,9 +45,11 @@ def test_noise_depends_on_nothing_but_its_counters() -> None:
 
 def test_draws_made_together_are_those_made_alone() -> None:
     sentences, candidates = torch.tensor([5, 2**40]), torch.tensor([0, 3])
-    together = counter_normal(1, sentences, candidates, [4, 0, 2], length=7, dim=10)
-    for step, draw in zip([4, 0, 2], together, strict=True):
-        assert torch.equal(draw, counter_normal(1, sentences, candidates, [step], 7, 10)[0])
+    keys = draw_keys(1, 5)
+    together = counter_normal(keys, sentences, candidates, length=7, dim=10)
+    for k, draw in enumerate(together):
+        alone = counter_normal(keys[..., [k]], sentences, candidates, 7, 10)[0]
+        assert torch.equal(draw, alone)
 
 
 def test_every_counter_matters() -> None:

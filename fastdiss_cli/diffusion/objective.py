@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -84,7 +85,7 @@ class SCP:
             return t + self.gap
         if self.offset == "none":
             return t
-        counts = torch.tensor(self.step_counts, device=t.device, dtype=t.dtype)
+        counts = _on_device(self.step_counts, t.device)
         u = grid_position(t, self.grid, schedule)
         u = u + 1 / counts[torch.randint(len(counts), t.shape, device=t.device)]
         return torch.where(u > 1, 1 + u, grid_time(u.clamp(max=1), self.grid, schedule))
@@ -109,6 +110,12 @@ class SCP:
         if self.coupling == "independent":
             return schedule.add_noise(z_0, later, fresh)
         return schedule.add_more_noise(schedule.add_noise(z_0, t, noise), t, later, fresh)
+
+
+@cache
+def _on_device(numbers: tuple[int, ...], device: torch.device) -> Tensor:
+    """Return numbers as a tensor, int64; the device is waited for the first time only."""
+    return torch.tensor(numbers, device=device)
 
 
 @dataclass(frozen=True)

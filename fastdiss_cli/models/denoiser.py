@@ -15,7 +15,8 @@ from fastdiss_cli.randomness import counter_normal
 if TYPE_CHECKING:
     from fastdiss_cli.models.difformer import Difformer
 
-_DRAWN_TOGETHER = 2**17  # numbers: as many as stay in a core's cache
+# of noise that are drawn together: as many as stay in a core's cache, and a GPU has room for more
+_CPU_NUMBERS, _GPU_NUMBERS = 2**17, 2**22
 
 
 @dataclass
@@ -58,7 +59,7 @@ class Candidates:
         places: int64 [N], the number of each among all candidates.
         sentences, numbers: int64 [N], the sentence in the corpus and the number in the sentence,
             which seed the noise.
-        draws: how many draws of noise a run takes.
+        keys: int64 [10, 2, K], of the draws of noise of a run: see `randomness.draw_keys`.
         tokens: int64 [N, T], the best tokens of the step before, for an early exit.
         drawn: float [N, T, D], the draws that are made and not yet taken, by their number.
     """
@@ -67,22 +68,23 @@ class Candidates:
     places: Tensor
     sentences: Tensor
     numbers: Tensor
-    draws: int
+    keys: Tensor
     tokens: Tensor | None = None
     drawn: dict[int, Tensor] = field(default_factory=dict)
 
-    def noise(self, seed: int, dim: int, draw: int) -> Tensor:
+    def noise(self, dim: int, draw: int) -> Tensor:
         """Return the k-th standard normal draw of every candidate, float [N, T, dim].
 
-        Each is taken once. Of few candidates several are made together: a draw is 200 small
-        operations, however few the numbers are.
+        Each is taken once. Of few candidates several are made together: a draw is 150 operations,
+        however few the numbers are.
         """
         if draw not in self.drawn:
             length = self.denoiser.layout.pad_mask.shape[1]
-            count = max(_DRAWN_TOGETHER // (len(self.sentences) * length * dim), 1)
-            draws = range(draw, min(draw + count, self.draws))
-            noise = counter_normal(seed, self.sentences, self.numbers, draws, length, dim)
-            self.drawn = dict(zip(draws, noise, strict=True))
+            numbers = _CPU_NUMBERS if self.keys.device.type == "cpu" else _GPU_NUMBERS
+            count = max(numbers // (len(self.sentences) * length * dim), 1)
+            keys = self.keys[..., draw : draw + count]
+            noise = counter_normal(keys, self.sentences, self.numbers, length, dim)
+            self.drawn = dict(enumerate(noise, draw))
         return self.drawn.pop(draw)
 
     def drop_unchanged(self, tokens: Tensor) -> Tensor | None:

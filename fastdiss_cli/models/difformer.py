@@ -51,6 +51,7 @@ from fastdiss_cli.models.registry import (
     register,
 )
 from fastdiss_cli.models.source_copy import source_copy
+from fastdiss_cli.randomness import draw_keys
 
 
 @dataclass(frozen=True)
@@ -284,7 +285,7 @@ class Difformer(Seq2SeqModel):
             torch.arange(len(lengths), device=device),
             sentences.repeat_interleave(per_sentence),
             torch.arange(per_sentence, device=device).repeat(len(sentences)),
-            draws=options.steps if options.temperature else 1,
+            draw_keys(options.seed, options.steps if options.temperature else 1).to(device),
         )
         told = None
         if options.self_cond == "gold":
@@ -310,7 +311,7 @@ class Difformer(Seq2SeqModel):
         z0_hat, nfe = sample(
             denoiser,
             self.schedule,
-            partial(running.noise, options.seed, self.config.latent_dim),
+            partial(running.noise, self.config.latent_dim),
             options.steps,
             solver=options.solver,
             temperature=options.temperature,
