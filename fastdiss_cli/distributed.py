@@ -6,6 +6,7 @@ import atexit
 import os
 import re
 import sys
+import traceback
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -63,9 +64,11 @@ class Attempt:
         elif isinstance(error, dist.DistError) or "/gloo/" in str(error):
             self.failure = f"{self._where}{_gone(error)}"
         else:
-            while trace is not None and trace.tb_next is not None:
-                trace = trace.tb_next
-            at = f"{Path(trace.tb_frame.f_code.co_filename).name}:{trace.tb_lineno}"
+            frames = traceback.extract_tb(trace)
+            own = [frame for frame in frames if f"{os.sep}torch{os.sep}" not in frame.filename]
+            at = f"{Path(own[-1].filename).name}:{own[-1].lineno}"
+            if os.environ.get("FASTDISS_TRACEBACK"):
+                traceback.print_exception(error)
             said = " ".join(str(error).split())
             self.failure = f"{self._where}{self.what}: {type(error).__name__}: {said} ({at})"
         if self._alone:

@@ -75,6 +75,12 @@ def assert_same(one: Path, other: Path) -> None:
     assert metrics(one) == metrics(other)
 
 
+def blind(rank: int) -> None:
+    """Let a rank look for checkpoints where there are none, as in a folder that is not shared."""
+    if rank == 1:
+        loop.LAST = "none.safetensors"
+
+
 def signalled(rank: int, on: int, update: int, number: int = signal.SIGTERM) -> None:
     """Let a rank send itself a signal in the middle of an update."""
     right, sent = loop.add_gradient, []

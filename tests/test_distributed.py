@@ -15,6 +15,7 @@ import torch
 from conftest import one_line_error, run_cli, run_ranks
 from runs import (
     assert_same,
+    blind,
     command,
     failing,
     metrics,
@@ -62,6 +63,15 @@ def test_what_fails_on_one_rank_is_told_once_and_ends_all(
     assert told in one_line_error(first)
     assert (second.returncode, second.stderr) == (1, "")
     assert newest(tmp_path).progress.update == 2
+
+
+def test_ranks_that_begin_at_different_updates_do_not_begin(data_bin: Path, tmp_path: Path) -> None:
+    few = command(data_bin, tmp_path, **FULL | {"max_update": 2})
+    assert [done.returncode for done in run_ranks(2, *few)] == [0, 0]
+    more = command(data_bin, tmp_path, **FULL)
+    first, second = run_ranks(2, *more, prepare=blind)
+    assert "goes on after update 2 and one after 0: it must" in one_line_error(first)
+    assert (second.returncode, second.stderr) == (1, "")
 
 
 def test_a_loss_that_is_no_number_on_one_rank_is_no_update_on_any(

@@ -275,6 +275,18 @@ def test_a_bug_in_a_loss_is_one_line_with_its_place(
     monkeypatch.setattr(Difformer, "loss", loss)
     said = one_line_error(run_cli(*command(data_bin, tmp_path)))
     assert "ValueError: no such thing (test_faults.py:" in said and "update 1" in said
+    monkeypatch.setenv("FASTDISS_TRACEBACK", "1")
+    done = run_cli(*command(data_bin, tmp_path))
+    assert done.returncode == 1 and 'raise ValueError("no' in done.stderr
+
+
+def test_the_place_of_a_bug_is_not_in_torch(
+    data_bin: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Difformer, "loss", lambda *_: torch.nn.Linear(3, 4)(torch.zeros(2, 5)))
+    assert "cannot be multiplied (2x5 and 3x4) (test_faults.py:" in one_line_error(
+        run_cli(*command(data_bin, tmp_path))
+    )
 
 
 # numbers

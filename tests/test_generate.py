@@ -280,6 +280,7 @@ def test_an_option_that_a_checkpoint_does_not_know_is_as_before_it(
         (["--input=-", "--mbr-metric", "chrf", "--select", "score"], "--mbr-metric is of"),
         (["--input=-", "--solver", "euler"], "--solver must be one of"),
         (["--input=-", "--solver=ddim", "--temperature=1"], "--temperature must be 0 with ddim"),
+        (["data", "--self-cond=gold", "--length-beam=3"], "--length-beam must be 1 with"),
         (["data", "--diagnose", "--buffer-size", "3"], "without --buffer-size"),
     ],
 )

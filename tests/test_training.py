@@ -370,6 +370,17 @@ def test_another_measure_of_validation_starts_anew(data_bin: Path, tmp_path: Pat
     assert by_loss.progress.best < 0 and by_loss.progress.best_update > 4
 
 
+def test_a_best_loss_of_other_options_is_forgotten(data_bin: Path, tmp_path: Path) -> None:
+    """So is the place in the batches of other sizes, also where the architecture is another."""
+    options = {"valid_sentences": 0, "validate_interval_updates": 2, "max_epoch": 99}
+    start(data_bin, tmp_path, "difformer_tiny", **options, max_update=5).run()
+    options |= {"max_update": 8, "accept_changes": True}
+    same = start(data_bin, tmp_path, "difformer_tiny", **options, lr=1e-5).progress
+    assert same.best is not None and same.batch > 0
+    other = start(data_bin, tmp_path, "fastdiss_tiny", **options, max_tokens=300).progress
+    assert other.best is None and (other.epoch, other.batch) == (same.epoch + 1, 0)
+
+
 def test_an_average_that_is_switched_on_begins_with_the_weights(
     data_bin: Path, tmp_path: Path
 ) -> None:

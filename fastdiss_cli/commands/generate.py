@@ -268,6 +268,8 @@ def generate(
         raise typer.BadParameter(str(error)) from None
     keep_freed_memory()
     processes, stop = Processes(pick_device(device)), Stop()
+    if diagnose and processes.world_size > 1:
+        raise typer.BadParameter("--diagnose works in one process: give it without torchrun")
     torch_device = processes.device
     torch_dtype = pick_dtype(dtype, torch_device)
     max_tokens = max_tokens or default_max_tokens(torch_device)

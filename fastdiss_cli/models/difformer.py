@@ -116,6 +116,8 @@ class DiffusionDecoding:
         one_of(self, "time_grid", TIME_GRIDS)
         one_of(self, "clamp", FORMS)
         one_of(self, "self_cond", SELF_COND_MODES)
+        if self.self_cond == "gold":
+            require(self, "length_beam", self.length_beam == 1, "1 with self_cond gold")
 
     @property
     def candidates(self) -> int:

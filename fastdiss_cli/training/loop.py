@@ -125,6 +125,12 @@ class Training:
             0, or the number of the signal that stopped the training early (with all saved).
         """
         config, progress = self.config, self.progress
+        after = self.processes.gather([progress.update])
+        if len(set(after)) > 1:
+            raise CommonError(
+                f"--save-dir {self.save_dir}: one process goes on after update {max(after):,} and "
+                f"one after {min(after):,}: it must be one folder that all of them see"
+            )
         with (
             stop_on_signal(self.stop, "saving after this update"),
             logs.progress("training", config.max_update, progress.update) as bar,

@@ -97,8 +97,8 @@ def changes(
     config: TrainConfig,
     dataset_hash: str,
     world_size: int,
-) -> list[str]:
-    """Say in what a checkpoint and a run differ, as far as it changes the result.
+) -> dict[str, tuple[Any, Any]]:
+    """Return what was and what is now, by name, as far as it differs and changes the result.
 
     Options that the checkpoint does not know yet have their defaults there.
     """
@@ -125,41 +125,45 @@ def changes(
         **{f"model.{k}": v for k, v in old_model.items()},
         **{f"train.{k}": v for k, v in old_train.items()},
     }
-    differing = [
-        f"{key} was {then.get(key)} and is now {value}"
+    return {
+        key: (then.get(key), value)
         for key, value in now.items()
         if json.dumps(then.get(key)) != json.dumps(value)
-    ]
-    # of another architecture all options may differ, which says nothing
-    return differing if same_arch else differing[:1]
+    }
 
 
-def forget_changed(progress: Progress, differing: list[str]) -> None:
+def forget_changed(progress: Progress, differing: dict[str, tuple[Any, Any]]) -> None:
     """Forget what belongs to a validation or to batches that are others now.
 
     Args:
         progress: of the checkpoint; it is changed.
-        differing: as `changes` says it.
+        differing: as `changes` returns it.
     """
-    names = {one.split()[0] for one in differing}
-    if names & {"dataset", "train.valid_sentences", "train.valid_steps"}:
-        progress.best, progress.bad_validations = None, 0
+    names = differing.keys()
     batches = {"dataset", "processes", "train.max_tokens", "train.max_positions", "train.seed"}
+    scores = {"dataset", "train.valid_sentences", "train.valid_steps"}
+    if not progress.best_is_bleu:  # a loss is another with other noise or another weight of a part
+        scores |= batches | {name for name in names if name.startswith("model.")}
+    if names & scores:
+        progress.best, progress.bad_validations = None, 0
     if names & batches and progress.batch:
         progress.epoch, progress.batch = progress.epoch + 1, 0
         logs.info(f"the batches are others than before: epoch {progress.epoch} begins")
 
 
-def refuse_changes(path: Path, differing: list[str]) -> None:
+def refuse_changes(path: Path, differing: dict[str, tuple[Any, Any]]) -> None:
     """Refuse to resume.
 
     Raises:
         FastdissError: what differs.
     """
-    named = "; ".join(differing[:4])
-    if len(differing) > 4:
-        named += f"; and {len(differing) - 4} more (a forgotten --config?)"
-    if "train.max_update " in named:
+    if "arch" in differing:  # then all options may differ, which says nothing
+        differing = {"arch": differing["arch"]}
+    said = [f"{name} was {was} and is now {now}" for name, (was, now) in differing.items()]
+    named = "; ".join(said[:4])
+    if len(said) > 4:
+        named += f"; and {len(said) - 4} more (a forgotten --config?)"
+    if "train.max_update" in list(differing)[:4]:
         named += " (where the cosine ends, so that all learning rates differ)"
     raise FastdissError(
         f"{path} was trained with different settings: {named}. Train into another --save-dir, or "
