@@ -26,6 +26,7 @@ from fastdiss_cli.config import TrainConfig, build
 from fastdiss_cli.data.binarized import BinarizedDataset
 from fastdiss_cli.distributed import Processes
 from fastdiss_cli.errors import FastdissError
+from fastdiss_cli.models import layers
 from fastdiss_cli.models.registry import Hypothesis, Loss, architecture
 from fastdiss_cli.training import validation
 from fastdiss_cli.training.checkpoint import Checkpoint, Progress, load_model
@@ -66,13 +67,14 @@ def test_a_compiled_network_trains_the_same(
     monkeypatch.setattr(
         nn.Module, "compile", lambda self, **how: right(self, backend=run_as_it_is, **how)
     )
+    monkeypatch.setattr(layers, "dropout", nn.functional.dropout)  # as on a GPU
     for compile in (False, True):
-        start(data_bin, tmp_path / str(compile), arch, compile=compile).run()
+        start(data_bin, tmp_path / str(compile), arch, compile=compile, max_update=6).run()
         assert bool(graphs) == compile
-    assert len(graphs) < 30  # and not one for each of 12 updates with its lengths
-    plain, compiled = (metrics(tmp_path / str(compile)) for compile in (False, True))
-    for one, other in zip(plain, compiled, strict=True):
-        assert one == pytest.approx(other, rel=1e-4)
+    assert len(graphs) < 12  # not one for each length, nor for each position that is decoded
+    plain, compiled = (tensors(tmp_path / str(compile)) for compile in (False, True))
+    for name, tensor in plain.items():
+        torch.testing.assert_close(compiled[name], tensor, rtol=1e-3, atol=1e-5)
 
 
 def test_resuming_otherwise_is_refused_with_the_difference(data_bin: Path, tmp_path: Path) -> None:

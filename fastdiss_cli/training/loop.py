@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -287,7 +287,9 @@ class Training:
         """Score the averaged weights on the validation split."""
         config, progress = self.config, self.progress
         how = (config, self.processes, self.stop, self.dtype)
-        with self._averaged() as model:
+        # decoding, whose caches grow with every position, would be compiled at every length
+        eager = torch.compiler.set_stance("force_eager") if config.compile else nullcontext()
+        with self._averaged() as model, eager:
             figures = validation_loss(model, batcher, progress.update, *how)
             if config.valid_sentences:
                 figures["bleu"] = validation_bleu(model, self.dataset, *how)
