@@ -13,8 +13,6 @@ from typing import Any
 import pytest
 from conftest import run_cli
 
-from fastdiss_cli.metrics import METRICS
-
 RECIPE = Path(__file__).parent.parent / "recipes" / "ablation"
 SMALL = (
     "model: {model_dim: 16, ffn_dim: 32, heads: 2, encoder_layers: 1, decoder_layers: 1}\n"
@@ -84,22 +82,22 @@ def test_trials_and_report(corpus: Path, tmp_path: Path, monkeypatch: pytest.Mon
     # 2 seeds of 2 variants and the transformer, and 1 seed of the base and three settings
     assert len(trained) == 2 * 3 + 4
     commands.clear()
-    assert (
-        run() == (first, choices) and not commands
-    )  # finished trials are neither trained nor sampled again
+    assert run() == (first, choices)
+    # finished trials are asked whether they are that, and not sampled again
+    assert commands == trained
+    monkeypatch.setitem(trials.VARIANTS, "difformer", trials.DIFFORMER | {"noise_factor": "3"})
+    with pytest.raises(AssertionError, match=r"model.noise_factor was 4.0 and is now 3.0"):
+        run()
 
     figures = json.loads((recipe / "results" / "embedded" / "figures.json").read_text())
     five = [figures[f"difformer/seed{s}/reuse/generate-test.steps5.txt bleu"] for s in (1, 2)]
     assert f"{sum(five) / 2:.2f} ± " in first
     for plot in ("quality_by_steps", "quality_by_speed", "gap_by_step"):
         assert (recipe / "results" / "embedded" / f"{plot}.svg").read_text().startswith("<?xml")
-    # the spread between trainings counts
-    metric, references = METRICS["ser"](), [list("abcdefgh") * 5]
-    bad, good = ["x"] * 40, [*references[0][:20], *["x"] * 20]
-    always, mostly = [[bad, good]] * 3, [[bad, good], [good, bad], [bad, good]]
-    for outputs, wanted, is_sure in ((always, -50, True), (mostly, -50 / 3, False)):
-        difference, p = report.resampled(metric, outputs, references)
-        assert difference == pytest.approx(wanted) and (p < 0.01) == is_sure
+    # Student's t of two trainings: 12.706 standard errors of their mean, sd / sqrt(2)
+    both = [f"+SCP, unrolled/seed{s}/reuse/generate-test.steps5.txt bleu" for s in (1, 2)]
+    a, b = (figures[name] - score for name, score in zip(both, five, strict=True))
+    assert f"| {(a + b) / 2:+.2f} ± {12.706 * abs(a - b) / 2:.2f} |" in first
     assert "reached" in first and "nan" not in first
     scores = json.loads((recipe / "results" / "embedded" / "sweeps.json").read_text())
     for what, way in (("| raw estimate |", "Told as raw estimate/seed1/default"),

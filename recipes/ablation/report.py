@@ -17,11 +17,9 @@ from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
 
-import numpy as np
 import torch
 from plots import plot, plot_gap, plot_quality, plot_speed
 from results import FEW, METRIC, NAMES, Results, figures_of
-from sacrebleu.metrics.base import Metric
 from trials import CLAMPS, GRIDS, HERE, SWEEPS, TEMPERATURES, VARIANTS, trial_folder
 
 from fastdiss_cli.decoding.output import read_system
@@ -76,9 +74,17 @@ def candidates(results: Results) -> str:
     return markdown(["", *header], rows) + f"\ntransformer of the same size: {beams}.\n"
 
 
-def significance(results: Results) -> tuple[str, dict[str, float]]:
-    """Compare each variant with the baseline at 5 steps: by training, and over trainings."""
-    rows, p_of = [], {}
+# of Student's t, by number of trainings: half of a 95 % interval in standard errors
+T_975 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
+
+
+def significance(results: Results) -> tuple[str, dict[str, tuple[str, bool]]]:
+    """Compare each variant with the baseline at 5 steps: in each training, and over trainings.
+
+    Returns:
+        The table; and by variant how sure the difference is, and whether that is 95 %.
+    """
+    rows, sure = [], {}
     metric, streams = METRICS[results.metric](), results.references["test"]
     signature = ""
     for name in results.variants:
@@ -88,65 +94,32 @@ def significance(results: Results) -> tuple[str, dict[str, float]]:
         both = [files for files in both if all(path.exists() for path in files)]
         if name == "difformer" or not both:
             continue
-        outputs = [[read_system(path).hypotheses for path in files] for files in both]
         p_values = []
-        for pair in outputs:
+        for files in both:
+            pair = [read_system(path).hypotheses for path in files]
             _, _, (p,), signature = paired_test(pair, streams, {results.metric: metric})[0]
             p_values.append(p)
-        difference, p = resampled(metric, outputs, streams)
-        p_of[name] = p if len(outputs) > 1 else p_values[0]  # one training has no spread
+        differences = [results.score(new) - results.score(old) for old, new in both]
+        mean = statistics.fmean(differences)
+        sure[name] = f"p = {p_values[0]:.3f}", p_values[0] < 0.05
         cells = [f"{value:.3f}" for value in p_values] + ["-"] * (len(results.seeds) - len(both))
-        over = [f"{p_of[name]:.3f}"] * (len(results.seeds) > 1)
-        rows.append([name, f"{difference:+.2f}", *cells, *over])
+        shown = f"{mean:+.2f}"
+        if len(both) > 1:
+            half = T_975[len(both)] * statistics.stdev(differences) / math.sqrt(len(both))
+            sure[name] = f"± {half:.2f}", abs(mean) > half
+            shown += f" ± {half:.2f}"
+        rows.append([name, shown, *cells])
     header = ["", "difference", *(f"p, seed {seed}" for seed in results.seeds)]
     note = ""
     if len(results.seeds) > 1:
-        header.append("p, trainings too")
         note = (
-            "The last column resamples trainings and sentences, the others the sentences of one "
-            "training.\n\n"
+            "The difference with its 95 % interval (Student's t over trainings of the same seed); "
+            "the p-values resample the sentences of one training.\n\n"
         )
-    return note + markdown(header, rows) + f"\nSignature: `{signature}`\n", p_of
+    return note + markdown(header, rows) + f"\nSignature: `{signature}`\n", sure
 
 
-def resampled(
-    metric: Metric, outputs: Sequence[Sequence[list[str]]], streams: Sequence[Sequence[str | None]]
-) -> tuple[float, float]:
-    """Return the mean difference of two systems over trainings, and its p-value.
-
-    As sacreBLEU's paired bootstrap (Koehn 2004), which is for one training of each system. Here a
-    draw takes sentences, the same for all, and trainings, both with replacement, so that the
-    spread between trainings counts.
-
-    Args:
-        metric: sacreBLEU's, or one of our own.
-        outputs: for each training the hypotheses of the baseline and of the system.
-        streams: sacreBLEU's reference streams.
-    """
-    sums = np.array(
-        [[metric._extract_corpus_statistics(one, streams) for one in pair] for pair in outputs],
-        dtype=float,
-    )  # [trainings, 2, sentences, statistics]
-
-    def difference(trainings: np.ndarray, sentences: np.ndarray) -> float:
-        drawn = sums[trainings][:, :, sentences].sum(axis=2).tolist()
-        scores = [[metric._compute_score_from_stats(one).score for one in pair] for pair in drawn]
-        return statistics.fmean(new - old for old, new in scores)
-
-    trainings, _, sentences, _ = sums.shape
-    draw, draws = np.random.default_rng(12345), 1000
-    real = difference(np.arange(trainings), np.arange(sentences))
-    drawn = np.array(
-        [
-            difference(draw.integers(n, size=trainings), draw.integers(m, size=sentences))
-            for n, m in [(trainings, sentences)] * draws
-        ]
-    )
-    extreme = int((np.abs(drawn - drawn.mean()) >= abs(real)).sum())
-    return real, (extreme + 1) / (draws + 1)
-
-
-def targets(results: Results, p: dict[str, float]) -> str:
+def targets(results: Results, sure: dict[str, tuple[str, bool]]) -> str:
     """Check what the toolkit set out to show."""
     sign = 1 if results.higher_is_better else -1
 
@@ -167,9 +140,10 @@ def targets(results: Results, p: dict[str, float]) -> str:
         ]
         for what, figure, least in checks:
             verdict, shown = ("reached" if figure >= least else "**missed**"), f"{figure:+.2f}"
-            if what.endswith("above difformer") and name in p:
-                verdict = verdict if p[name] < 0.05 else "**missed**"
-                shown += f", p = {p[name]:.3f}"
+            if what.endswith("above difformer") and name in sure:
+                how, is_sure = sure[name]
+                verdict = verdict if is_sure else "**missed**"
+                shown += f" {how}" if how.startswith("±") else f", {how}"
             if math.isnan(figure):
                 verdict, shown = "not measured", "-"
             rows.append([f"{name}, {what}", verdict, shown])
@@ -290,7 +264,7 @@ def machine() -> str:
 def write_results(results: Results, folder: Path) -> None:
     """Write RESULTS.md, figures.json and the plots of the variants."""
     plan, name = results.plan, NAMES[results.metric]
-    paired, p = significance(results)
+    paired, sure = significance(results)
     steps_table, time_table = diagnosis(results)
     plot(folder / "quality_by_steps.svg", lambda axes: plot_quality(results, axes))
     plot(folder / "gap_by_step.svg", lambda axes: plot_gap(results, axes))
@@ -315,9 +289,9 @@ def write_results(results: Results, folder: Path) -> None:
         f"{plan['updates']:,} updates per model, {seeds} seed(s), test data unless said otherwise; "
         f"{name}; {spread}.\n",
         "## What was to be shown\n",
-        targets(results, p),
+        targets(results, sure),
         "## Quality by steps\n\n![](quality_by_steps.svg)\n\n"
-        f"ddpm at temperature {TEMPERATURES[0]}:\n",
+        f"ddpm at temperature {results.temperature}:\n",
         quality_by_steps(results, "reuse", results.steps),
         *by_temperature,
         "ddim, seed 1:\n",

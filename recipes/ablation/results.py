@@ -94,6 +94,11 @@ class Results:
             return {"by_step": [], "by_time": []}
         return json.loads(path.read_text(encoding="utf-8"))
 
+    @property
+    def temperature(self) -> str:
+        """What the samples called ``reuse`` were made at, as they say themselves."""
+        return figures_of(self.file("difformer", 1, "reuse", 5)).options["temperature"]
+
     def speed_files(self) -> list[tuple[Path, str, str]]:
         """Return the files of the speed measurement, what each is, and its group."""
         folder, files = self.work / "speed", []

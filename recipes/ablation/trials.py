@@ -144,18 +144,17 @@ class Trial:
     sampling: dict[str, list[str]] = field(default_factory=dict)
 
     def run(self, corpus: Path, data: Path) -> None:
-        """Train and sample; needs nothing when all files are there."""
+        """Train, which ends at once where it is done and refuses other options, and sample."""
         self.folder.mkdir(parents=True, exist_ok=True)
         last = self.folder / "checkpoint_last.safetensors"
-        if not list(self.folder.glob(f"checkpoint_*_{self.updates}.safetensors")):
-            options = [f"train.max_update={self.updates}"]
-            options += [f"model.{key}={value}" for key, value in self.settings.items()]
-            fastdiss(
-                self.folder, "train", data, "--config", corpus, "--arch", self.arch,
-                "--seed", self.seed, "--validate-interval-updates", self.updates,
-                "--save-dir", self.folder,
-                *(part for option in options for part in ("--set", option)),
-            )  # fmt: skip
+        options = [f"train.max_update={self.updates}"]
+        options += [f"model.{key}={value}" for key, value in self.settings.items()]
+        fastdiss(
+            self.folder, "train", data, "--config", corpus, "--arch", self.arch,
+            "--seed", self.seed, "--validate-interval-updates", self.updates,
+            "--save-dir", self.folder,
+            *(part for option in options for part in ("--set", option)),
+        )  # fmt: skip
         for name, flags in self.sampling.items():
             sample(data, last, self.split, self.folder / name, flags)
 
