@@ -12,7 +12,7 @@ import torch
 
 from fastdiss_cli.config import build
 from fastdiss_cli.data.tokenizer import Tokenizer
-from fastdiss_cli.decoding.generation import Run, decode, default_max_tokens
+from fastdiss_cli.decoding.generation import Run, SequenceGenerator, default_max_tokens
 from fastdiss_cli.decoding.output import hypothesis_text, reference_streams
 from fastdiss_cli.decoding.selection import (
     check_reranker,
@@ -182,7 +182,7 @@ class Translator:
         if sentences:
             sources = [self.src_tokenizer.encode(sentence) for sentence in sentences]
             select = with_runners_up(select, run.options.candidates - 1)
-            decode(self.model, sources, [run], select, max_tokens, dtype=self.dtype)
+            SequenceGenerator(self.model, select, max_tokens, self.dtype).decode(sources, [run])
         return list(filter(None, run.best))
 
 

@@ -17,6 +17,7 @@ import torch
 
 from fastdiss_cli.config import TrainConfig, build
 from fastdiss_cli.data.binarized import BinarizedDataset
+from fastdiss_cli.decoding.generation import SequenceGenerator
 from fastdiss_cli.distributed import Processes
 from fastdiss_cli.models.difformer import Difformer
 from fastdiss_cli.models.registry import architecture
@@ -113,7 +114,7 @@ def signalled_in_validation(rank: int, on: int, what: str, numbers: tuple[int, .
     if what == "loss":
         validation.seed_everything = spoil(validation.seed_everything)
     else:
-        validation.decode_shared = spoil(validation.decode_shared)
+        SequenceGenerator.decode_together = spoil(SequenceGenerator.decode_together)
         validation.CHUNK = 1
 
 

@@ -26,6 +26,7 @@ from runs import (
     start,
 )
 
+from fastdiss_cli.decoding.generation import SequenceGenerator
 from fastdiss_cli.device import pick_dtype
 from fastdiss_cli.distributed import Processes
 from fastdiss_cli.errors import FastdissError
@@ -329,13 +330,11 @@ def test_the_time_of_a_run_is_that_of_its_slowest_rank(data_bin: Path, trained: 
 
 def slow_clock(rank: int) -> None:
     """Let decoding take 7 s a batch on the first rank and 70 s on the second."""
-    from fastdiss_cli.decoding import sharing
+    right = SequenceGenerator.decode
 
-    right = sharing.decode
-
-    def decode(model, sources, runs, *more, **how):
-        right(model, sources, runs, *more, **how)
+    def decode(self, sources, runs, *more):
+        right(self, sources, runs, *more)
         for run in runs:
             run.seconds = 70.0 if rank else 7.0
 
-    sharing.decode = decode
+    SequenceGenerator.decode = decode

@@ -17,7 +17,7 @@ from fastdiss_cli.config import build
 from fastdiss_cli.data.batching import Batch, pad
 from fastdiss_cli.data.layout import Layout
 from fastdiss_cli.decoding.diagnosis import by_time
-from fastdiss_cli.decoding.generation import Run, decode
+from fastdiss_cli.decoding.generation import Run, SequenceGenerator
 from fastdiss_cli.decoding.selection import by_score
 from fastdiss_cli.errors import FastdissError
 from fastdiss_cli.models.denoiser import Denoiser
@@ -60,7 +60,7 @@ def make_batch(sources: Sequence[Sequence[int]], targets: Sequence[Sequence[int]
 def answers(model: Seq2SeqModel, sources: list[list[int]], max_tokens: int, **options: object):
     limit = {"max_len_b": 12} if isinstance(model, Transformer) else {}
     run = Run(model.Decoding(**limit, **options))
-    decode(model, sources, [run], by_score, max_tokens)
+    SequenceGenerator(model, by_score, max_tokens).decode(sources, [run])
     return [(h.tokens, pytest.approx(h.score, abs=1e-4)) for h in run.best]
 
 
@@ -243,7 +243,7 @@ def test_all_step_counts_share_one_encoder_pass(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(model, "encode", counted)
     runs = [Run(model.Decoding(steps=n)) for n in (1, 2, 5)]
-    decode(model, sources, runs, by_score, max_tokens=40)
+    SequenceGenerator(model, by_score, 40).decode(sources, runs)
     assert len(calls) > 1 and sum(calls) == 8  # each sentence once, in several batches
     assert [run.nfe for run in runs] == [8, 16, 40]
 
@@ -660,7 +660,7 @@ def test_a_frozen_model_computes_in_bfloat16(family: str) -> None:
     assert not torch.equal(found, wanted)
     torch.testing.assert_close(found.float(), wanted, rtol=0.05, atol=0.05)
     run = Run(model.Decoding(**({"max_len_b": 12} if family == "transformer" else {})))
-    decode(model, sources, [run], by_score, 200, dtype=torch.bfloat16)
+    SequenceGenerator(model, by_score, 200, torch.bfloat16).decode(sources, [run])
     assert all(math.isfinite(h.score) for h in run.best)
 
 

@@ -24,6 +24,7 @@ from torch import nn
 from fastdiss_cli import logs
 from fastdiss_cli.config import TrainConfig, build
 from fastdiss_cli.data.binarized import BinarizedDataset
+from fastdiss_cli.decoding.generation import SequenceGenerator
 from fastdiss_cli.distributed import Processes
 from fastdiss_cli.errors import FastdissError
 from fastdiss_cli.models import layers
@@ -336,11 +337,11 @@ def test_validation_bleu_of_answers_under_four_words(
     training = start(data_bin, tmp_path)
     short = training.dataset.tgt_tokenizer.encode("nine two")
 
-    def answer(model, sources, runs, *_, **__):
+    def answer(self, sources, runs, *_):
         runs[0].best = [Hypothesis(short[:-1], 0.0, [], 1) for _ in sources]
         return 0
 
-    monkeypatch.setattr(validation, "decode_shared", answer)
+    monkeypatch.setattr(SequenceGenerator, "decode_together", answer)
     pairs = {side: [np.array(short)] * 4 for side in ("src", "tgt")}
     monkeypatch.setattr(training.dataset, "splits", {"valid": pairs})
     how = (training.config, training.processes, training.stop, training.dtype)

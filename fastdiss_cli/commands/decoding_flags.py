@@ -12,23 +12,84 @@ from fastdiss_cli.errors import FastdissError
 if TYPE_CHECKING:
     from fastdiss_cli.models.registry import Seq2SeqModel
 
+# the options of decoding that have a flag, besides `steps`, which may be several
+FLAGS = (
+    "solver", "temperature", "time_grid", "clamp", "self_cond", "length_beam", "noise_beam",
+    "early_exit", "seed", "beam", "lenpen", "max_len_a", "max_len_b", "min_len", "history",
+    "diagnose",
+)  # fmt: skip
 
-def decoding_options(model: Seq2SeqModel, arch: str, flags: dict[str, Any]) -> Any:
-    """Return a model's ``Decoding`` from flags; those that are None keep its defaults.
+
+def check_usage(given: dict[str, Any]) -> None:
+    """Refuse flags that contradict each other, before anything is loaded.
+
+    Args:
+        given: the flags that were given, and the defaults that count as given.
+
+    Raises:
+        BadParameter: two of them do.
+    """
+    raw, diagnosed = "input" in given, "diagnose" in given
+    languages = "source_lang" in given or "target_lang" in given
+    told_answers = given.get("self_cond") == "gold"
+    for wrong, reason in (
+        (raw == ("data" in given), "give either a dataset folder or --input"),
+        ({"plain", "history"} <= given.keys(), "--plain leaves no room for --print-history"),
+        (raw and languages, "--source-lang and --target-lang are of a dataset, not of --input"),
+        (raw and "gen_subset" in given, "--gen-subset is of a dataset, not of --input"),
+        (raw and told_answers, "--self-cond gold needs a dataset: it is told the answers"),
+        (raw and diagnosed, "--diagnose needs a dataset: it measures losses on the answers"),
+        (
+            diagnosed and "early_exit" in given,
+            "--diagnose compares whole runs: give it without --early-exit",
+        ),
+        (
+            diagnosed and given["buffer_size"] > 0,
+            "--diagnose is over all sentences at once, without --buffer-size",
+        ),
+    ):
+        if wrong:
+            raise typer.BadParameter(reason)
+    from fastdiss_cli.decoding.selection import check_selection
+
+    reranked = "rerank_path" in given
+    try:
+        check_selection(given.get("select"), given.get("mbr_metric", "bleu"), reranked)
+    except FastdissError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
+def step_options(steps: str | None) -> list[dict[str, int]]:
+    """Return the option ``steps`` for each count of ``--steps``; none: the model's default.
+
+    Raises:
+        BadParameter: they are no different whole numbers of at least 1.
+    """
+    if steps is None:
+        return [{}]
+    counts = steps.split(",")
+    if not all(count.strip().isdecimal() and int(count) >= 1 for count in counts):
+        raise typer.BadParameter(f"--steps {steps}: give whole numbers of at least 1, as in 1,2,5")
+    if len(set(map(int, counts))) < len(counts):
+        raise typer.BadParameter(f"--steps {steps}: a step count is given twice")
+    return [{"steps": int(count)} for count in counts]
+
+
+def decoding_options(model: Seq2SeqModel, arch: str, given: dict[str, Any]) -> Any:
+    """Return a model's ``Decoding`` from flags; options without a flag keep their defaults.
 
     Args:
         model: the model.
         arch: its name, for the message.
-        flags: by the name of the option.
+        given: by the name of the option.
 
     Raises:
         BadParameter: the model has no such option, or not with this value.
     """
     known = [field.name for field in dataclasses.fields(model.Decoding)]
-    given = {key: value for key, value in flags.items() if value is not None}
     for key in given:
         if key not in known:
-            there = ", ".join(_flag(name) for name in known if name in flags)
+            there = ", ".join(_flag(name) for name in known if name in ("steps", *FLAGS))
             raise typer.BadParameter(f"{_flag(key)} does not apply to {arch}, which has {there}")
     try:
         return model.Decoding(**given)
@@ -39,19 +100,3 @@ def decoding_options(model: Seq2SeqModel, arch: str, flags: dict[str, Any]) -> A
 
 def _flag(option: str) -> str:
     return "--" + {"history": "print-history"}.get(option, option.replace("_", "-"))
-
-
-def step_counts_of(steps: str | None) -> list[int | None]:
-    """Return the step counts of ``--steps``; [None]: the model's default.
-
-    Raises:
-        BadParameter: they are no different whole numbers of at least 1.
-    """
-    if steps is None:
-        return [None]
-    counts = steps.split(",")
-    if not all(count.strip().isdecimal() and int(count) >= 1 for count in counts):
-        raise typer.BadParameter(f"--steps {steps}: give whole numbers of at least 1, as in 1,2,5")
-    if len(set(map(int, counts))) < len(counts):
-        raise typer.BadParameter(f"--steps {steps}: a step count is given twice")
-    return [int(count) for count in counts]

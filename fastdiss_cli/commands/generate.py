@@ -4,20 +4,29 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from fastdiss_cli import logs
-from fastdiss_cli.commands.decoding_flags import decoding_options, step_counts_of
+from fastdiss_cli.commands.decoding_flags import (
+    FLAGS,
+    check_usage,
+    decoding_options,
+    step_options,
+)
 from fastdiss_cli.commands.options import SourceLang, TargetLang, UserModule
 from fastdiss_cli.errors import FastdissError
 
 if TYPE_CHECKING:
-    from fastdiss_cli.decoding.translation import Output
+    from fastdiss_cli.decoding.generation import Run, SequenceGenerator
+    from fastdiss_cli.decoding.selection import Select
+    from fastdiss_cli.decoding.translation import Input, Output
+    from fastdiss_cli.training.checkpoint import Loaded
 
 INPUT = {"rich_help_panel": "Input and output"}
 SAMPLING = {"rich_help_panel": "Sampling (diffusion models)"}
@@ -77,7 +86,7 @@ def generate(
             **INPUT,
         ),
     ] = False,
-    print_history: Annotated[
+    history: Annotated[
         bool, typer.Option("--print-history", help="Show every step of sampling.", **INPUT)
     ] = False,
     diagnose: Annotated[
@@ -200,55 +209,15 @@ def generate(
 
     With several step counts: one file each, and a table of quality and speed by step count.
     """
-    if (data is None) == (input is None):
-        raise typer.BadParameter("give either a dataset folder or --input")
-    if plain and print_history:
-        raise typer.BadParameter("--plain leaves no room for --print-history")
-    if input is not None and (source_lang or target_lang):
-        raise typer.BadParameter("--source-lang and --target-lang are of a dataset, not of --input")
-    if input is not None and gen_subset is not None:
-        raise typer.BadParameter("--gen-subset is of a dataset, not of --input")
-    if input is not None and self_cond == "gold":
-        raise typer.BadParameter("--self-cond gold needs a dataset: it is told the answers")
-    if diagnose and early_exit:
-        raise typer.BadParameter("--diagnose compares whole runs: give it without --early-exit")
-    if diagnose and buffer_size:
-        raise typer.BadParameter("--diagnose is over all sentences at once, without --buffer-size")
-    if input is not None and diagnose:
-        raise typer.BadParameter("--diagnose needs a dataset: it measures losses on the answers")
-    step_counts = step_counts_of(steps)
-    flags = {
-        "solver": solver,
-        "temperature": temperature,
-        "time_grid": time_grid,
-        "clamp": clamp,
-        "self_cond": self_cond,
-        "length_beam": length_beam,
-        "noise_beam": noise_beam,
-        "early_exit": early_exit or None,
-        "seed": seed,
-        "beam": beam,
-        "lenpen": lenpen,
-        "max_len_a": max_len_a,
-        "max_len_b": max_len_b,
-        "min_len": min_len,
-        "history": print_history or None,
-        "diagnose": diagnose or None,
-    }
+    given = {k: v for k, v in locals().items() if v is not None and v is not False}
+    step_counts = step_options(steps)
+    check_usage(given)
 
     import torch
 
     from fastdiss_cli.data.fairseq import open_dataset
-    from fastdiss_cli.decoding.diagnosis import describe, diagnosis_of
-    from fastdiss_cli.decoding.generation import Run, default_max_tokens
+    from fastdiss_cli.decoding.generation import Run, SequenceGenerator, default_max_tokens
     from fastdiss_cli.decoding.output import confidence_legend, read_all_references
-    from fastdiss_cli.decoding.report import summarise, table
-    from fastdiss_cli.decoding.selection import (
-        check_reranker,
-        check_selection,
-        selector,
-        with_runners_up,
-    )
     from fastdiss_cli.decoding.translation import (
         WINDOW,
         check_direction,
@@ -262,76 +231,59 @@ def generate(
     from fastdiss_cli.signals import Stop, stop_on_signal
     from fastdiss_cli.training.checkpoint import load_model
 
-    try:
-        check_selection(select, mbr_metric or "bleu", rerank_path is not None)
-    except FastdissError as error:
-        raise typer.BadParameter(str(error)) from None
     keep_freed_memory()
     processes, stop = Processes(pick_device(device)), Stop()
     if diagnose and processes.world_size > 1:
         raise typer.BadParameter("--diagnose works in one process: give it without torchrun")
-    torch_device = processes.device
-    torch_dtype = pick_dtype(dtype, torch_device)
-    max_tokens = max_tokens or default_max_tokens(torch_device)
-    model, src, tgt, arch, languages = load_model(path, torch_device, user_module, torch_dtype)
-    runs = [Run(decoding_options(model, arch.name, {**flags, "steps": n})) for n in step_counts]
-    if nbest > (most := runs[0].options.candidates):
+    torch_device, torch_dtype = processes.device, pick_dtype(dtype, processes.device)
+    load = partial(load_model, device=torch_device, user_module=user_module, dtype=torch_dtype)
+    loaded = load(path)
+    model, arch = loaded.model, loaded.arch.name
+    options = {name: given[name] for name in FLAGS if name in given}
+    runs = [Run(decoding_options(model, arch, options | count)) for count in step_counts]
+    most = runs[0].options.candidates
+    if nbest > most:
         raise typer.BadParameter(f"--nbest {nbest}: a sentence has {most} candidates")
-    reranker = None
-    if rerank_path is not None:
-        loaded = load_model(rerank_path, torch_device, user_module, torch_dtype)
-        reranker, theirs = loaded.model, (loaded.src, loaded.tgt)
-        check_reranker((src, tgt), languages, theirs, loaded.languages)
-    method = "rerank" if reranker else select or model.default_select
-    if mbr_metric is not None and method != "mbr":
-        raise typer.BadParameter(f"--mbr-metric is of --select mbr, not of {method}")
-    mbr_metric = mbr_metric or "bleu"
-    choose = selector(method, mbr_metric, tgt, reranker)
-    said = {} if torch_dtype == torch.float32 else {"dtype": str(torch_dtype).split(".")[1]}
-    if most > 1:
-        said |= {"select": method} | ({"mbr_metric": mbr_metric} if method == "mbr" else {})
-    if nbest > 1:
-        choose = with_runners_up(choose, nbest - 1)
+    choose, said = _selection(given, loaded, most, load)
+    computed_in = str(torch_dtype).removeprefix("torch.")
+    if torch_dtype != torch.float32:
+        said = {"dtype": computed_in, **said}
+    max_tokens = max_tokens or default_max_tokens(torch_device)
+    generator = SequenceGenerator(model, choose, max_tokens, torch_dtype)
     if data:
         dataset = open_dataset(data, source_lang, target_lang)
-        check_direction(languages, dataset)
+        check_direction(loaded.languages, dataset)
         # a diagnosis is over all sentences at once
         window = 0 if diagnose else buffer_size or WINDOW
-        gen_subset = gen_subset or "test"
-        corpus = dataset_input(dataset, gen_subset, src, tgt, window)
+        name = what = gen_subset or "test"
+        corpus = dataset_input(dataset, name, loaded.src, loaded.tgt, window)
     else:
-        corpus = text_input(str(input), src, buffer_size)
+        name, what = "input", "standard input" if input == "-" else str(input)
+        corpus = text_input(str(input), loaded.src, buffer_size)
     if self_cond in ("recompute", "gold") and not getattr(model, "self_conditioned", True):
         logs.warn(f"--self-cond {self_cond} has no effect: the model was trained without")
     elif self_cond == "gold":
         logs.warn("--self-cond gold tells the model the right answers: for diagnosis only")
     answers = read_all_references(ref, corpus.total) if ref else None
-    name = gen_subset if data else "input"
     folder = results_path
     if folder is None and (len(runs) > 1 or diagnose):
         folder = (path if path.is_dir() else path.parent) / "generate"
-    if print_history and folder is None and logs.wants_colour():
+    if history and folder is None and logs.wants_colour():
         logs.info(confidence_legend())
-    what = f"{corpus.total:,} sentences of " if corpus.total is not None else ""
-    what += name if data else "standard input" if input == "-" else str(input)
     stop_tidily = stop_on_signal(stop, "finishing this batch")
     with processes, stop_tidily, ExitStack() as files:
-        first_rank = processes.rank == 0
+        count = f"{corpus.total:,} sentences of " if corpus.total is not None else ""
         logs.info(
-            f"{path} ({arch.name}): {what} on {torch_device}, "
-            + str(torch_dtype).removeprefix("torch.")
+            f"{path} ({arch}): {count}{what} on {torch_device}, {computed_in}"
             + (" (end with Ctrl-D)" if input == "-" and sys.stdin.isatty() else "")
         )
-        outputs = open_outputs(files, runs, folder, name) if first_rank else []
+        outputs = open_outputs(files, runs, folder, name) if processes.rank == 0 else []
         done = translate(
-            model,
-            (src, tgt),
+            generator,
+            (loaded.src, loaded.tgt),
             corpus,
             runs,
-            choose,
             outputs,
-            max_tokens=max_tokens,
-            dtype=torch_dtype,
             gold=self_cond == "gold",
             keep=data is not None or answers is not None,
             plain=plain,
@@ -339,38 +291,14 @@ def generate(
             stop=stop,
         )
         if done.signal:
-            where = _keep(outputs) if done.sentences else "written"
+            kept = _keep(outputs) if done.sentences else "written"
             count = f"{done.sentences:,}" + (f" of {corpus.total:,}" if corpus.total else "")
-            logs.info(f"stopped by signal {done.signal}; {count} sentences are {where}")
-        elif first_rank:
+            logs.info(f"stopped by signal {done.signal}; {count} sentences are {kept}")
+        elif processes.rank == 0:
             references = answers or [[line] for line in done.references]
-            try:
-                summaries = summarise(runs, done.texts, references)
-            except FastdissError as error:
-                raise FastdissError(f"{error}; the hypotheses are {_keep(outputs)}") from None
-            for summary, output in zip(summaries, outputs, strict=True):
-                if output.path:
-                    if not plain:
-                        output.write(summary.line(name, arch.name, **said) + "\n")
-                    output.finish()
-            alone = len(runs) == 1
-            line = summaries[0].line(name, arch.name, **said)
-            figures = line if alone else table(summaries)
-            on_stdout = folder or not plain
-            if on_stdout:
-                print(figures, flush=True)
-            if not (on_stdout and logs.stdout_is_seen()):
-                logs.info(figures)
-            for output in outputs:
-                if output.path:
-                    logs.info(f"wrote {output.path}")
-            for run, output in zip(runs, outputs, strict=True):
-                if diagnose:
-                    tables = diagnosis_of(run, model, corpus.split, max_tokens, torch_dtype)
-                    print(describe(run.options.steps, tables))
-                    beside = output.path.with_suffix(".diagnosis.json")
-                    beside.write_text(json.dumps(tables, indent=1) + "\n", encoding="utf-8")
-                    logs.info(f"wrote {beside}")
+            _conclude(runs, outputs, done.texts, references, (name, arch, said), plain)
+            if diagnose:
+                _diagnose(generator, runs, outputs, corpus)
     if done.signal:
         raise SystemExit(128 + done.signal)
 
@@ -379,3 +307,85 @@ def _keep(outputs: Sequence[Output]) -> str:
     """Keep what is written of outputs that are not complete, and say where it is."""
     kept = [str(output.keep()) for output in outputs if output.path]
     return f"in {', '.join(kept)}" if kept else "written"
+
+
+def _selection(
+    given: dict[str, Any], loaded: Loaded, candidates: int, load: Callable[[Path], Loaded]
+) -> tuple[Select, dict[str, str]]:
+    """Return what chooses among so many candidates, and what the summary says of it.
+
+    Args:
+        given: the flags.
+        loaded: the model that makes the candidates.
+        load: loads another one, which is to rerank them.
+    """
+    from fastdiss_cli.decoding.selection import check_reranker, selector, with_runners_up
+
+    reranker = None
+    if "rerank_path" in given:
+        theirs = load(given["rerank_path"])
+        own = loaded.src, loaded.tgt
+        check_reranker(own, loaded.languages, (theirs.src, theirs.tgt), theirs.languages)
+        reranker = theirs.model
+    method = "rerank" if reranker else given.get("select", loaded.model.default_select)
+    if "mbr_metric" in given and method != "mbr":
+        raise typer.BadParameter(f"--mbr-metric is of --select mbr, not of {method}")
+    metric = given.get("mbr_metric", "bleu")
+    choose = selector(method, metric, loaded.tgt, reranker)
+    if given["nbest"] > 1:
+        choose = with_runners_up(choose, given["nbest"] - 1)
+    said = {"select": method} if candidates > 1 else {}
+    return choose, said | ({"mbr_metric": metric} if said and method == "mbr" else {})
+
+
+def _conclude(
+    runs: Sequence[Run],
+    outputs: Sequence[Output],
+    texts: Sequence[Sequence[str]],
+    references: Sequence[Sequence[str]],
+    named: tuple[str, str, dict[str, str]],
+    plain: bool,
+) -> None:
+    """Score the hypotheses, complete the files and say where they are.
+
+    Args:
+        runs, outputs, texts, references: as in `Translation`.
+        named: what was decoded, the architecture, and what else the summary says.
+        plain: the files hold nothing but hypotheses.
+    """
+    from fastdiss_cli.decoding.report import summarise, table
+
+    try:
+        summaries = summarise(runs, texts, references)
+    except FastdissError as error:
+        raise FastdissError(f"{error}; the hypotheses are {_keep(outputs)}") from None
+    name, arch, said = named
+    lines = [summary.line(name, arch, **said) for summary in summaries]
+    for line, output in zip(lines, outputs, strict=True):
+        if output.path:
+            if not plain:
+                output.write(line + "\n")
+            output.finish()
+    figures = lines[0] if len(runs) == 1 else table(summaries)
+    on_stdout = outputs[0].path or not plain
+    if on_stdout:
+        print(figures, flush=True)
+    if not (on_stdout and logs.stdout_is_seen()):
+        logs.info(figures)
+    for output in outputs:
+        if output.path:
+            logs.info(f"wrote {output.path}")
+
+
+def _diagnose(
+    generator: SequenceGenerator, runs: Sequence[Run], outputs: Sequence[Output], corpus: Input
+) -> None:
+    """Print the diagnosis of each run and write it beside the hypotheses."""
+    from fastdiss_cli.decoding.diagnosis import describe, diagnosis_of
+
+    for run, output in zip(runs, outputs, strict=True):
+        tables = diagnosis_of(run, generator, corpus.split)
+        print(describe(run.options.steps, tables))
+        beside = output.path.with_suffix(".diagnosis.json")
+        beside.write_text(json.dumps(tables, indent=1) + "\n", encoding="utf-8")
+        logs.info(f"wrote {beside}")

@@ -17,7 +17,7 @@ import torch
 
 from fastdiss_cli.data.batching import TokenBatcher
 from fastdiss_cli.data.binarized import TokenFile
-from fastdiss_cli.decoding.generation import Run
+from fastdiss_cli.decoding.generation import Run, SequenceGenerator
 from fastdiss_cli.device import autocast
 from fastdiss_cli.models.registry import HistoryStep, Hypothesis, Seq2SeqModel
 from fastdiss_cli.randomness import seed_everything
@@ -28,27 +28,21 @@ Row = dict[str, Any]
 
 
 def diagnosis_of(
-    run: Run,
-    model: Seq2SeqModel,
-    split: dict[str, TokenFile],
-    max_tokens: int,
-    dtype: torch.dtype,
+    run: Run, generator: SequenceGenerator, split: dict[str, TokenFile]
 ) -> dict[str, list[Row]]:
     """Return the tables of one run over a whole split.
 
     Args:
         run: decoded with the option ``diagnose``.
-        model: what decoded it.
+        generator: what decoded it.
         split: the two sides of the dataset's split.
-        max_tokens: padded size of a batch.
-        dtype: bfloat16 computes under autocast.
     """
-    batcher = TokenBatcher(
-        split["src"], split["tgt"], model.src.pad, model.tgt.pad, max_tokens, max_positions=2**31
-    )
+    model = generator.model
+    pads = model.src.pad, model.tgt.pad
+    batcher = TokenBatcher(split["src"], split["tgt"], *pads, generator.max_tokens, 2**31)
     return {
         "by_step": by_step(run.best),
-        "by_time": by_time(model, batcher, run.options.steps, dtype),
+        "by_time": by_time(model, batcher, run.options.steps, generator.dtype),
     }
 
 

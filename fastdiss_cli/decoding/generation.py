@@ -14,8 +14,12 @@ import torch
 from fastdiss_cli.data.batching import batches_by_tokens, pad
 from fastdiss_cli.decoding.selection import Select
 from fastdiss_cli.device import autocast, out_of_memory
+from fastdiss_cli.distributed import Processes
 from fastdiss_cli.errors import FastdissError
 from fastdiss_cli.models.registry import Hypothesis, Seq2SeqModel
+from fastdiss_cli.signals import Stop
+
+Done = Callable[[int], None]  # told the number of sentences that are finished
 
 
 def default_max_tokens(device: torch.device) -> int:
@@ -42,91 +46,140 @@ class Run:
     sentences: int = 0
 
 
-@torch.inference_mode()
-def decode(
-    model: Seq2SeqModel,
-    sources: Sequence[Sequence[int]],
-    runs: Sequence[Run],
-    select: Select,
-    max_tokens: int,
-    first: int = 0,
-    gold: Sequence[Sequence[int]] | None = None,
-    dtype: torch.dtype = torch.float32,
-    done: Callable[[int], None] = lambda sentences: None,
-    stop: Callable[[], int] = lambda: 0,
-    share: tuple[int, int] = (0, 1),
-) -> None:
-    """Decode sentences in every given way; the answers are left in ``runs``.
+@dataclass
+class SequenceGenerator:
+    """A model and how it decodes, whatever the sentences.
 
-    Args:
+    Attributes:
         model: in evaluation mode.
-        sources: token ids, eos included; the answer to an empty sentence is empty.
-        runs: `Run.best` is replaced, the costs are added up.
         select: chooses among the candidates.
         max_tokens: the largest padded size of a batch, all candidates counted.
-        first: the number of the first sentence in the corpus.
-        gold: the right answers, for options that diagnose with them.
         dtype: bfloat16 decodes under autocast.
-        done: called with the number of sentences of each finished batch.
-        stop: asked after each batch; if true, the sentences left over stay None in `Run.best`.
-        share: (r, n): of every n batches only the r-th; the other sentences stay None.
-
-    Raises:
-        FastdissError: memory ran out.
     """
-    lengths = np.array([len(tokens) for tokens in sources])
-    order = np.argsort(-lengths, kind="stable")
-    order, empty = order[lengths[order] > 1], np.flatnonzero(lengths <= 1)[share[0] :: share[1]]
-    widest = max(run.options.candidates for run in runs)
-    for run in runs:
-        run.best = [None] * len(sources)
-        for i in empty:  # eos alone: there is nothing to translate
-            run.best[i] = Hypothesis([], 0.0, [], nfe=0)
-            run.sentences += 1
-    done(len(empty))
-    batches = batches_by_tokens(order, lengths, max(max_tokens // widest, 1))
-    for rows in batches[share[0] :: share[1]]:
-        try:
-            _decode_batch(model, rows, sources, runs, select, first, gold, dtype)
-        except Exception as error:
-            if not out_of_memory(error):
-                raise
-            longest = int(lengths[rows].max())
-            raise FastdissError(
-                f"out of memory decoding a batch of {len(rows)} sentences of at most {longest} "
-                f"source tokens, {widest} candidates each: lower --max-tokens (now {max_tokens})"
-            ) from None
-        done(len(rows))
-        if stop():
-            break
 
+    model: Seq2SeqModel
+    select: Select
+    max_tokens: int
+    dtype: torch.dtype = torch.float32
 
-def _decode_batch(
-    model: Seq2SeqModel,
-    rows: np.ndarray,
-    sources: Sequence[Sequence[int]],
-    runs: Sequence[Run],
-    select: Select,
-    first: int,
-    gold: Sequence[Sequence[int]] | None,
-    dtype: torch.dtype,
-) -> None:
-    device = next(model.parameters()).device
-    batch = [sources[i] for i in rows]
-    answers = None if gold is None else [gold[i] for i in rows]
-    sentences = torch.from_numpy(rows + first).to(device)
-    start = time.perf_counter()
-    with autocast(device, dtype):
-        memory = model.encode(*(x.to(device) for x in pad(batch, model.src.pad)))
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        encoding = time.perf_counter() - start
+    @torch.inference_mode()
+    def decode(
+        self,
+        sources: Sequence[Sequence[int]],
+        runs: Sequence[Run],
+        first: int = 0,
+        gold: Sequence[Sequence[int]] | None = None,
+        done: Done = lambda sentences: None,
+        stop: Callable[[], int] = lambda: 0,
+        share: tuple[int, int] = (0, 1),
+    ) -> None:
+        """Decode sentences in every given way; the answers are left in ``runs``.
+
+        Args:
+            sources: token ids, eos included; the answer to an empty sentence is empty.
+            runs: `Run.best` is replaced, the costs are added up.
+            first: the number of the first sentence in the corpus.
+            gold: the right answers, for options that diagnose with them.
+            done: called after each batch.
+            stop: asked after each batch; if true, the sentences left over stay None in `Run.best`.
+            share: (r, n): of every n batches only the r-th; the other sentences stay None.
+
+        Raises:
+            FastdissError: memory ran out.
+        """
+        lengths = np.array([len(tokens) for tokens in sources])
+        order, empty = np.argsort(-lengths, kind="stable"), np.flatnonzero(lengths <= 1)
+        order, empty = order[lengths[order] > 1], empty[share[0] :: share[1]]
+        widest = max(run.options.candidates for run in runs)
         for run in runs:
-            start = time.perf_counter()
-            candidates = model.decode(memory, sentences, run.options, answers)
-            chosen = select(batch, candidates)
-            run.seconds += encoding + time.perf_counter() - start
-            run.nfe += sum(h.nfe for h in chosen)
-            run.sentences += len(chosen)
-            for i, hypothesis in zip(rows, chosen, strict=True):
-                run.best[i] = hypothesis
+            run.best = [None] * len(sources)
+            for i in empty:  # eos alone: there is nothing to translate
+                run.best[i] = Hypothesis([], 0.0, [], nfe=0)
+                run.sentences += 1
+        done(len(empty))
+        batches = batches_by_tokens(order, lengths, max(self.max_tokens // widest, 1))
+        for rows in batches[share[0] :: share[1]]:
+            try:
+                self._decode_batch(rows, sources, runs, first, gold)
+            except Exception as error:
+                if not out_of_memory(error):
+                    raise
+                longest = int(lengths[rows].max())
+                raise FastdissError(
+                    f"out of memory decoding a batch of {len(rows)} sentences of at most {longest} "
+                    f"source tokens, {widest} candidates each: lower --max-tokens (now "
+                    f"{self.max_tokens})"
+                ) from None
+            done(len(rows))
+            if stop():
+                break
+
+    def _decode_batch(
+        self,
+        rows: np.ndarray,
+        sources: Sequence[Sequence[int]],
+        runs: Sequence[Run],
+        first: int,
+        gold: Sequence[Sequence[int]] | None,
+    ) -> None:
+        model = self.model
+        device = next(model.parameters()).device
+        batch = [sources[i] for i in rows]
+        answers = None if gold is None else [gold[i] for i in rows]
+        sentences = torch.from_numpy(rows + first).to(device)
+        start = time.perf_counter()
+        with autocast(device, self.dtype):
+            memory = model.encode(*(x.to(device) for x in pad(batch, model.src.pad)))
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            encoding = time.perf_counter() - start
+            for run in runs:
+                start = time.perf_counter()
+                candidates = model.decode(memory, sentences, run.options, answers)
+                chosen = self.select(batch, candidates)
+                run.seconds += encoding + time.perf_counter() - start
+                run.nfe += sum(h.nfe for h in chosen)
+                run.sentences += len(chosen)
+                for i, hypothesis in zip(rows, chosen, strict=True):
+                    run.best[i] = hypothesis
+
+    def decode_together(
+        self,
+        sources: Sequence[Sequence[int]],
+        runs: Sequence[Run],
+        processes: Processes,
+        stop: Stop,
+        first: int = 0,
+        gold: Sequence[Sequence[int]] | None = None,
+        done: Done = lambda sentences: None,
+    ) -> int:
+        """Decode this rank's share of the batches and collect what the others have decoded.
+
+        The batches are those of one process, and so the answers are the same to the last bit.
+
+        Args:
+            sources, runs, first, gold, done: as in `decode`, the same on all ranks. The seconds of
+                a run are those of its slowest rank.
+            processes: this process among the others.
+            stop: after a signal this rank ends with the batch at hand; what is left stays None.
+
+        Returns:
+            The signal that any rank has received, or 0.
+
+        Raises:
+            CommonError: memory ran out on a rank.
+        """
+        own, before = [Run(run.options) for run in runs], runs[-1].sentences
+        share = processes.rank, processes.world_size
+        with processes.attempt("decoding") as tried:
+            self.decode(sources, own, first, gold, done, lambda: stop.signal, share)
+        signal = processes.agree(tried, stop)
+        for run, parts in zip(runs, zip(*processes.gather([own]), strict=True), strict=True):
+            answers = zip(*(part.best for part in parts), strict=True)
+            run.best = [next(filter(None, found), None) for found in answers]
+            run.seconds += max(part.seconds for part in parts)
+            run.nfe += sum(part.nfe for part in parts)
+            run.sentences += sum(part.sentences for part in parts)
+        everywhere = runs[-1].sentences - before
+        done(everywhere - own[-1].sentences)
+        return signal

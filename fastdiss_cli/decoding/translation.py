@@ -11,19 +11,14 @@ from itertools import islice
 from pathlib import Path
 from typing import TextIO
 
-import torch
-
 from fastdiss_cli import logs
 from fastdiss_cli.data.binarized import BinarizedDataset, TokenFile
 from fastdiss_cli.data.text import ComingLines, count_lines, decode_lines, read_lines
 from fastdiss_cli.data.tokenizer import Tokenizer, check_same
-from fastdiss_cli.decoding.generation import Run, decode
+from fastdiss_cli.decoding.generation import Run, SequenceGenerator
 from fastdiss_cli.decoding.output import format_lines, hypothesis_text
-from fastdiss_cli.decoding.selection import Select
-from fastdiss_cli.decoding.sharing import decode_shared
 from fastdiss_cli.distributed import Processes
 from fastdiss_cli.errors import FastdissError
-from fastdiss_cli.models.registry import Seq2SeqModel
 from fastdiss_cli.signals import Stop, Stopped
 
 WINDOW = 4096  # sentences that are sorted by length together, and held in memory
@@ -209,15 +204,12 @@ class Translation:
 
 
 def translate(
-    model: Seq2SeqModel,
+    generator: SequenceGenerator,
     tokenizers: tuple[Tokenizer, Tokenizer],
     corpus: Input,
     runs: list[Run],
-    select: Select,
     outputs: list[Output],
     *,
-    max_tokens: int,
-    dtype: torch.dtype,
     gold: bool,
     keep: bool,
     plain: bool,
@@ -230,7 +222,7 @@ def translate(
     texts are kept.
 
     Args:
-        model, runs, select, max_tokens, dtype: as in `decode`.
+        generator, runs: as in `SequenceGenerator.decode`.
         tokenizers: of the source and the target.
         corpus: what is decoded.
         outputs: of the runs, on the first rank; nothing on the others.
@@ -254,21 +246,10 @@ def translate(
             answers = targets if gold else None
             if first == 0 and len(pairs) > 1:  # thread and memory pools fill outside the clock
                 with processes.attempt("decoding") as tried:
-                    warm = [Run(runs[0].options)]
-                    decode(model, sources[:16], warm, select, max_tokens, 0, answers, dtype)
+                    generator.decode(sources[:16], [Run(runs[0].options)], 0, answers)
                 processes.agree(tried, stop)
-            so_far.signal = decode_shared(
-                model,
-                sources,
-                runs,
-                select,
-                max_tokens,
-                processes,
-                stop,
-                first=first,
-                gold=answers,
-                dtype=dtype,
-                done=bar.advance,
+            so_far.signal = generator.decode_together(
+                sources, runs, processes, stop, first, answers, done=bar.advance
             )
             lines: list[list[str]] = [[] for _ in outputs]
             for i, (source, target) in enumerate(pairs):

@@ -11,9 +11,8 @@ from sacrebleu import BLEU
 from fastdiss_cli.config import TrainConfig
 from fastdiss_cli.data.batching import TokenBatcher
 from fastdiss_cli.data.binarized import BinarizedDataset
-from fastdiss_cli.decoding.generation import Run
+from fastdiss_cli.decoding.generation import Run, SequenceGenerator
 from fastdiss_cli.decoding.selection import by_score
-from fastdiss_cli.decoding.sharing import decode_shared
 from fastdiss_cli.device import autocast
 from fastdiss_cli.distributed import Processes
 from fastdiss_cli.models.registry import Seq2SeqModel
@@ -78,10 +77,8 @@ def validation_bleu(
         end = min(first + CHUNK * processes.world_size, count)
         sources = [split["src"][i].tolist() for i in range(first, end)]
         max_tokens = min(config.max_tokens, CHUNK * max(map(len, sources)))  # a batch for each rank
-        signal = decode_shared(
-            model, sources, [run], by_score, max_tokens, processes, stop, first=first, dtype=dtype
-        )
-        if signal:
+        generator = SequenceGenerator(model, by_score, max_tokens, dtype)
+        if signal := generator.decode_together(sources, [run], processes, stop, first):
             raise Stopped(signal)
         hypotheses += [text(h.tokens) for h in run.best]
     references = [text(split["tgt"][i].tolist()) for i in range(count)]

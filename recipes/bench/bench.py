@@ -26,7 +26,7 @@ import torch
 
 from fastdiss_cli.config import TrainConfig
 from fastdiss_cli.data.batching import Batch, pad
-from fastdiss_cli.decoding.generation import Run, decode
+from fastdiss_cli.decoding.generation import Run, SequenceGenerator
 from fastdiss_cli.decoding.mbr import expected_utility
 from fastdiss_cli.decoding.selection import by_mbr, by_score
 from fastdiss_cli.device import keep_freed_memory, pick_device
@@ -110,8 +110,9 @@ def decoding_speed(
     run = Run(model.Decoding(**options))
     select = by_mbr(Words(), "bleu") if run.options.candidates > 1 else by_score  # type: ignore[arg-type]
     select = by_score if "beam" in options else select
+    generator = SequenceGenerator(model, select, batch, dtype)
     start = time.perf_counter()
-    decode(model, sources, [run], select, batch, dtype=dtype)
+    generator.decode(sources, [run])
     return len(sources) / (time.perf_counter() - start)
 
 
