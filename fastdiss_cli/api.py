@@ -160,7 +160,11 @@ class Translator:
         decoding = dict(options)
         device = next(self.model.parameters()).device
         max_tokens = decoding.pop("max_tokens", default_max_tokens(device))
+        if not isinstance(max_tokens, int) or max_tokens < 1:
+            raise FastdissError(f"max_tokens must be at least 1, not {max_tokens!r}")
         reranker = decoding.pop("reranker", None)
+        if not isinstance(reranker, (Translator, type(None))):
+            raise FastdissError("reranker must be what fastdiss_cli.load returns")
         method, metric = decoding.pop("select", None), decoding.pop("mbr_metric", "bleu")
         check_selection(method, metric, reranker is not None)
         if reranker is not None:
@@ -195,7 +199,8 @@ def load(
     """Load a checkpoint; it needs no other file.
 
     Nothing outside is touched: no signal handler, no random generator, no environment variable
-    is set or read, and it may be called in any thread.
+    is set or read, and it may be called in any thread. (Another thread that draws from torch's
+    generator just then gets other numbers.)
 
     Args:
         path: as written by ``fastdiss train`` or ``fastdiss export``; of a folder its
@@ -271,4 +276,8 @@ def _strings(values: Sequence[str], what: str) -> list[str]:
     for i, value in enumerate(values):
         if not isinstance(value, str):
             raise FastdissError(f"{what}: number {i} is {type(value).__name__}, not a string")
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise FastdissError(f"{what}: number {i} holds half of a character") from None
     return values

@@ -43,10 +43,10 @@ def pick_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError):
-        raise FastdissError(
-            f"--device {name}: no such device here; use cpu, cuda or auto"
-        ) from None
+    except (RuntimeError, AssertionError, TypeError):
+        device = None
+    if device is None or (name != "cpu" and device.type != "cuda"):
+        raise FastdissError(f"--device {name}: no such device here; use cpu, cuda or auto")
     return device
 
 

@@ -93,7 +93,7 @@ def progress(
         done: how many are done already.
         hidden: say nothing, because the results themselves pass through the terminal.
     """
-    if _quiet or hidden or not _console().is_terminal:
+    if _quiet or hidden or not _console().is_terminal or _console().is_dumb_terminal:
         yield Bar(what, total, done, None, hidden)
         return
     from rich.progress import (

@@ -412,7 +412,7 @@ def test_help_is_there_without_torch(command: str) -> None:
     assert "Usage:" in done.stdout and done.stdout.splitlines()[-1] == "False False False"
     shown = " ".join(done.stdout.replace("│", " ").split())
     for default in {
-        "train": ["inverse_sqrt)", "5e-4)", "fastdiss_small)"],
+        "train": ["inverse_sqrt)", "0.0005)", "fastdiss_small)"],
         "generate": ["(default: ddpm)", "(default: 5)", "(default: bleu)"],
         "preprocess": ["[default: 8000]", "[default: unigram]"],
     }.get(command, []):
@@ -439,6 +439,17 @@ def test_closed_streams_are_no_traceback(fastdiss: Path) -> None:
 
 
 def test_there_are_limits_to_a_beam(data_bin: Path, transformer: Path) -> None:
-    for wrong, said in ((["--beam", "1001"], "1000"), (["--lenpen", "nan"], "finite")):
+    for wrong, said in ((["--beam", "1001"], "1000"), (["--lenpen", "nan"], "from -10 to 10")):
         done = run_cli("generate", data_bin, "--path", transformer, *wrong)
         assert done.returncode == 2 and said in done.stderr and wrong[0] in done.stderr
+
+
+@pytest.mark.parametrize("family", ["difformer", "transformer"])
+def test_help_names_the_defaults_of_decoding(family: str) -> None:
+    shown = " ".join(run_cli("generate", "--help").stdout.replace("│", " ").split())
+    decoding = architecture(f"{family}_tiny").family.Decoding
+    for name, default in vars(decoding()).items():
+        if default is not False:
+            entry = shown.split(f"--{name.replace('_', '-')} ")[1]
+            told = re.search(r"\(default: (.*?)\)", entry)[1]
+            assert told == (f"{default:g}" if isinstance(default, float) else str(default)), name

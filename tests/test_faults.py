@@ -319,6 +319,30 @@ def test_a_loss_that_is_no_number_is_no_update_though_its_gradient_is(
     assert "loss" not in lines[1] and lines[2]["skipped"] == 1
 
 
+def test_weights_that_may_be_broken_take_the_place_of_no_checkpoint(
+    data_bin: Path, tmp_path: Path
+) -> None:
+    """Saves and validations that fall due wait for the next update that is none to skip."""
+    often = {"save_interval_updates": 1, "validate_interval_updates": 2, "keep_last": 9}
+    training = start(data_bin, tmp_path, max_update=9, max_skipped=4, **often)
+    right, saved = training.model.loss, []
+
+    def wrong(batch, update):
+        if training.model.training:
+            saved.append(newest(tmp_path).progress.update if update > 1 else 0)
+        loss = right(batch, update)
+        skipped = training.model.training and (update in (3, 4) or update > 6)
+        return Loss(loss.total * math.nan, loss.parts) if skipped else loss
+
+    training.model.loss = wrong
+    training._try_largest_batch = lambda: 0
+    training.run()
+    assert saved == [0, 1, 2, 2, 2, 5, 6, 6, 6]  # before each update
+    validated = [line["update"] for line in metrics(tmp_path) if line["split"] == "valid"]
+    assert validated == [2, 5, 6, 9]  # at the end there is no later one
+    assert newest(tmp_path).progress.update == 9
+
+
 def test_losses_that_are_no_numbers_are_bounded(data_bin: Path, tmp_path: Path) -> None:
     training = start(data_bin, tmp_path, max_skipped=3)
     right = training.model.loss

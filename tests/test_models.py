@@ -170,7 +170,9 @@ def test_more_padding_changes_no_estimate(family: str) -> None:
 
 
 @pytest.mark.parametrize("padded", [False, True])
-def test_the_source_is_copied_along_the_diagonal(padded: bool) -> None:
+def test_the_source_is_copied_along_the_diagonal(
+    padded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Against the formula, position by position, for two candidates of each of two sentences."""
     sources = [[5, 6, 7, 8, 2], [9, 4, 2] if padded else [9, 9, 5, 4, 2]]
     lengths = [3, 7, 2, 4] if padded else [3, 3, 3, 3]
@@ -183,7 +185,9 @@ def test_the_source_is_copied_along_the_diagonal(padded: bool) -> None:
         for i in range(T):
             weights = [math.exp(-abs(j + 0.5 - (i + 0.5) * S / T) / 2) for j in range(S)]
             rows.append(torch.tensor(weights) @ hidden / sum(weights))
-    torch.testing.assert_close(source_copy(memory, layout, 2.0), torch.stack(rows))
+    for together in (3, 1024):
+        monkeypatch.setattr("fastdiss_cli.models.source_copy._TOGETHER", together)
+        torch.testing.assert_close(source_copy(memory, layout, 2.0), torch.stack(rows))
 
 
 def test_a_network_without_source_copy_starts_from_positions_alone() -> None:

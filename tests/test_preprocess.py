@@ -387,6 +387,9 @@ def test_in_a_process_of_its_own(corpus: Path, tmp_path: Path, small: tuple) -> 
     failed = run_process("preprocess", *LANGUAGES, *prefix, "--destdir", tmp_path / "d")
     assert_fails(Outcome(failed.returncode, failed.stdout, failed.stderr), "x.en: no such file")
     assert run_process("preprocess", "--destdir", tmp_path / "d").returncode == 2
+    for wrong in (["--trainpref", ""], ["--testpref", "a,"], ["--tokenizer", ""]):
+        done = run_process("preprocess", "--destdir", tmp_path / "d", *wrong)
+        assert done.returncode == 2 and "a name is empty" in done.stderr
 
 
 def test_a_missing_file_is_told_before_a_tokenizer_is_trained(

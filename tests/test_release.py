@@ -191,4 +191,6 @@ def test_what_is_missing_is_named(
         assert run_cli("average", *wrong).returncode == 2
     taken = run_cli("export", trained, "-o", trained / "checkpoint_last.safetensors")
     assert taken.returncode == 2 and "belongs to" in taken.stderr
+    pickled = run_cli("export", tmp_path, "--output", tmp_path / "model.pt")
+    assert pickled.returncode == 2 and "must end in .safetensors" in pickled.stderr
     assert not list(tmp_path.iterdir())

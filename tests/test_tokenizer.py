@@ -245,3 +245,8 @@ def test_a_failure_in_the_text_is_told_as_it_is(good: int) -> None:
     with pytest.raises(FastdissError) as caught:
         train_tokenizer(lines(), "bpe", 300)
     assert str(caught.value) == "x.de: line 7 is not valid UTF-8"
+
+
+def test_lines_that_train_no_tokenizer_are_told(capsys: pytest.CaptureFixture[str]) -> None:
+    train_tokenizer(["eins zwei drei"] * 50 + ["Ω" * 40_000], "bpe", 300)
+    assert "1 of 51 lines are longer than 65,536 bytes" in " ".join(capsys.readouterr().err.split())

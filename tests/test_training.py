@@ -131,6 +131,8 @@ def test_a_new_run_refuses_weights_for_other_tokens(
             "--trainpref", corpus / "train")  # fmt: skip
     with pytest.raises(FastdissError, match=r"the source tokenizer of the dataset .* is not"):
         start(other, tmp_path / "second", begin_with=tmp_path / "first")
+    with pytest.raises(FastdissError, match=r"the source tokenizer of .*other .* is not"):
+        start(other, tmp_path / "first", accept_changes=True)
 
 
 def test_a_signal_saves_and_a_second_run_goes_on(data_bin: Path, tmp_path: Path) -> None:

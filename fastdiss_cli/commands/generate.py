@@ -157,7 +157,7 @@ def generate(
     ] = None,
     beam: Annotated[int | None, typer.Option(help="1: greedy search. (default: 5)", **BEAM)] = None,
     lenpen: Annotated[
-        float | None, typer.Option(help="Length penalty. (default: 1.0)", **BEAM)
+        float | None, typer.Option(help="Length penalty. (default: 1)", **BEAM)
     ] = None,
     max_len_a: Annotated[
         float | None,
@@ -260,10 +260,12 @@ def generate(
     else:
         name, what = "input", "standard input" if input == "-" else str(input)
         corpus = text_input(str(input), loaded.src, buffer_size)
-    if self_cond in ("recompute", "gold") and not getattr(model, "self_conditioned", True):
-        logs.warn(f"--self-cond {self_cond} has no effect: the model was trained without")
+    untold = not getattr(model, "self_conditioned", True)
+    if self_cond == "recompute" and untold:
+        logs.warn("--self-cond recompute has no effect: the model was trained without")
     elif self_cond == "gold":
-        logs.warn("--self-cond gold tells the model the right answers: for diagnosis only")
+        what = "the lengths of the right answers" if untold else "the right answers"
+        logs.warn(f"--self-cond gold tells the model {what}: for diagnosis only")
     answers = read_all_references(ref, corpus.total) if ref else None
     folder = results_path
     if folder is None and (len(runs) > 1 or diagnose):

@@ -57,7 +57,13 @@ def preprocess(
         typer.Option(help="text (parallel files), jsonl or tsv; each also as .gz.", **TEXT),
     ] = "text",
     vocab_size: Annotated[
-        int, typer.Option(help="Vocabulary of the trained tokenizer, at most.", **TOKENIZER)
+        int,
+        typer.Option(
+            min=1,
+            max=10_000_000,
+            help="Vocabulary of the trained tokenizer, at most.",
+            **TOKENIZER,
+        ),
     ] = 8000,
     model_type: Annotated[
         str, typer.Option(help=f"{', '.join(MODEL_TYPES)} (SentencePiece).", **TOKENIZER)
@@ -88,6 +94,10 @@ def preprocess(
 
     _check_choice("--format", format, FORMATS)
     _check_choice("--model-type", model_type, MODEL_TYPES)
+    texts = {"--trainpref": trainpref, "--validpref": validpref, "--testpref": testpref}
+    for flag, text in (*texts.items(), ("--tokenizer", tokenizer)):
+        if text is not None and not all(text.split(",")):
+            raise typer.BadParameter(f"{flag} {text!r}: a name is empty")
     prefixes = _splits(trainpref, validpref, testpref)
     if not prefixes and not verify:
         raise typer.BadParameter("give --trainpref, --validpref or --testpref (or --verify)")

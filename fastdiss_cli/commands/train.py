@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from types import MappingProxyType
+from typing import Annotated, Any
 
 import typer
 
 from fastdiss_cli.commands.options import SourceLang, TargetLang, UserModule
+from fastdiss_cli.config import TrainConfig, build, parse_settings, read_recipe
 from fastdiss_cli.models import FAMILIES, SIZES
 
-if TYPE_CHECKING:
-    from fastdiss_cli.config import TrainConfig
-
+TRAIN_FIELDS = {field.name: field for field in dataclasses.fields(TrainConfig)}
 OPTIMISATION = {"rich_help_panel": "Optimisation (a recipe changes the defaults)"}
 VALIDATION = {"rich_help_panel": "Validation and checkpoints"}
 MACHINE = {"rich_help_panel": "Machine"}
+
+
+def flag(name: str, panel: Mapping[str, str] = MappingProxyType({})) -> Any:
+    """Return the flag of an option of `TrainConfig`, whose meaning and default are its help."""
+    field = TRAIN_FIELDS[name]
+    meaning = field.metadata["meaning"]
+    return typer.Option(
+        help=f"{meaning[0].upper()}{meaning[1:]}. (default: {field.default})", **panel
+    )
 
 
 def _architectures(incomplete: str) -> list[str]:
@@ -60,43 +71,16 @@ def train(
     source_lang: SourceLang = None,
     target_lang: TargetLang = None,
     user_module: UserModule = None,
-    seed: Annotated[int | None, typer.Option(help="Random seed. (default: 1)")] = None,
-    max_tokens: Annotated[
-        int | None,
-        typer.Option(help="Padded tokens per batch and process. (default: 8000)", **OPTIMISATION),
-    ] = None,
-    update_freq: Annotated[
-        int | None, typer.Option(help="Batches per update. (default: 1)", **OPTIMISATION)
-    ] = None,
-    max_update: Annotated[
-        int | None,
-        typer.Option(help="Stop after this many updates. (default: 100000)", **OPTIMISATION),
-    ] = None,
-    max_epoch: Annotated[
-        int | None,
-        typer.Option(help="Stop after this many epochs; 0: no limit. (default: 0)", **OPTIMISATION),
-    ] = None,
-    lr: Annotated[
-        float | None,
-        typer.Option(help="Peak learning rate of AdamW. (default: 5e-4)", **OPTIMISATION),
-    ] = None,
-    lr_scheduler: Annotated[
-        str | None,
-        typer.Option(help="inverse_sqrt or cosine. (default: inverse_sqrt)", **OPTIMISATION),
-    ] = None,
-    warmup_updates: Annotated[
-        int | None,
-        typer.Option(help="Updates of linear warm-up. (default: 4000)", **OPTIMISATION),
-    ] = None,
-    clip_norm: Annotated[
-        float | None,
-        typer.Option(
-            help="Clip gradients to this norm; 0: no clipping. (default: 1.0)", **OPTIMISATION
-        ),
-    ] = None,
-    weight_decay: Annotated[
-        float | None, typer.Option(help="Of AdamW, for matrices. (default: 0.01)", **OPTIMISATION)
-    ] = None,
+    seed: Annotated[int | None, flag("seed")] = None,
+    max_tokens: Annotated[int | None, flag("max_tokens", OPTIMISATION)] = None,
+    update_freq: Annotated[int | None, flag("update_freq", OPTIMISATION)] = None,
+    max_update: Annotated[int | None, flag("max_update", OPTIMISATION)] = None,
+    max_epoch: Annotated[int | None, flag("max_epoch", OPTIMISATION)] = None,
+    lr: Annotated[float | None, flag("lr", OPTIMISATION)] = None,
+    lr_scheduler: Annotated[str | None, flag("lr_scheduler", OPTIMISATION)] = None,
+    warmup_updates: Annotated[int | None, flag("warmup_updates", OPTIMISATION)] = None,
+    clip_norm: Annotated[float | None, flag("clip_norm", OPTIMISATION)] = None,
+    weight_decay: Annotated[float | None, flag("weight_decay", OPTIMISATION)] = None,
     dropout: Annotated[
         float | None,
         typer.Option(help="Dropout rate. (default: that of the architecture)", **OPTIMISATION),
@@ -104,40 +88,14 @@ def train(
     label_smoothing: Annotated[
         float | None, typer.Option(help="Of the cross-entropy. (default: 0.1)", **OPTIMISATION)
     ] = None,
-    ema_decay: Annotated[
-        float | None,
-        typer.Option(
-            help="Decay of the moving average of the weights; 0: no average. (default: 0.9999)",
-            **OPTIMISATION,
-        ),
-    ] = None,
+    ema_decay: Annotated[float | None, flag("ema_decay", OPTIMISATION)] = None,
     validate_interval_updates: Annotated[
-        int | None,
-        typer.Option(
-            help="Validate every N updates; 0: after every epoch. (default: 1000)", **VALIDATION
-        ),
+        int | None, flag("validate_interval_updates", VALIDATION)
     ] = None,
-    valid_steps: Annotated[
-        int | None,
-        typer.Option(help="Sampling steps for validation BLEU. (default: 5)", **VALIDATION),
-    ] = None,
-    patience: Annotated[
-        int | None,
-        typer.Option(
-            help="Stop after this many validations without a new best; 0: never. (default: 20)",
-            **VALIDATION,
-        ),
-    ] = None,
-    save_interval_updates: Annotated[
-        int | None,
-        typer.Option(help="Save checkpoint_last this often. (default: 1000)", **VALIDATION),
-    ] = None,
-    keep_last: Annotated[
-        int | None,
-        typer.Option(
-            help="Numbered checkpoints to keep, besides last and best. (default: 1)", **VALIDATION
-        ),
-    ] = None,
+    valid_steps: Annotated[int | None, flag("valid_steps", VALIDATION)] = None,
+    patience: Annotated[int | None, flag("patience", VALIDATION)] = None,
+    save_interval_updates: Annotated[int | None, flag("save_interval_updates", VALIDATION)] = None,
+    keep_last: Annotated[int | None, flag("keep_last", VALIDATION)] = None,
     accept_changes: Annotated[
         bool,
         typer.Option(
@@ -147,10 +105,7 @@ def train(
         ),
     ] = False,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.", **MACHINE)] = "auto",
-    dtype: Annotated[
-        str | None,
-        typer.Option(help="auto, float32 or bfloat16 (autocast). (default: auto)", **MACHINE),
-    ] = None,
+    dtype: Annotated[str | None, flag("dtype", MACHINE)] = None,
     compile: Annotated[
         bool | None, typer.Option("--compile", help="Use torch.compile.", **MACHINE)
     ] = None,
@@ -159,33 +114,13 @@ def train(
 
     Defaults < --config < flags < --set. The same line under torchrun uses all its processes.
     """
+    given = {name: value for name, value in locals().items() if value is not None}
     flags = {
-        "train": _given(
-            arch=arch,
-            seed=seed,
-            max_tokens=max_tokens,
-            update_freq=update_freq,
-            max_update=max_update,
-            max_epoch=max_epoch,
-            lr=lr,
-            lr_scheduler=lr_scheduler,
-            warmup_updates=warmup_updates,
-            clip_norm=clip_norm,
-            weight_decay=weight_decay,
-            ema_decay=ema_decay,
-            validate_interval_updates=validate_interval_updates,
-            valid_steps=valid_steps,
-            patience=patience,
-            save_interval_updates=save_interval_updates,
-            keep_last=keep_last,
-            dtype=dtype,
-            compile=compile,
-        ),
-        "model": _given(dropout=dropout, label_smoothing=label_smoothing),
+        "train": {name: value for name, value in given.items() if name in TRAIN_FIELDS},
+        "model": {name: given[name] for name in ("dropout", "label_smoothing") if name in given},
     }
 
     from fastdiss_cli import logs
-    from fastdiss_cli.config import TrainConfig, build, parse_settings, read_recipe
     from fastdiss_cli.data.fairseq import open_dataset
     from fastdiss_cli.device import keep_freed_memory, pick_device
     from fastdiss_cli.distributed import Processes
@@ -252,8 +187,3 @@ def _plan(config: TrainConfig, validates: bool) -> str:
     return f"until {' or '.join(limits)}; " + (
         f"validation {every}" if validates else "the dataset has no split to validate on"
     )
-
-
-def _given(**flags: Any) -> dict[str, Any]:
-    """Return the flags that the user gave; the others leave the recipe's value alone."""
-    return {name: value for name, value in flags.items() if value is not None}

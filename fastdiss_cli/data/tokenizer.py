@@ -12,6 +12,7 @@ from pathlib import Path
 
 import sentencepiece as spm
 
+from fastdiss_cli import logs
 from fastdiss_cli.errors import FastdissError
 
 MODEL_TYPES = ("unigram", "bpe", "char", "word")
@@ -226,6 +227,11 @@ def train_tokenizer(lines: Iterable[str], model_type: str, vocab_size: int) -> T
         if not counted.count:
             raise FastdissError("no text to train a tokenizer on: every line is empty") from None
         raise FastdissError(_explain(str(error), model_type, vocab_size)) from None
+    if counted.long:
+        logs.warn(
+            f"{counted.long:,} of {counted.count:,} lines are longer than {_LONGEST_LINE:,} bytes: "
+            "the tokenizer is not trained on them"
+        )
     return SentencePiece(model.getvalue())
 
 
@@ -233,7 +239,7 @@ class _CountedLines:
     """Non-empty lines, counted as they pass; what goes wrong in reading them is kept."""
 
     def __init__(self, lines: Iterable[str]) -> None:
-        self.lines, self.count = lines, 0
+        self.lines, self.count, self.long = lines, 0, 0
         self.failure: BaseException | None = None
 
     def __iter__(self) -> Iterator[str]:
@@ -241,6 +247,8 @@ class _CountedLines:
             for line in self.lines:
                 if line:
                     self.count += 1
+                    # a character has at most 4 bytes
+                    self.long += 4 * len(line) > _LONGEST_LINE < len(line.encode())
                     yield line
         except BaseException as error:  # SentencePiece would wrap it in a RuntimeError of its own
             self.failure = error
@@ -268,12 +276,6 @@ def check_same(side: str, own: Tokenizer, other: Tokenizer, where: str, remedy: 
 
 def _explain(message: str, model_type: str, vocab_size: int) -> str:
     reason = message.rsplit("] ", 1)[-1].strip()
-    limit = re.search(r"value <= (\d+)", message)
-    if limit:
-        return (
-            f"--vocab-size {vocab_size} is too large for this text: "
-            f"at most {limit[1]} {model_type} pieces"
-        )
     needed = re.search(r"smaller than required_chars\. \d+ vs (\d+)", message)
     if needed or vocab_size < _FIXED_PIECES:
         least = needed[1] if needed else _FIXED_PIECES

@@ -104,11 +104,13 @@ class SequenceGenerator:
             except Exception as error:
                 if not out_of_memory(error):
                     raise
-                longest = int(lengths[rows].max())
+                longest, remedy = int(lengths[rows].max()), f"--max-tokens (now {self.max_tokens})"
+                batch = f"a batch of {len(rows)} sentences of at most {longest} source tokens"
+                if len(rows) == 1:
+                    remedy = "the number of candidates, or split it"
+                    batch = f"sentence {first + rows[0] + 1}, which has {longest} source tokens"
                 raise FastdissError(
-                    f"out of memory decoding a batch of {len(rows)} sentences of at most {longest} "
-                    f"source tokens, {widest} candidates each: lower --max-tokens (now "
-                    f"{self.max_tokens})"
+                    f"out of memory decoding {batch}, {widest} candidates each: lower {remedy}"
                 ) from None
             done(len(rows))
             if stop():

@@ -33,7 +33,7 @@ class Summary:
     @property
     def speed(self) -> float:
         """Sentences per second, over encoder, sampling and selection."""
-        return self.run.sentences / max(self.run.seconds, 1e-9)
+        return self.run.sentences / self.run.seconds if self.run.seconds else 0.0
 
     @property
     def nfe(self) -> float:

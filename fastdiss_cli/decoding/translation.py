@@ -179,7 +179,7 @@ def open_outputs(stack: ExitStack, runs: list[Run], folder: Path | None, name: s
     for run in runs:
         steps = f".steps{run.options.steps}" if len(runs) > 1 else ""
         path = folder / f"generate-{name}{steps}.txt"
-        aside = path.with_name(f".{path.name}.tmp")
+        aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         stack.callback(aside.unlink, missing_ok=True)
         file = stack.enter_context(aside.open("w", encoding="utf-8", newline="\n"))
         outputs.append(Output(file, path))

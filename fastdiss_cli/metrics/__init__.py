@@ -48,20 +48,16 @@ def paired_test(
 
     Returns:
         For each metric: its name, the scores of all systems, the p-values of all but the first
-        (1 where a system's outputs are the baseline's), and the signature.
+        (1 where a system's score is the baseline's), and the signature.
     """
     from sacrebleu.significance import PairedTest  # numpy is slow to import
 
-    # of equal outputs sacreBLEU finds that chance cannot explain their difference
-    same = [list(hypotheses) == list(systems[0]) for hypotheses in systems[1:]]
     named = [(str(number), hypotheses) for number, hypotheses in enumerate(systems)]
     signatures, scores = PairedTest(named, metrics, streams, test_type=test)()
-    return [
-        (
-            name,
-            [result.score for result in scores[name]],
-            [1.0 if e else r.p_value for e, r in zip(same, scores[name][1:], strict=True)],
-            str(signature),
-        )
-        for name, signature in signatures.items()
-    ]
+    tests = []
+    for name, signature in signatures.items():
+        baseline, *others = scores[name]
+        # of equal scores sacreBLEU finds that chance cannot explain their difference
+        p_values = [1.0 if r.score == baseline.score else r.p_value for r in others]
+        tests.append((name, [r.score for r in scores[name]], p_values, str(signature)))
+    return tests

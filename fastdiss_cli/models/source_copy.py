@@ -10,6 +10,8 @@ from torch import Tensor
 from fastdiss_cli.data.layout import Layout
 from fastdiss_cli.models.layers import Memory
 
+_TOGETHER = 1024  # target positions: a very long sentence then needs memory for S, not for S^2
+
 
 def source_copy(memory: Memory, layout: Layout, width: float) -> Tensor:
     """Average, for every target position, the encoded source around its place on the diagonal.
@@ -33,10 +35,13 @@ def source_copy(memory: Memory, layout: Layout, width: float) -> Tensor:
     N, T = layout.pad_mask.shape
     device = memory.hidden.device
     ratio = memory.layout.lengths.repeat_interleave(N // B) / layout.lengths
-    place = (torch.arange(T, device=device) + 0.5) * ratio[:, None]
-    distance = (torch.arange(S, device=device) + 0.5 - place[..., None]).abs()
-    weights = (-distance / width).view(B, -1, S)
-    if memory.layout.index is not None:
-        weights = weights.masked_fill(memory.layout.pad_mask[:, None], float("-inf"))
-    copied = weights.softmax(-1).to(memory.hidden.dtype) @ memory.hidden
-    return layout.flat(copied.view(N, T, -1))
+    places = (torch.arange(T, device=device) + 0.5) * ratio[:, None]
+    copied = []
+    for place in places.split(_TOGETHER, dim=1):
+        distance = (torch.arange(S, device=device) + 0.5 - place[..., None]).abs()
+        weights = (-distance / width).view(B, -1, S)
+        if memory.layout.index is not None:
+            weights = weights.masked_fill(memory.layout.pad_mask[:, None], float("-inf"))
+        some = weights.softmax(-1).to(memory.hidden.dtype) @ memory.hidden
+        copied.append(some.view(*place.shape, -1))
+    return layout.flat(torch.cat(copied, dim=1))

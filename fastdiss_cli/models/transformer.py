@@ -54,11 +54,10 @@ class BeamDecoding:
 
     def __post_init__(self) -> None:
         require(self, "beam", 1 <= self.beam <= 1000, "from 1 to 1000")
-        require(self, "lenpen", math.isfinite(self.lenpen), "a finite number")
-        require(self, "max_len_a", math.isfinite(self.max_len_a), "a finite number")
-        require(self, "max_len_a", self.max_len_a >= 0, "at least 0")
-        require(self, "max_len_b", self.max_len_b >= 1, "at least 1")
-        require(self, "min_len", self.min_len >= 0, "at least 0")
+        require(self, "lenpen", -10 <= self.lenpen <= 10, "from -10 to 10")
+        require(self, "max_len_a", 0 <= self.max_len_a <= 1000, "from 0 to 1000")
+        require(self, "max_len_b", 1 <= self.max_len_b <= 1_000_000, "from 1 to 1000000")
+        require(self, "min_len", 0 <= self.min_len <= 1_000_000, "from 0 to 1000000")
 
     @property
     def candidates(self) -> int:

@@ -16,6 +16,7 @@ from fastdiss_cli import logs
 from fastdiss_cli.config import TrainConfig
 from fastdiss_cli.data.batching import Batch, TokenBatcher
 from fastdiss_cli.data.binarized import BinarizedDataset
+from fastdiss_cli.data.tokenizer import check_same
 from fastdiss_cli.device import pick_dtype
 from fastdiss_cli.distributed import CommonError, Processes
 from fastdiss_cli.errors import FastdissError
@@ -154,9 +155,11 @@ class Training:
                     self._record({"split": "train", **window.summary(), **now})
                     self.window = Window()
 
-                progress.validation_due = self._validation_is_due()
+                progress.validation_due = progress.validation_due or self._validation_is_due()
                 if stopped:
                     self._save(final=True)
+                elif progress.skipped_in_a_row and not self._finished():
+                    continue  # what may be broken takes the place of no file
                 elif progress.validation_due:
                     stopped = self._validate_and_save()
                     self.window.restart_clock()
@@ -265,7 +268,7 @@ class Training:
             raise CommonError(
                 f"loss or gradient of {progress.skipped_in_a_row} updates in a row was not finite: "
                 "lower --lr, lengthen --warmup-updates or use --dtype float32; "
-                f"the last checkpoint in {self.save_dir} is intact"
+                f"the last checkpoint in {self.save_dir} is of before"
             )
 
     def _validate_and_save(self) -> int:
@@ -389,6 +392,10 @@ class Training:
                 f"{path} is a release without optimizer state, which no training can go on from: "
                 "train into another --save-dir"
             )
+        remedy = "train into another --save-dir"
+        for side, name in (("src", "source"), ("tgt", "target")):
+            theirs = getattr(self.dataset, f"{side}_tokenizer")
+            check_same(name, checkpoint.tokenizer(side), theirs, str(self.dataset.folder), remedy)
         differing = changes(
             checkpoint,
             self.arch,

@@ -82,7 +82,11 @@ def trained_weights(
         own = checkpoint.tokenizer(side)
         check_same(name, own, tokenizers[side], "the dataset", remedy)
     then = checkpoint.model_config
-    differing = [f"{k} {then.get(k)} -> {v}" for k, v in options.items() if then.get(k) != v]
+    differing = [
+        f"{name} {then.get(name)} -> {value}"
+        for name, value in options.items()
+        if json.dumps(then.get(name)) != json.dumps(value)  # a tuple is a list in the file
+    ]
     logs.info(
         f"beginning with the weights of {path}"
         + (f"; model options that differ: {', '.join(differing)}" if differing else "")
