@@ -127,7 +127,9 @@ def test_given_tokenizers(preprocess: Command, corpus: Path, tmp_path: Path) -> 
     german, both = tmp_path / "de.model", f"{tmp_path}/de.model,{tmp_path}/en.model"
     given = ("--testpref", corpus / "test", "--destdir", tmp_path / "d")
     for names, expected in ((german, [models[0]] * 2), (both, models)):
-        assert preprocess(*given, "--tokenizer", names).code == 0
+        done = preprocess(*given, "--tokenizer", names, "--vocab-size", 400)
+        assert done.code == 0 and "--vocab-size has no effect" in done.err
+        assert "--model-type" not in done.err
         dataset = BinarizedDataset(tmp_path / "d", verify=True)
         used = [dataset.src_tokenizer.hash, dataset.tgt_tokenizer.hash]
         assert used == [tokenizer.hash for tokenizer in expected]

@@ -35,6 +35,7 @@ def check_usage(given: dict[str, Any]) -> None:
     for wrong, reason in (
         (raw == ("data" in given), "give either a dataset folder or --input"),
         ({"plain", "history"} <= given.keys(), "--plain leaves no room for --print-history"),
+        ("plain" in given and given["nbest"] > 1, "--plain writes one answer a line: no --nbest"),
         (raw and languages, "--source-lang and --target-lang are of a dataset, not of --input"),
         (raw and "gen_subset" in given, "--gen-subset is of a dataset, not of --input"),
         (raw and told_answers, "--self-cond gold needs a dataset: it is told the answers"),

@@ -35,6 +35,7 @@ _DATASET_FILE = re.compile(
 
 
 def preprocess(
+    context: typer.Context,
     destdir: Annotated[Path, typer.Option(help="The folder to make.")] = Path("data-bin"),
     source_lang: Annotated[
         str, typer.Option("--source-lang", "-s", help="Ending or key of the sources.", **TEXT)
@@ -106,6 +107,10 @@ def preprocess(
             raise typer.BadParameter("without --trainpref a --tokenizer is needed")
         if tokenizer is not None and tokenizer.count(",") > 1:
             raise typer.BadParameter("--tokenizer takes one model, or two with a comma")
+        for name in ("vocab_size", "model_type") if tokenizer else ():
+            if "DEFAULT" not in context.get_parameter_source(name).name:
+                flag = name.replace("_", "-")
+                logs.warn(f"--{flag} has no effect: --tokenizer is trained already")
         for prefix in prefixes.values():
             check_files(prefix, source_lang, target_lang, format)
         _check_destination(destdir)

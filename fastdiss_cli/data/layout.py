@@ -19,10 +19,17 @@ class Layout:
     Attributes:
         pad_mask: bool [N, T], true on padding.
         index: int64 [P], the places of the P tokens in the flattened batch; None: no padding.
+        lengths: int64 [N], tokens of each row.
+        attn_mask: bool [N, 1, 1, T], true where to look; None: everywhere.
     """
 
     pad_mask: Tensor
     index: Tensor | None
+
+    def __post_init__(self) -> None:
+        real = ~self.pad_mask
+        self.lengths = real.sum(1)
+        self.attn_mask = None if self.index is None else real[:, None, None]
 
     @classmethod
     def of(cls, pad_mask: Tensor) -> Layout:
@@ -34,16 +41,6 @@ class Layout:
     def num_tokens(self) -> int:
         """How many tokens there are, P."""
         return self.pad_mask.numel() if self.index is None else len(self.index)
-
-    @property
-    def lengths(self) -> Tensor:
-        """Tokens of each row, int64 [N]."""
-        return (~self.pad_mask).sum(1)
-
-    @property
-    def attn_mask(self) -> Tensor | None:
-        """The attention mask, bool [N, 1, 1, T], true where to look; None: everywhere."""
-        return None if self.index is None else ~self.pad_mask[:, None, None, :]
 
     def flat(self, x: Tensor) -> Tensor:
         """Return the tokens [P, ...] of a batch [N, T, ...]."""
