@@ -86,8 +86,8 @@ def signalled(rank: int, on: int, update: int, number: int = signal.SIGTERM) -> 
     """Let a rank send itself a signal in the middle of an update."""
     right, sent = loop.add_gradient, []
 
-    def wrong(model, batch, at, share, *more):
-        done = right(model, batch, at, share, *more)
+    def wrong(model, batch, at, share, dtype):
+        done = right(model, batch, at, share, dtype)
         if at == update and rank == on and not sent:
             sent.append(number)
             os.kill(os.getpid(), number)
@@ -122,8 +122,8 @@ def failing(rank: int, on: int, update: int, how: str) -> None:
     """Let the loss of a rank fail in an update."""
     right = loop.add_gradient
 
-    def wrong(model, batch, at, share, dtype, tried):
-        losses = right(model, batch, at, share, dtype, tried)
+    def wrong(model, batch, at, share, dtype):
+        losses = right(model, batch, at, share, dtype)
         if rank == on and at == update:
             if how == "memory":
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")

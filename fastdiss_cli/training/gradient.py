@@ -25,8 +25,16 @@ def update_attempt(processes: Processes, config: TrainConfig) -> Attempt:
     return processes.attempt("an update", remedy, alone=config.shard)
 
 
+def describe(update: int, batch: Batch) -> str:
+    """Say what is being computed, for the message if it fails."""
+    (B, S), T = batch.src_tokens.shape, batch.tgt_tokens.shape[1]
+    return (
+        f"update {update}, in a batch of {B} sentences padded to {S} source x {T} target positions"
+    )
+
+
 def add_gradient(
-    model: Seq2SeqModel, batch: Batch, update: int, share: float, dtype: torch.dtype, tried: Attempt
+    model: Seq2SeqModel, batch: Batch, update: int, share: float, dtype: torch.dtype
 ) -> dict[str, Tensor]:
     """Add the gradient of a batch to that of the model.
 
@@ -35,15 +43,10 @@ def add_gradient(
         update: the number of the update.
         share: what the batch weighs in the update.
         dtype: bfloat16 computes under autocast.
-        tried: the attempt that this is part of; it is told the batch.
 
     Returns:
         The loss and its parts, weighted.
     """
-    (B, S), T = batch.src_tokens.shape, batch.tgt_tokens.shape[1]
-    tried.what = (
-        f"update {update}, in a batch of {B} sentences padded to {S} source x {T} target positions"
-    )
     device = next(model.parameters()).device
     with autocast(device, dtype):
         loss = model.loss(batch.to(device), update)

@@ -37,7 +37,12 @@ from fastdiss_cli.training.checkpoint import (
     update_of,
     vocabulary,
 )
-from fastdiss_cli.training.gradient import add_gradient, sum_and_clip, update_attempt
+from fastdiss_cli.training.gradient import (
+    add_gradient,
+    describe,
+    sum_and_clip,
+    update_attempt,
+)
 from fastdiss_cli.training.log import MetricsFile, Window
 from fastdiss_cli.training.optimizer import EMA, learning_rate, make_optimizer
 from fastdiss_cli.training.state import (
@@ -218,7 +223,9 @@ class Training:
             copies += self.processes.world_size > 1
             reserve = [torch.empty_like(p) for p in self.model.parameters() for _ in range(copies)]
             seed_everything(config.seed, "try", self.progress.epoch, self.processes.rank)
-            add_gradient(self.model, batch, self.progress.update + 1, 1.0, self.dtype, tried)
+            update = self.progress.update + 1
+            tried.what = describe(update, batch)
+            add_gradient(self.model, batch, update, 1.0, self.dtype)
             del reserve
         self.optimizer.zero_grad(set_to_none=True)
         return self.processes.agree(tried, self.stop)
@@ -240,7 +247,8 @@ class Training:
             for micro_step, batch in enumerate(micro_batches):
                 seed_everything(config.seed, "train", update, self.processes.rank, micro_step)
                 share = batch.num_tgt_tokens / all_tokens
-                losses = add_gradient(self.model, batch, update, share, self.dtype, tried)
+                tried.what = describe(update, batch)
+                losses = add_gradient(self.model, batch, update, share, self.dtype)
                 for name, value in losses.items():
                     sums[name] = sums.get(name, 0) + value
         grad_norm = sum_and_clip(self.model, config, self.processes, tried)

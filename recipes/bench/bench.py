@@ -29,11 +29,10 @@ from fastdiss_cli.data.batching import Batch, pad
 from fastdiss_cli.decoding.generation import Run, SequenceGenerator
 from fastdiss_cli.decoding.mbr import expected_utility
 from fastdiss_cli.decoding.selection import by_mbr, by_score
-from fastdiss_cli.device import keep_freed_memory, pick_device
-from fastdiss_cli.distributed import Processes
+from fastdiss_cli.device import keep_freed_memory
 from fastdiss_cli.models.frozen import PackedLinear, freeze
 from fastdiss_cli.models.registry import Seq2SeqModel, Vocabulary, architecture
-from fastdiss_cli.training.gradient import add_gradient, update_attempt
+from fastdiss_cli.training.gradient import add_gradient
 from fastdiss_cli.training.optimizer import EMA, make_optimizer
 
 HERE = Path(__file__).parent
@@ -143,7 +142,6 @@ def training(rounds: int, tokens: int, dtype: torch.dtype) -> Measured:
     rows = sorted(sentences(20 * count), key=len)[10 * count : 11 * count]
     batch = Batch(*pad(rows, VOCAB.pad), *pad(rows[::-1], VOCAB.pad))
     config = TrainConfig()
-    tried = update_attempt(Processes(pick_device("cpu")), config)
     systems = {}
     for name, (system, options) in TRAINED.items():
         model = make(system, **options).train()
@@ -155,7 +153,7 @@ def training(rounds: int, tokens: int, dtype: torch.dtype) -> Measured:
                 if name == "difformer":
                     model.config = dataclasses.replace(model.config, self_cond_rate=rate)
                 optimizer.zero_grad(set_to_none=True)
-                add_gradient(model, batch, 1, 1.0, dtype, tried)
+                add_gradient(model, batch, 1, 1.0, dtype)
                 torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
                 optimizer.step()
                 average.update(model, 1)
