@@ -57,6 +57,7 @@ class TrainConfig:
     valid_steps: int = option(5, "sampling steps for validation BLEU")
     keep_last: int = option(1, "numbered checkpoints kept; 0: none but last and best")
     log_interval: int = option(50, "updates between lines of metrics.jsonl")
+    tensorboard: bool = option(False, "event files for TensorBoard, too, beside the checkpoints")
     dtype: str = option("auto", "type of the products: auto, float32 or bfloat16 (autocast)")
     compile: bool = option(False, "use torch.compile")
     shard: bool = option(False, "divide weights, moments and average among the processes")

@@ -1,4 +1,4 @@
-"""Every command of the README and of docs/ runs, on a small corpus; and every link leads somewhere.
+"""The `sh` blocks of the README and of docs/ run, on a small corpus; every link leads somewhere.
 
 docs/api.md and docs/fairseq.md are run by the tests of what they describe.
 """

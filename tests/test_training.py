@@ -396,6 +396,24 @@ def test_an_average_that_is_switched_on_begins_with_the_weights(
         assert torch.equal(resumed.ema.weights[name], p)
 
 
+def test_tensorboard_shows_what_the_log_has(
+    data_bin: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    start(data_bin, tmp_path, max_update=4, tensorboard=True).run()
+    start(data_bin, tmp_path, max_update=9, tensorboard=True).run()  # beside the older file
+    shown = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    lines = [line for line in metrics(tmp_path) if line["split"] == "train"]
+    losses = [(event.step, event.value) for event in shown.Scalars("train/loss")]
+    assert [step for step, _ in losses] == [line["update"] for line in lines] == [*range(1, 10)]
+    assert [loss for _, loss in losses] == pytest.approx([line["loss"] for line in lines])
+    assert {"valid/bleu", "valid/loss", "train/lr"} <= set(shown.Tags()["scalars"])
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(FastdissError, match=r"pip install 'fastdiss\[tensorboard\]'"):
+        start(data_bin, tmp_path / "other", tensorboard=True)
+
+
 def test_skipped_updates_are_counted_in_the_log(data_bin: Path, tmp_path: Path) -> None:
     training = start(data_bin, tmp_path, max_update=6, log_interval=3)
     right = training.model.loss

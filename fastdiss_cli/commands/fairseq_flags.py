@@ -183,7 +183,7 @@ _TRAIN = {
     "--no-last-checkpoints": without("a training can always be resumed", "none"),
     "--report-accuracy": needless("metrics.jsonl has what there is"),
     "--fp16-init-scale": needless("there is no float16, and bfloat16 needs no scale", "one"),
-    "--wandb-project": without("metrics.jsonl in --save-dir has all figures"),
+    "--wandb-project": without("--set train.tensorboard=true puts its files into --save-dir"),
     "--max-tokens-valid": needless("validation has the batches of --max-tokens", "one"),
     "--lr-shrink": without("the rate falls as --lr-scheduler says"),
     "--optimizer": only("adam", "adamw", remark="the optimizer is AdamW"),

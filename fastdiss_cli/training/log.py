@@ -1,4 +1,4 @@
-"""The figures of training: means over a window of updates, and the log ``metrics.jsonl``."""
+"""The figures of training: means over a window of updates, and their logs."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fastdiss_cli import logs
+from fastdiss_cli.extras import load_extra
 
 
 class Window:
@@ -101,6 +102,33 @@ class MetricsFile:
             logs.warn(f"{self.path}: cannot write: {error.strerror}; trying again with the next")
         else:
             self._unwritten = ""
+
+
+class Events:
+    """Event files for TensorBoard: every figure of the log as a curve ``split/name`` by update.
+
+    Args:
+        folder: where they go.
+        after: events of later updates, which a resumed run will do again, are not shown.
+
+    Raises:
+        FastdissError: the package is not installed.
+    """
+
+    def __init__(self, folder: Path, after: int) -> None:
+        module = load_extra("torch.utils.tensorboard", "tensorboard", "train.tensorboard")
+        self.folder = folder
+        self._writer = module.SummaryWriter(str(folder), purge_step=after + 1)
+
+    def write(self, update: int, figures: dict[str, Any]) -> None:
+        """Add the figures of an update; they are lost, with a warning, where the disk is full."""
+        split, *curves = figures.items()
+        try:
+            for name, value in curves:
+                self._writer.add_scalar(f"{split[1]}/{name}", value, update)
+            self._writer.flush()
+        except OSError as error:
+            logs.warn(f"{self.folder}: cannot write: {error.strerror}")
 
 
 def _keep(line: str, after: int, validation_due: bool) -> bool:

@@ -43,7 +43,7 @@ from fastdiss_cli.training.gradient import (
     sum_and_clip,
     update_attempt,
 )
-from fastdiss_cli.training.log import MetricsFile, Window
+from fastdiss_cli.training.log import Events, MetricsFile, Window
 from fastdiss_cli.training.optimizer import EMA, learning_rate, make_optimizer
 from fastdiss_cli.training.state import (
     changes,
@@ -114,6 +114,9 @@ class Training:
             progress.validation_due,
             processes.rank == 0,
         )
+        self.events = None
+        if config.tensorboard and processes.rank == 0:
+            self.events = Events(save_dir / "tensorboard", progress.update)
         self.window = Window(progress.window)
         self.stop = Stop()
         copies = 3 + (self.ema is not None)  # weights, their average, the moments of AdamW
@@ -337,10 +340,11 @@ class Training:
         return model.to(self.device)
 
     def _record(self, figures: dict[str, Any]) -> None:
-        """Append a line to ``metrics.jsonl``."""
-        self.metrics.write(
-            {"update": self.progress.update, "epoch": self.progress.epoch, **figures}
-        )
+        """Append figures, the split first, to ``metrics.jsonl``."""
+        progress = self.progress
+        self.metrics.write({"update": progress.update, "epoch": progress.epoch, **figures})
+        if self.events:
+            self.events.write(progress.update, figures)
 
     def _save(self, numbered: bool = False, final: bool = False) -> bool:
         """Write ``checkpoint_last``, and its other names where they are due.

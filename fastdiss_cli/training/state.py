@@ -108,7 +108,7 @@ def changes(
     """
     may_differ = {
         "max_update", "max_epoch", "patience", "keep_last", "log_interval",
-        "save_interval_updates", "max_skipped", "compile", "shard",
+        "save_interval_updates", "max_skipped", "tensorboard", "compile", "shard",
     }  # fmt: skip
     if config.lr_scheduler == "cosine":
         may_differ.discard("max_update")
