@@ -202,5 +202,6 @@ def test_self_bleu_is_the_mean_over_ordered_pairs_of_candidates() -> None:
     assert diversity("self-bleu", rows) == pytest.approx(fmean(means))
     assert diversity("self-bleu", [["a b c d"] * 3]) == pytest.approx(100)
     assert diversity("self-bleu", [["a b", "c d"]]) == 0
+    assert diversity("self-bleu", [["a b c d"] * 3, [""]]) == pytest.approx(100)
     with pytest.raises(FastdissError, match=r"self-bleu needs several .* --nbest 5"):
         diversity("self-bleu", [["a", "b"], ["c"]])

@@ -217,7 +217,8 @@ def test_empty_sides_are_kept_and_reported(preprocess: Command, tmp_path: Path) 
     prefix = ("--trainpref", tmp_path / "x", "--vocab-size", 300)
     outcome = preprocess(*prefix, "--destdir", tmp_path / "d")
     assert outcome.code == 0
-    assert "warning: train: 3 pairs have an empty side" in outcome.err
+    first = f"(the first in {tmp_path / 'x'}, line 2)"
+    assert f"train: 3 pairs have an empty side {first}; they are kept" in outcome.err
     dataset = BinarizedDataset(tmp_path / "d", verify=True)
     expected = [("eins", "one"), ("", "two"), (" ", "three"), ("vier", "")]
     assert text_of(dataset, "train") == expected

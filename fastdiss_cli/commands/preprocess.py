@@ -248,7 +248,7 @@ def _binarize(
     for side, tokenizer in (("src", src), ("tgt", tgt)):
         (folder / f"tokenizer.{side}").write_bytes(tokenizer.model)
     for split in corpus.prefixes:
-        sentences = empty = altered = 0
+        sentences = empty = first_empty = altered = 0
         with ExitStack() as stack:
             stems = [folder / f"{split}.{side}" for side in ("src", "tgt")]
             writers = [stack.enter_context(TokenWriter(stem, dtype)) for stem in stems]
@@ -258,27 +258,27 @@ def _binarize(
                 for side, writer in enumerate(writers):
                     writer.add(block.sizes[side], block.tokens[side], block.unknown[side])
                 sentences += len(block.sizes[0])
-                empty += block.empty
+                empty += len(block.empty)
+                first_empty = first_empty or min(block.empty, default=0)
                 altered += block.altered
                 bar.advance(len(block.sizes[0]))
             infos = [writer.finish() for writer in writers]
         manifest.sentences[split] = sentences
         manifest.splits[split] = dict(zip(("src", "tgt"), infos, strict=True))
-        _report(split, sentences, infos, empty, altered, src.lossless and tgt.lossless)
+        _report(split, sentences, infos, altered, src.lossless and tgt.lossless)
+        if empty:
+            first = f"the first in {corpus.prefixes[split]}, line {first_empty}"
+            logs.warn(f"{split}: {empty:,} pairs have an empty side ({first}); they are kept")
     manifest.write(folder)
 
 
-def _report(
-    split: str, sentences: int, infos: Iterable, empty: int, altered: int, lossless: bool
-) -> None:
+def _report(split: str, sentences: int, infos: Iterable, altered: int, lossless: bool) -> None:
     src, tgt = infos
     logs.info(
         f"{split}: {sentences:,} pairs, {src.tokens:,} source and {tgt.tokens:,} target tokens "
         f"(longest {src.longest:,} and {tgt.longest:,}; "
         f"unknown {src.unknown:,} and {tgt.unknown:,})"
     )
-    if empty:
-        logs.warn(f"{split}: {empty:,} pairs have an empty side; they are kept")
     if altered:
         blank = "U+2581, SentencePiece's blank, is in them"
         changed = "the tokenizer does not know, or changes, something in them"

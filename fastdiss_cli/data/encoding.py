@@ -29,14 +29,14 @@ class Encoded:
         sizes: of each side, int32 [N], the lengths of the sentences.
         tokens: of each side, all sentences one after the other.
         unknown: of each side, how many tokens are unknown.
-        empty: pairs with an empty side.
+        empty: the numbers of the lines with an empty side.
         altered: pairs that decode to other text.
     """
 
     sizes: list[np.ndarray]
     tokens: list[np.ndarray]
     unknown: list[int]
-    empty: int
+    empty: list[int]
     altered: int
 
 
@@ -56,7 +56,7 @@ class BlockEncoder:
 
     def encode(self, block: Block) -> Encoded:
         sides = block.sides()
-        encoded = Encoded([], [], [], 0, 0)
+        encoded = Encoded([], [], [], [], 0)
         altered = []
         for tokenizer, texts in zip(self.tokenizers, sides, strict=True):
             rows = tokenizer.encode_all(texts)
@@ -70,7 +70,8 @@ class BlockEncoder:
             encoded.unknown.append(int(np.count_nonzero(tokens == tokenizer.unk)))
             altered.append(tokenizer.altered(texts, rows))
         pairs = zip(*(map(str.strip, texts) for texts in sides), strict=True)
-        encoded.empty = sum(1 for src, tgt in pairs if not src or not tgt)
+        numbered = enumerate(pairs, start=block.first)
+        encoded.empty = [number for number, (src, tgt) in numbered if not src or not tgt]
         encoded.altered = sum(map(any, zip(*altered, strict=True)))
         return encoded
 

@@ -85,12 +85,13 @@ class SelfBLEU(Diversity):
     def measure(self, candidates: Sequence[Sequence[str]]) -> float:
         from fastdiss_cli.decoding.mbr import expected_utility  # numpy is slow to import
 
-        if any(len(row) == 1 for row in candidates):
+        rows = [row for row in candidates if list(row) != [""]]  # that of an empty source is alone
+        if not rows or any(len(row) == 1 for row in rows):
             raise FastdissError(
                 "self-bleu needs several candidates of each sentence: "
                 "`fastdiss generate --noise-beam 5 --nbest 5` writes five"
             )
-        return fmean(expected_utility(row).mean() for row in candidates) / 100
+        return fmean(expected_utility(row).mean() for row in rows) / 100
 
 
 def _ngrams(text: str, order: int) -> list[tuple[str, ...]]:
