@@ -128,8 +128,14 @@ def test_other_wrong_use_is_named(diffusion: Path, corpus: Path, tmp_path: Path)
     for wrong in (("a b", ["a"]), (["a"], "a"), (["a"], None), (["a"], [None]), (["a"], [[]])):
         with pytest.raises(FastdissError, match=r"string|needs a reference"):
             fastdiss_cli.score(*wrong)
-    with pytest.raises(FastdissError, match="no such device"):
-        fastdiss_cli.load(diffusion, device="abacus")
+    for device in ("abacus", "meta", None):
+        with pytest.raises(FastdissError, match="no such device"):
+            fastdiss_cli.load(diffusion, device=device)
+    for wrong in ({"max_tokens": 0}, {"max_tokens": "a"}, {"reranker": "x"}):
+        with pytest.raises(FastdissError, match="must be"):
+            translator.generate(["drei"], **wrong)
+    with pytest.raises(FastdissError, match="number 0 holds half of a character"):
+        translator.generate(["a\ud800"])
     with pytest.raises(FastdissError, match="--dtype half"):
         fastdiss_cli.load(diffusion, dtype="half")
     prefs = [f"--{split}pref={corpus / split}" for split in ("train", "valid")]

@@ -366,6 +366,19 @@ def test_diagnosis_is_written_beside_the_hypotheses(
     assert done.returncode == 2 and "needs a dataset" in done.stderr
 
 
+def test_who_is_told_the_right_answers_is_warned(
+    data_bin: Path, fastdiss: Path, tmp_path: Path
+) -> None:
+    untold = [f"--set=model.{key}={value}" for key, value in NETWORK.items()]
+    untold += ["--set=model.self_cond_rate=0", "--max-update=1", "--max-tokens=300"]
+    assert run_cli("train", data_bin, "--arch=difformer_tiny", "--save-dir", tmp_path, *untold)
+    for path, told in ((fastdiss, "the right answers"), (tmp_path, "the lengths of the right")):
+        said = run_cli("generate", data_bin, "--path", path, "--self-cond=gold").stderr
+        assert f"tells the model {told}" in said and " sentences of test on cpu" in said
+    said = run_cli("generate", data_bin, "--path", tmp_path, "--self-cond=recompute").stderr
+    assert "recompute has no effect" in said
+
+
 def corpus_line(folder: Path) -> Path:
     (folder / "line.de").write_text("eins zwei\n", encoding="utf-8")
     return folder / "line.de"

@@ -534,6 +534,8 @@ def test_one_rank_speaks(
         ("train D --min-lr 1e-9 --apply-bert-init", ["--min-lr (", "--apply-bert-init (there"]),
         ("train D --optimizer=sgd", ["--optimizer (the optimizer is AdamW; 'sgd' is not there)"]),
         ("train D --batch-size 50", ["--batch-size (batches are counted in tokens: --max-tokens)"]),
+        ("train D --tensorboard-logdir x", ["-logdir (--set train.tensorboard=true writes"]),
+        ("train D --wandb-project x", ["--wandb-project (metrics.jsonl in --save-dir"]),
         ("generate D --decoding-early-stopping 5", ["less 5"]),
         ("generate D --iter-decode-max-iter x", ["use --steps"]),
         ("generate D --remove-bpe=_EOW", ["'_EOW' cannot be undone"]),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+import signal
 from functools import partial
 from pathlib import Path
 
@@ -322,25 +324,40 @@ def test_a_loss_that_is_no_number_is_no_update_though_its_gradient_is(
 def test_weights_that_may_be_broken_take_the_place_of_no_checkpoint(
     data_bin: Path, tmp_path: Path
 ) -> None:
-    """Saves and validations that fall due wait for the next update that is none to skip."""
+    """Saves and validations that fall due wait for the next update that is none to skip.
+
+    So does a validation that a stopped training resumes with.
+    """
     often = {"save_interval_updates": 1, "validate_interval_updates": 2, "keep_last": 9}
-    training = start(data_bin, tmp_path, max_update=9, max_skipped=4, **often)
-    right, saved = training.model.loss, []
 
-    def wrong(batch, update):
-        if training.model.training:
-            saved.append(newest(tmp_path).progress.update if update > 1 else 0)
-        loss = right(batch, update)
-        skipped = training.model.training and (update in (3, 4) or update > 6)
-        return Loss(loss.total * math.nan, loss.parts) if skipped else loss
+    def run(folder: Path, stop_after: int = 0) -> list[int]:
+        """Return, before each update, the newest one that is saved."""
+        training = start(data_bin, folder, max_update=9, max_skipped=4, **often)
+        right, saved = training.model.loss, []
 
-    training.model.loss = wrong
-    training._try_largest_batch = lambda: 0
-    training.run()
-    assert saved == [0, 1, 2, 2, 2, 5, 6, 6, 6]  # before each update
-    validated = [line["update"] for line in metrics(tmp_path) if line["split"] == "valid"]
+        def wrong(batch, update):
+            loss = right(batch, update)
+            if not training.model.training:
+                return loss
+            saved.append(newest(folder).progress.update if update > 1 else 0)
+            if update == stop_after:
+                os.kill(os.getpid(), signal.SIGTERM)
+            skipped = update in (3, 4) or update > 6
+            return Loss(loss.total * math.nan, loss.parts) if skipped else loss
+
+        training.model.loss = wrong
+        training._try_largest_batch = lambda: 0
+        training.run()
+        return saved
+
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert run(whole) == [0, 1, 2, 2, 2, 5, 6, 6, 6]
+    validated = [line["update"] for line in metrics(whole) if line["split"] == "valid"]
     assert validated == [2, 5, 6, 9]  # at the end there is no later one
-    assert newest(tmp_path).progress.update == 9
+    assert newest(whole).progress.update == 9
+    assert run(parts, stop_after=4) == [0, 1, 2, 2]
+    assert run(parts) == [4, 5, 6, 6, 6]
+    assert_same(whole, parts)
 
 
 def test_losses_that_are_no_numbers_are_bounded(data_bin: Path, tmp_path: Path) -> None:

@@ -264,8 +264,8 @@ def generate(
     if self_cond == "recompute" and untold:
         logs.warn("--self-cond recompute has no effect: the model was trained without")
     elif self_cond == "gold":
-        what = "the lengths of the right answers" if untold else "the right answers"
-        logs.warn(f"--self-cond gold tells the model {what}: for diagnosis only")
+        told = "the lengths of the right answers" if untold else "the right answers"
+        logs.warn(f"--self-cond gold tells the model {told}: for diagnosis only")
     answers = read_all_references(ref, corpus.total) if ref else None
     folder = results_path
     if folder is None and (len(runs) > 1 or diagnose):

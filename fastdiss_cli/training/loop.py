@@ -144,7 +144,8 @@ class Training:
             stop_on_signal(self.stop, "saving after this update"),
             logs.progress("training", config.max_update, progress.update) as bar,
         ):
-            stopped = self._validate_and_save() if progress.validation_due else 0
+            due = progress.validation_due and not self._must_wait()
+            stopped = self._validate_and_save() if due else 0
             if not (stopped or self._finished()):
                 stopped = self._try_largest_batch()
                 if stopped:
@@ -166,8 +167,8 @@ class Training:
                 progress.validation_due = progress.validation_due or self._validation_is_due()
                 if stopped:
                     self._save(final=True)
-                elif progress.skipped_in_a_row and not self._finished():
-                    continue  # what may be broken takes the place of no file
+                elif self._must_wait():
+                    continue
                 elif progress.validation_due:
                     stopped = self._validate_and_save()
                     self.window.restart_clock()
@@ -207,6 +208,10 @@ class Training:
         interval = self.config.validate_interval_updates
         regular = self.progress.update % interval == 0 if interval else self._epoch_is_done()
         return regular or self._finished()
+
+    def _must_wait(self) -> bool:
+        """Whether weights that may be broken must take the place of no file, and are not judged."""
+        return self.progress.skipped_in_a_row > 0 and not self._finished()
 
     def _try_largest_batch(self) -> int:
         """Compute the gradient of this epoch's largest batch and discard it.

@@ -75,7 +75,7 @@ def candidates(results: Results) -> str:
 
 
 # of Student's t, by number of trainings: half of a 95 % interval in standard errors
-T_975 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
+T_975 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
 
 
 def significance(results: Results) -> tuple[str, dict[str, tuple[str, bool]]]:
