@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import sys
 from collections.abc import Callable
@@ -94,10 +95,10 @@ def test_trials_and_report(corpus: Path, tmp_path: Path, monkeypatch: pytest.Mon
     assert f"{sum(five) / 2:.2f} ± " in first
     for plot in ("quality_by_steps", "quality_by_speed", "gap_by_step"):
         assert (recipe / "results" / "embedded" / f"{plot}.svg").read_text().startswith("<?xml")
-    # Student's t of two trainings: 12.706 standard errors of their mean, sd / sqrt(2)
-    both = [f"+SCP, unrolled/seed{s}/reuse/generate-test.steps5.txt bleu" for s in (1, 2)]
-    a, b = (figures[name] - score for name, score in zip(both, five, strict=True))
-    assert f"| {(a + b) / 2:+.2f} ± {12.706 * abs(a - b) / 2:.2f} |" in first
+    # Student's t: 4.303 and 12.706 standard errors of the mean of three and of two trainings
+    assert report.interval([-3.8, -1.3, -3.1]) == pytest.approx((-2.7333, 3.2039), abs=1e-3)
+    assert report.interval([1.0, 2.0]) == pytest.approx((1.5, 6.353))
+    assert report.interval([1.0]) == (1.0, math.inf)
     assert "reached" in first and "nan" not in first
     scores = json.loads((recipe / "results" / "embedded" / "sweeps.json").read_text())
     for what, way in (("| raw estimate |", "Told as raw estimate/seed1/default"),

@@ -401,8 +401,12 @@ def test_tensorboard_shows_what_the_log_has(
 ) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+    last, aside = tmp_path / "checkpoint_last.safetensors", tmp_path / "aside"
     start(data_bin, tmp_path, max_update=4, tensorboard=True).run()
-    start(data_bin, tmp_path, max_update=9, tensorboard=True).run()  # beside the older file
+    shutil.copy(last, aside)
+    start(data_bin, tmp_path, max_update=6, tensorboard=True).run()
+    shutil.copy(aside, last)  # two updates were not saved, and are done again
+    start(data_bin, tmp_path, max_update=9, tensorboard=True).run()
     shown = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     lines = [line for line in metrics(tmp_path) if line["split"] == "train"]
     losses = [(event.step, event.value) for event in shown.Scalars("train/loss")]

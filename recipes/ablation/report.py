@@ -78,6 +78,14 @@ def candidates(results: Results) -> str:
 T_975 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
 
 
+def interval(differences: Sequence[float]) -> tuple[float, float]:
+    """Return the mean of trainings and half of its 95 % interval; of one it is infinite."""
+    mean, count = statistics.fmean(differences), len(differences)
+    if count == 1:
+        return mean, math.inf
+    return mean, T_975[count] * statistics.stdev(differences) / math.sqrt(count)
+
+
 def significance(results: Results) -> tuple[str, dict[str, tuple[str, bool]]]:
     """Compare each variant with the baseline at 5 steps: in each training, and over trainings.
 
@@ -99,13 +107,11 @@ def significance(results: Results) -> tuple[str, dict[str, tuple[str, bool]]]:
             pair = [read_system(path).hypotheses for path in files]
             _, _, (p,), signature = paired_test(pair, streams, {results.metric: metric})[0]
             p_values.append(p)
-        differences = [results.score(new) - results.score(old) for old, new in both]
-        mean = statistics.fmean(differences)
+        mean, half = interval([results.score(new) - results.score(old) for old, new in both])
         sure[name] = f"p = {p_values[0]:.3f}", p_values[0] < 0.05
         cells = [f"{value:.3f}" for value in p_values] + ["-"] * (len(results.seeds) - len(both))
         shown = f"{mean:+.2f}"
         if len(both) > 1:
-            half = T_975[len(both)] * statistics.stdev(differences) / math.sqrt(len(both))
             sure[name] = f"± {half:.2f}", abs(mean) > half
             shown += f" ± {half:.2f}"
         rows.append([name, shown, *cells])
