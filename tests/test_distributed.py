@@ -134,6 +134,20 @@ def test_a_second_signal_stops_at_once(data_bin: Path, tmp_path: Path) -> None:
     assert newest(tmp_path).progress.update == 2  # nothing is saved on the way out
 
 
+def test_ranks_know_the_tokens_of_an_update_without_asking(
+    data_bin: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    rounds = []
+    for rank in (0, 1):
+        monkeypatch.setenv("RANK", str(rank))
+        training = start(data_bin, tmp_path, "difformer_tiny", update_freq=3)
+        rounds.append([training._next_batches() for _ in range(3)])
+    for (ours, tokens), (theirs, same) in zip(*rounds, strict=True):
+        assert len(ours) == len(theirs) == 3
+        assert tokens == same == sum(batch.num_tgt_tokens for batch in ours + theirs)
+
+
 def test_ranks_draw_different_noise(
     data_bin: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -150,10 +164,10 @@ def test_ranks_draw_different_noise(
             return right(batch, update)
 
         training.model.loss = loss
-        batches = training._next_batches()
+        batches, _ = training._next_batches()
         assert len(batches) == 2
-        training._update(batches, 100.0)
-        training._update(batches, 100.0)
+        training._update(batches, 100)
+        training._update(batches, 100)
     assert len(draws) == len(set(draws)) == 8  # each rank, update and micro-batch its own
 
 

@@ -124,6 +124,10 @@ class TokenBatcher:
 
     def epoch(self, epoch: int) -> list[np.ndarray]:
         """Return this rank's batches of an epoch, each an array of sentence numbers."""
+        return [batches[self.rank] for batches in self.rounds(epoch)]
+
+    def rounds(self, epoch: int) -> list[list[np.ndarray]]:
+        """Return the batches of all ranks: those that they work on at a time, by rank."""
         draw = np.random.Generator(np.random.Philox(counter_seed(self.seed, "batches", epoch)))
         shuffled = draw.permutation(self.sentences)
         batches = batches_by_tokens(self._by_length(shuffled), self.lengths, self.max_tokens)
@@ -135,8 +139,8 @@ class TokenBatcher:
             fullest = max(range(len(batches)), key=lambda i: len(batches[i]))
             batch = batches.pop(fullest)
             batches += [batch[: len(batch) // 2], batch[len(batch) // 2 :]]
-        order = draw.permutation(len(batches))
-        return [batches[i] for i in order[self.rank :: self.world_size]]
+        order = draw.permutation(len(batches)).reshape(-1, self.world_size)
+        return [[batches[i] for i in numbers] for numbers in order]
 
     def _by_length(self, sentences: np.ndarray) -> np.ndarray:
         """Sort sentences so that neighbours are alike on both sides.
@@ -148,6 +152,10 @@ class TokenBatcher:
         differences = self.src.sizes[sentences] - self.tgt.sizes[sentences]
         in_turn = np.where(lengths % 2, -differences, differences)
         return sentences[np.lexsort((in_turn, lengths))]
+
+    def num_tgt_tokens(self, sentences: np.ndarray) -> int:
+        """Return how many target tokens the given sentences have."""
+        return int(self.tgt.sizes[sentences].sum())
 
     def padded_size(self, sentences: np.ndarray) -> int:
         """Return how many positions, both sides, the given sentences take as a batch."""

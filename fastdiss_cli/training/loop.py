@@ -7,9 +7,11 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from fastdiss_cli import logs
@@ -105,7 +107,7 @@ class Training:
         )
         if misfits := self.model.misfits(*self.batcher.sizes):
             logs.warn(f"train: {misfits}")
-        self._schedule: tuple[int, list[Any]] | None = None
+        self._schedule: tuple[int, list[list[np.ndarray]]] | None = None
         self._resume(accept_changes)
         progress = self.progress
         self.metrics = MetricsFile(
@@ -152,8 +154,7 @@ class Training:
                     self._save(final=True)
                 self.window.restart_clock()
             while not (stopped or self._finished()):
-                micro_batches = self._next_batches()
-                (tokens,) = self.processes.sum([sum(b.num_tgt_tokens for b in micro_batches)])
+                micro_batches, tokens = self._next_batches()
                 figures, stopped = self._update(micro_batches, tokens)
                 window = self.window
                 window.add(figures, tokens)
@@ -176,23 +177,24 @@ class Training:
                     self._save()
         return stopped
 
-    def _next_batches(self) -> list[Batch]:
-        """Return this rank's batches of the next update."""
-        progress = self.progress
+    def _next_batches(self) -> tuple[list[Batch], int]:
+        """Return this rank's batches of the next update, and how many target tokens all have."""
+        progress, batcher = self.progress, self.batcher
         if self._epoch_is_done():
             progress.epoch, progress.batch = progress.epoch + 1, 0
-        schedule = self._epoch_batches()
-        chosen = schedule[progress.batch : progress.batch + self.config.update_freq]
-        progress.batch += len(chosen)
-        return [self.batcher.collate(sentences) for sentences in chosen]
+        rounds = self._epoch_rounds()[progress.batch : progress.batch + self.config.update_freq]
+        progress.batch += len(rounds)
+        # every rank knows the batches of the others, and need not ask them
+        tokens = sum(map(batcher.num_tgt_tokens, chain.from_iterable(rounds)))
+        return [batcher.collate(batches[batcher.rank]) for batches in rounds], tokens
 
     def _epoch_is_done(self) -> bool:
-        return self.progress.batch >= len(self._epoch_batches())
+        return self.progress.batch >= len(self._epoch_rounds())
 
-    def _epoch_batches(self) -> list[Any]:
-        """This rank's batches of the present epoch, computed once per epoch."""
+    def _epoch_rounds(self) -> list[list[np.ndarray]]:
+        """The batches of the present epoch, by rank, computed once per epoch."""
         if self._schedule is None or self._schedule[0] != self.progress.epoch:
-            self._schedule = self.progress.epoch, self.batcher.epoch(self.progress.epoch)
+            self._schedule = self.progress.epoch, self.batcher.rounds(self.progress.epoch)
         return self._schedule[1]
 
     def _finished(self) -> bool:
@@ -224,7 +226,8 @@ class Training:
         """
         config = self.config
         self.model.train()
-        batch = self.batcher.collate(max(self._epoch_batches(), key=self.batcher.padded_size))
+        own = [batches[self.batcher.rank] for batches in self._epoch_rounds()]
+        batch = self.batcher.collate(max(own, key=self.batcher.padded_size))
         with update_attempt(self.processes, config) as tried:
             # what later updates hold besides: Adam's moments, earlier gradients, the message
             copies = (0 if self.optimizer.state else 2) + (config.update_freq > 1)
@@ -238,9 +241,7 @@ class Training:
         self.optimizer.zero_grad(set_to_none=True)
         return self.processes.agree(tried, self.stop)
 
-    def _update(
-        self, micro_batches: list[Batch], all_tokens: float
-    ) -> tuple[dict[str, float], int]:
+    def _update(self, micro_batches: list[Batch], all_tokens: int) -> tuple[dict[str, float], int]:
         """Do one optimizer update over micro-batches that hold ``all_tokens`` over all ranks.
 
         Returns:
