@@ -54,8 +54,8 @@ class Curves:
     rows: list[dict[str, Any]]
 
     def of(self, key: str, split: str) -> tuple[list[float], list[float]]:
-        """Return updates and values of one figure."""
-        rows = [row for row in self.rows if row["split"] == split and key in row]
+        """Return updates and values of one figure, without those that were not finite."""
+        rows = [row for row in self.rows if row["split"] == split and row.get(key) is not None]
         return [row["update"] for row in rows], [row[key] for row in rows]
 
 
@@ -142,7 +142,7 @@ def plot_training(path: Path, runs: Sequence[Curves]) -> None:
 
 def _is_drawn(key: str, runs: Sequence[Curves]) -> bool:
     """Tell whether a figure has numbers, and not only zeros, such as updates that were skipped."""
-    values = [row[key] for run in runs for row in run.rows if key in row]
+    values = [value for run in runs for row in run.rows if (value := row.get(key)) is not None]
     return all(isinstance(value, int | float) for value in values) and any(values)
 
 

@@ -321,6 +321,24 @@ def test_a_loss_that_is_no_number_is_no_update_though_its_gradient_is(
     assert "loss" not in lines[1] and lines[2]["skipped"] == 1
 
 
+def test_a_validation_loss_that_is_no_number_is_null_in_the_log(
+    data_bin: Path, tmp_path: Path
+) -> None:
+    training = start(data_bin, tmp_path, max_update=3, validate_interval_updates=1)
+    right = training.model.loss
+
+    def wrong(batch, update):
+        loss = right(batch, update)
+        broken = update == 2 and not training.model.training
+        return Loss(loss.total + math.inf, loss.parts) if broken else loss
+
+    training.model.loss = wrong
+    training.run()
+    valid = [line["loss"] for line in metrics(tmp_path) if line["split"] == "valid"]
+    assert valid[1] is None and None not in (valid[0], valid[2])
+    assert run_cli("plot", tmp_path, "-o", tmp_path / "curves.svg").returncode == 0
+
+
 def test_weights_that_may_be_broken_take_the_place_of_no_checkpoint(
     data_bin: Path, tmp_path: Path
 ) -> None:

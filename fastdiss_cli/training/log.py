@@ -84,10 +84,14 @@ class MetricsFile:
             os.replace(aside, path)
 
     def write(self, figures: dict[str, Any]) -> None:
-        """Append a line; what cannot be written now is written along with the next line."""
+        """Append a line; what cannot be written now is written along with the next line.
+
+        A figure that is not finite, for which JSON has no number, is null.
+        """
         if not self.active:
             return
-        self._unwritten += json.dumps(figures) + "\n"
+        known = {k: None if _is_broken(value) else value for k, value in figures.items()}
+        self._unwritten += json.dumps(known, allow_nan=False) + "\n"
         size = None
         try:
             with open(self.path, "ab", buffering=0) as file:
@@ -129,6 +133,10 @@ class Events:
             self._writer.flush()
         except OSError as error:
             logs.warn(f"{self.folder}: cannot write: {error.strerror}")
+
+
+def _is_broken(value: Any) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)
 
 
 def _keep(line: str, after: int, validation_due: bool) -> bool:
