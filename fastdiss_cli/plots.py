@@ -126,7 +126,7 @@ def plot_training(path: Path, runs: Sequence[Curves]) -> None:
             axes.plot(*both[:2], color=style["color"], linewidth=1, linestyle=":")
             # validations are few: markers show them, and a single one
             axes.plot(*both[2:], **style, label=label)
-        values = [value for run in runs for row in run.rows if (value := row.get(key)) is not None]
+        values = _values(key, runs)
         if key not in LINEAR and min(values) > 0 and max(values) > 5 * min(values):
             axes.set_yscale("log")
             _plain_ticks(axes, vertical=True)
@@ -142,8 +142,13 @@ def plot_training(path: Path, runs: Sequence[Curves]) -> None:
 
 def _is_drawn(key: str, runs: Sequence[Curves]) -> bool:
     """Tell whether a figure has numbers, and not only zeros, such as updates that were skipped."""
-    values = [value for run in runs for row in run.rows if (value := row.get(key)) is not None]
+    values = _values(key, runs)
     return all(isinstance(value, int | float) for value in values) and any(values)
+
+
+def _values(key: str, runs: Sequence[Curves]) -> list[Any]:
+    """Return all values of one figure, without those that were not finite."""
+    return [value for run in runs for row in run.rows if (value := row.get(key)) is not None]
 
 
 def _groups(points: Sequence[Point]) -> dict[str, list[Point]]:

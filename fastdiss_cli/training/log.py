@@ -90,7 +90,7 @@ class MetricsFile:
         """
         if not self.active:
             return
-        known = {k: None if _is_broken(value) else value for k, value in figures.items()}
+        known = {n: None if _is_broken(value) else value for n, value in figures.items()}
         self._unwritten += json.dumps(known, allow_nan=False) + "\n"
         size = None
         try:
