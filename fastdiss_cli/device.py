@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import platform
+import re
+from pathlib import Path
 
 import torch
 
@@ -62,6 +65,16 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
         has_it = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         name = "bfloat16" if has_it else "float32"
     return getattr(torch, name)
+
+
+def machine(device: torch.device) -> str:
+    """Name what computes, for a report: the processor or the GPU, threads, torch."""
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
+    cpuinfo = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else None
+    model = found[1] if found else platform.processor() or platform.machine()
+    return f"{model}, {torch.get_num_threads()} threads, torch {torch.__version__}"
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:

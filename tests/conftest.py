@@ -9,7 +9,7 @@ import random
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
@@ -17,6 +17,10 @@ import pytest
 import torch
 
 from fastdiss_cli.__main__ import main
+
+# what holds to the last byte holds on a CPU; test_gpu.py alone sees GPUs, in processes of its own
+GPU_ENVIRONMENT = dict(os.environ)
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 # models this small gain nothing from more threads, and lose much on a busy machine
 torch.set_num_threads(1)
@@ -44,13 +48,15 @@ def run_cli(*args: str | Path, stdin: str = "") -> subprocess.CompletedProcess[s
     return subprocess.CompletedProcess(words, code, out.getvalue(), err.getvalue())
 
 
-def run_process(*args: str | Path) -> subprocess.CompletedProcess[str]:
+def run_process(
+    *args: str | Path, environment: Mapping[str, str] = os.environ
+) -> subprocess.CompletedProcess[str]:
     """Run ``fastdiss ARGS`` in a process of its own, its output captured as text."""
     return subprocess.run(
         [sys.executable, "-m", "fastdiss_cli", *map(str, args)],
         capture_output=True,
         encoding="utf-8",
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**environment, "OMP_NUM_THREADS": "1"},
     )
 
 

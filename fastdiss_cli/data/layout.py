@@ -18,18 +18,22 @@ class Layout:
 
     Attributes:
         pad_mask: bool [N, T], true on padding.
-        index: int64 [P], the places of the P tokens in the flattened batch; None: no padding.
+        index: int64 [P], the places of the P tokens in the flattened batch; None: all places.
+        dense: padding counts as tokens, which attention alone leaves out. What a layer then makes
+            of it is never looked at.
         lengths: int64 [N], tokens of each row.
         attn_mask: bool [N, 1, 1, T], true where to look; None: everywhere.
     """
 
     pad_mask: Tensor
     index: Tensor | None
+    dense: bool = False
 
     def __post_init__(self) -> None:
         real = ~self.pad_mask
         self.lengths = real.sum(1)
-        self.attn_mask = None if self.index is None else real[:, None, None]
+        padded = self.dense or self.index is not None
+        self.attn_mask = real[:, None, None] if padded else None
 
     @classmethod
     def of(cls, pad_mask: Tensor) -> Layout:

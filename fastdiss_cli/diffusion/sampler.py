@@ -60,7 +60,8 @@ def sample(
     z = noise(0)
     device = z.device
     solver_times = time_grid(steps, grid, schedule)  # on the CPU: its levels cost no launches
-    times = solver_times.to(device)
+    # filled, not copied: a copy would wait for the device, and cannot be captured as a graph
+    times = [torch.full((), t, device=device) for t in solver_times.tolist()]
     z = z * schedule.sigma(solver_times[0])
     move = SOLVERS[solver](schedule)
     answer, nfe = torch.zeros_like(z), torch.zeros(len(z), dtype=torch.long, device=device)

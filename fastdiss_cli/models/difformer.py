@@ -12,6 +12,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 
 import numpy as np
 import torch
@@ -33,6 +34,7 @@ from fastdiss_cli.errors import FastdissError
 from fastdiss_cli.models import SIZES
 from fastdiss_cli.models.denoiser import Candidates, Denoiser
 from fastdiss_cli.models.embedding import FORMS, LOGIT_SCALES, LatentEmbedding
+from fastdiss_cli.models.graphs import GraphCache
 from fastdiss_cli.models.layers import (
     Decoder,
     Encoder,
@@ -84,6 +86,8 @@ class DiffusionConfig(NetworkConfig):
 
 
 TEMPERATURE = 0.25  # of ddpm: see docs/method.md
+# a GPU replays batches of at most so many positions, both sides widened to a multiple of WIDEN
+REPLAYED, WIDEN = 1024, 8
 
 
 @dataclass(frozen=True)
@@ -123,6 +127,11 @@ class DiffusionDecoding:
     def candidates(self) -> int:
         return self.length_beam * self.noise_beam
 
+    @property
+    def is_fixed(self) -> bool:
+        """Whether the operations are the same for all batches of a shape."""
+        return not (self.early_exit or self.history or self.diagnose or self.self_cond == "gold")
+
 
 class Difformer(Seq2SeqModel):
     """Encoder, denoising decoder, length head."""
@@ -144,8 +153,14 @@ class Difformer(Seq2SeqModel):
         self.time_in = nn.Sequential(nn.Linear(H, H), nn.SiLU(), nn.Linear(H, H))
         self.latent_out = nn.Linear(H, D)
         self.length_head = nn.Linear(H, 2 * config.max_length_offset + 1)
+        self.graphs: GraphCache | None = None
         initialise(self)
         nn.init.normal_(self.embedding.table.weight)
+
+    def freeze(self, dtype: torch.dtype) -> None:
+        """Prepare for decoding: on a GPU, batches of a shape that comes again are replayed."""
+        if self.latent_in.weight.device.type == "cuda":
+            self.graphs = GraphCache()
 
     def encode(self, src_tokens: Tensor, layout: Layout) -> Memory:
         return self.decoder.memory(self.encoder(src_tokens, layout), layout)
@@ -280,20 +295,64 @@ class Difformer(Seq2SeqModel):
         # rows of one sentence are neighbours: its lengths, and for each length its noise draws
         per_sentence = lengths.shape[1] * options.noise_beam
         lengths = lengths.repeat_interleave(options.noise_beam, dim=1).flatten()
-        layout = Layout.of(torch.arange(int(lengths.max()), device=device) >= lengths[:, None])
+        longest = int(lengths.max())
+        keys = draw_keys(options.seed, options.steps if options.temperature else 1).to(device)
+        history: list[list[HistoryStep]] = [[] for _ in lengths]
+        results = None
+        if self.graphs is not None and options.is_fixed:
+            results = self._replay(memory, lengths, longest, sentences, keys, options)
+        if results is None:
+            told = None
+            if options.self_cond == "gold":
+                told = self.embedding(pad(gold, self.tgt.pad)[0].to(device))
+                told = told.repeat_interleave(per_sentence, dim=0)
+            layout = Layout.of(torch.arange(longest, device=device) >= lengths[:, None])
+            results = self._sample(memory, layout, sentences, keys, options, told, history)
+        scores, tokens, nfe = (x.tolist() for x in results)
+        answers = []
+        for row, (length, cost) in enumerate(zip(lengths.tolist(), nfe, strict=True)):
+            ids, token_scores = self._trim(tokens[row][:length], scores[row])
+            score = sum(token_scores) / len(token_scores)
+            answers.append(Hypothesis(ids, score, token_scores, cost, history[row]))
+        return [
+            sorted(answers[b : b + per_sentence], key=lambda h: -h.score)
+            for b in range(0, len(answers), per_sentence)
+        ]
+
+    def _sample(
+        self,
+        memory: Memory,
+        layout: Layout,
+        sentences: Tensor,
+        keys: Tensor,
+        options: DiffusionDecoding,
+        told: Tensor | None = None,
+        history: list[list[HistoryStep]] | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Sample all candidates of B sentences.
+
+        Args:
+            memory: of the sentences.
+            layout: of the N candidates.
+            sentences: int64 [B], the number of each in the corpus.
+            keys: see `Candidates`.
+            options: how.
+            told: the true embeddings, float [N, T, D], where the options ask for them.
+            history: of each candidate, where the options ask for it.
+
+        Returns:
+            Log-probability and id of the best token at every position, both [N, T], and how many
+            denoiser evaluations each candidate took, int64 [N].
+        """
+        count, device = len(layout.pad_mask) // len(sentences), sentences.device
         denoiser = Denoiser(self, memory, layout)
         running = Candidates(
             denoiser,
-            torch.arange(len(lengths), device=device),
-            sentences.repeat_interleave(per_sentence),
-            torch.arange(per_sentence, device=device).repeat(len(sentences)),
-            draw_keys(options.seed, options.steps if options.temperature else 1).to(device),
+            torch.arange(len(layout.pad_mask), device=device),
+            sentences.repeat_interleave(count),
+            torch.arange(count, device=device).repeat(len(sentences)),
+            keys,
         )
-        told = None
-        if options.self_cond == "gold":
-            told = self.embedding(pad(gold, self.tgt.pad)[0].to(device))
-            told = told.repeat_interleave(per_sentence, dim=0)
-        history: list[list[HistoryStep]] = [[] for _ in lengths]
 
         def watch(t: Tensor, z: Tensor, z0_hat: Tensor) -> None:
             fresh = None
@@ -326,16 +385,47 @@ class Difformer(Seq2SeqModel):
             watch=watch if options.history or options.diagnose else None,
             go_on=go_on if options.early_exit else None,
         )
-        scores, tokens = (x.tolist() for x in self._read(z0_hat, layout))
-        answers = []
-        for row, (length, cost) in enumerate(zip(lengths.tolist(), nfe.tolist(), strict=True)):
-            ids, token_scores = self._trim(tokens[row][:length], scores[row])
-            score = sum(token_scores) / len(token_scores)
-            answers.append(Hypothesis(ids, score, token_scores, cost, history[row]))
-        return [
-            sorted(answers[b : b + per_sentence], key=lambda h: -h.score)
-            for b in range(0, len(answers), per_sentence)
-        ]
+        return *self._read(z0_hat, layout), nfe
+
+    def _replay(
+        self,
+        memory: Memory,
+        lengths: Tensor,
+        longest: int,
+        sentences: Tensor,
+        keys: Tensor,
+        options: DiffusionDecoding,
+    ) -> tuple[Tensor, ...] | None:
+        """Do what `_sample` does in one launch, or return None where that does not pay.
+
+        It pays for a small batch, whose operations are faster than their launches, of a shape that
+        comes again, for which both sides are widened.
+        """
+        assert self.graphs is not None
+        S, T = (-(-length // WIDEN) * WIDEN for length in (memory.hidden.shape[1], longest))
+        kind = lengths.device.type
+        dtype = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
+        key = len(sentences), S, len(lengths), T, options, dtype
+        if len(lengths) * T > REPLAYED or not self.graphs.has_seen(key):
+            return None
+        memory = memory.widened(S)
+
+        def function(
+            sentences: Tensor,
+            keys: Tensor,
+            tgt_pad_mask: Tensor,
+            src_pad_mask: Tensor,
+            hidden: Tensor,
+            *keys_values: Tensor,
+        ) -> tuple[Tensor, ...]:
+            pairs = list(zip(keys_values[::2], keys_values[1::2], strict=True))
+            dense = Memory(hidden, Layout(src_pad_mask, None, dense=True), pairs)
+            layout = Layout(tgt_pad_mask, None, dense=True)
+            return self._sample(dense, layout, sentences, keys, options)
+
+        tgt_pad_mask = torch.arange(T, device=lengths.device) >= lengths[:, None]
+        given = [sentences, keys, tgt_pad_mask, memory.layout.pad_mask, memory.hidden]
+        return self.graphs.run(key, function, [*given, *chain(*memory.keys_values)])
 
     def _length_candidates(self, memory: Memory, beam: int) -> Tensor:
         """Return the most likely target lengths of each sentence, int64 [B, beam], all >= 1.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from functools import cache
 
 import torch
@@ -44,19 +45,24 @@ def can_pack(dtype: torch.dtype) -> bool:
 
 
 def freeze(model: nn.Module, dtype: torch.dtype) -> None:
-    """Replace the layers of a model on a CPU by faster ones that cannot be trained any more.
+    """Prepare a model for decoding; it cannot be trained any more.
 
-    A module may define ``freeze(dtype)`` for its own preparation. Linear layers on
-    another device, or that cannot be packed here, stay as they are.
+    A module may define ``freeze(dtype)`` for its own preparation. Linear layers are packed on a
+    CPU that can; elsewhere they keep their weights in ``dtype``, which autocast would make anew
+    for every batch.
 
     Args:
         model: in evaluation mode; changed in place.
         dtype: float32 or bfloat16, in which it is to compute.
     """
-    packs = next(model.parameters()).device.type == "cpu" and can_pack(dtype)
+    on_cpu = next(model.parameters()).device.type == "cpu"
     for module in list(model.modules()):
         if hasattr(module, "freeze"):
             module.freeze(dtype)
         for name, child in module.named_children():
-            if packs and isinstance(child, nn.Linear):
+            if not isinstance(child, nn.Linear):
+                continue
+            if not on_cpu:  # a copy: an embedding may share its weights and keeps them as they are
+                setattr(module, name, copy.deepcopy(child).to(dtype))
+            elif can_pack(dtype):
                 setattr(module, name, PackedLinear(child, dtype))

@@ -50,6 +50,17 @@ class Memory:
     layout: Layout
     keys_values: list[tuple[Tensor, Tensor]]
 
+    def widened(self, length: int) -> Memory:
+        """Return the same with S = ``length`` positions, at least as many as now."""
+        more = length - self.hidden.shape[1]
+
+        def wide(x: Tensor) -> Tensor:
+            return F.pad(x, (0, 0, 0, more))
+
+        pad_mask = F.pad(self.layout.pad_mask, (0, more), value=True)
+        pairs = [(wide(key), wide(value)) for key, value in self.keys_values]
+        return Memory(wide(self.hidden), Layout(pad_mask, None, dense=True), pairs)
+
     def select(self, rows: Tensor) -> Memory:
         """Return the memory of some sentences; int64 indices into B."""
         return Memory(

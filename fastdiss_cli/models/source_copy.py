@@ -40,7 +40,7 @@ def source_copy(memory: Memory, layout: Layout, width: float) -> Tensor:
     for place in places.split(_TOGETHER, dim=1):
         distance = (torch.arange(S, device=device) + 0.5 - place[..., None]).abs()
         weights = (-distance / width).view(B, -1, S)
-        if memory.layout.index is not None:
+        if memory.layout.attn_mask is not None:
             weights = weights.masked_fill(memory.layout.pad_mask[:, None], float("-inf"))
         some = weights.softmax(-1).to(memory.hidden.dtype) @ memory.hidden
         copied.append(some.view(*place.shape, -1))

@@ -9,15 +9,11 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
-import platform
-import re
 import statistics
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
 
-import torch
 from plots import plot, plot_gap, plot_quality, plot_speed
 from results import FEW, METRIC, NAMES, Results, figures_of
 from trials import CLAMPS, GRIDS, HERE, SWEEPS, TEMPERATURES, VARIANTS, trial_folder
@@ -258,15 +254,6 @@ def diagnosis(results: Results) -> tuple[str, str]:
     )
 
 
-def machine() -> str:
-    model = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        found = re.search(r"model name\s*: (.*)", cpuinfo.read_text())
-        model = found[1] if found else model
-    return f"{model}, {os.cpu_count()} cores, torch {torch.__version__}, float32"
-
-
 def write_results(results: Results, folder: Path) -> None:
     """Write RESULTS.md, figures.json and the plots of the variants."""
     plan, name = results.plan, NAMES[results.metric]
@@ -291,7 +278,7 @@ def write_results(results: Results, folder: Path) -> None:
     spread = "mean ± standard deviation over seeds" if seeds > 1 else "one seed: no spread is known"
     sections = [
         f"# {results.corpus}\n",
-        f"Written by `bash recipes/ablation/run.sh {results.corpus}` on {machine()}. "
+        f"Written by `bash recipes/ablation/run.sh {results.corpus}` on {results.machine}. "
         f"{plan['updates']:,} updates per model, {seeds} seed(s), test data unless said otherwise; "
         f"{name}; {spread}.\n",
         "## What was to be shown\n",
@@ -328,8 +315,8 @@ def write_sweeps(results: Results, folder: Path) -> None:
     plan, name = results.plan, NAMES[results.metric]
     sections = [
         f"# {results.corpus}: the open choices\n",
-        f"Written by `bash recipes/ablation/run.sh {results.corpus}` on {machine()}. Validation "
-        f"data, {name} by steps, `fastdiss_tiny`, {plan['sweep_updates']:,} updates, "
+        f"Written by `bash recipes/ablation/run.sh {results.corpus}` on {results.machine}. "
+        f"Validation data, {name} by steps, `fastdiss_tiny`, {plan['sweep_updates']:,} updates, "
         f"{plan['sweep_seeds']} seed(s): the spread between seeds, which RESULTS.md has, is larger "
         "than most differences here. Each setting differs from `BASE` in `trials.py`, the defaults "
         "of that commit, by what its row says; best at 5 steps first.\n",

@@ -19,6 +19,7 @@ from fastdiss_cli.metrics import METRICS
 METRIC = {
     "embedded": ("bleu", True),
     "multi30k": ("bleu", True),
+    "multi30k_small": ("bleu", True),
     "cmudict_g2p": ("ser", False),
 }
 NAMES = {"bleu": "BLEU", "ser": "WER (words with a wrong pronunciation, %)", "wer": "PER"}
@@ -98,6 +99,11 @@ class Results:
     def temperature(self) -> str:
         """What the samples called ``reuse`` were made at, as they say themselves."""
         return figures_of(self.file("difformer", 1, "reuse", 5)).options["temperature"]
+
+    @property
+    def machine(self) -> str:
+        """What has trained and sampled."""
+        return (self.work / "machine.txt").read_text(encoding="utf-8").strip()
 
     def speed_files(self) -> list[tuple[Path, str, str]]:
         """Return the files of the speed measurement, what each is, and its group."""

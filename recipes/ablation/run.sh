@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Do SCP and MANS make five steps as good as many? Train the matrix, sample, score, write the tables.
 # usage: run.sh CORPUS [TEXT] [WORK]
-#   CORPUS   embedded, cmudict_g2p or multi30k
+#   CORPUS   embedded, cmudict_g2p, multi30k or, on a GPU, multi30k_small
 #   TEXT     the folder with the corpus; not needed for the embedded one
 # Run again, it goes on where it was stopped; JOBS=2 trains two models at a time.
 set -euo pipefail
@@ -33,7 +33,7 @@ if [ ! -e "$work/data-bin/manifest.json" ]; then
         cp "$text/train.src" "$text/train.trg" "$work/text"
         options=(--model-type word --separate --vocab-size 1000)
         ;;
-    multi30k)
+    multi30k*)
         for side in de en; do
             cp "$text/train.$side" "$text/valid.$side" "$work/text"
             cp "$text/test2016.$side" "$work/text/test.$side"
@@ -41,7 +41,7 @@ if [ ! -e "$work/data-bin/manifest.json" ]; then
         options=(-s de -t en --vocab-size 6000)
         ;;
     *)
-        echo "run.sh: no corpus $corpus: embedded, cmudict_g2p or multi30k" >&2
+        echo "run.sh: no corpus $corpus: embedded, cmudict_g2p, multi30k or multi30k_small" >&2
         exit 2
         ;;
     esac

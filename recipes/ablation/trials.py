@@ -18,13 +18,15 @@ from typing import Any
 
 import yaml
 
+from fastdiss_cli.device import machine, pick_device, pick_dtype
+
 HERE = Path(__file__).parent
 ALL_STEPS = "1,2,3,5,10,20,50,100"
 FEW_STEPS = "1,2,5,20"
 
 # One network; the unrolled SCP is the default. MANS has a pass of its own, but in the last.
-DIFFORMER = {"arch": "difformer_tiny"}
-SCP = {"arch": "fastdiss_tiny", "scp_unroll": "0", "mans_strength": "0"}
+DIFFORMER = {"family": "difformer"}
+SCP = {"family": "fastdiss", "scp_unroll": "0", "mans_strength": "0"}
 SCP_MANS = SCP | {"mans_strength": "0.25", "mans_shared_pass": "false"}
 VARIANTS: dict[str, dict[str, str]] = {
     "no self-conditioning": DIFFORMER | {"self_cond_rate": "0"},
@@ -139,6 +141,7 @@ class Trial:
     arch: str
     seed: int
     updates: int
+    validate: int  # updates between validations
     settings: dict[str, str]
     split: str
     sampling: dict[str, list[str]] = field(default_factory=dict)
@@ -146,17 +149,17 @@ class Trial:
     def run(self, corpus: Path, data: Path) -> None:
         """Train, which ends at once where it is done and refuses other options, and sample."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        last = self.folder / "checkpoint_last.safetensors"
+        best = self.folder / "checkpoint_best.safetensors"
         options = [f"train.max_update={self.updates}"]
         options += [f"model.{key}={value}" for key, value in self.settings.items()]
         fastdiss(
             self.folder, "train", data, "--config", corpus, "--arch", self.arch,
-            "--seed", self.seed, "--validate-interval-updates", self.updates,
+            "--seed", self.seed, "--validate-interval-updates", self.validate,
             "--save-dir", self.folder,
             *(part for option in options for part in ("--set", option)),
         )  # fmt: skip
         for name, flags in self.sampling.items():
-            sample(data, last, self.split, self.folder / name, flags)
+            sample(data, best, self.split, self.folder / name, flags)
 
 
 def sample(data: Path, checkpoint: Path, split: str, results: Path, flags: list[str]) -> None:
@@ -189,7 +192,7 @@ def measure_speed(work: Path, data: Path, plan: dict[str, Any]) -> None:
         "beam": ("transformer", ["--beam", "5"]),
     }
     for way, (name, flags) in ways.items():
-        checkpoint = trial_folder(work, name, 1) / "checkpoint_last.safetensors"
+        checkpoint = trial_folder(work, name, 1) / "checkpoint_best.safetensors"
         sample(data, checkpoint, "test", work / "speed" / way, flags)
 
 
@@ -209,15 +212,17 @@ def variant_trials(work: Path, plan: dict[str, Any]) -> Iterator[Trial]:
         "diagnosis": ["--steps", "5,20", "--diagnose"],
     }
     beams = {"greedy": ["--beam", "1"], "beam": ["--beam", "5"]}
+    size, updates = plan.get("size", "tiny"), plan["updates"]
+    validate = plan.get("validate", updates)
     for seed in range(1, plan["seeds"] + 1):
         sampling = every_seed | (first_seed if seed == 1 else {})
         for name in plan.get("variants", VARIANTS):
             options = dict(VARIANTS[name])
-            arch = options.pop("arch")
+            arch = f"{options.pop('family')}_{size}"
             folder = trial_folder(work, name, seed)
-            yield Trial(folder, arch, seed, plan["updates"], options, "test", sampling)
+            yield Trial(folder, arch, seed, updates, validate, options, "test", sampling)
         folder = trial_folder(work, "transformer", seed)
-        yield Trial(folder, "transformer_tiny", seed, plan["updates"], {}, "test", beams)
+        yield Trial(folder, f"transformer_{size}", seed, updates, validate, {}, "test", beams)
 
 
 def sweep_trials(work: Path, plan: dict[str, Any]) -> Iterator[Trial]:
@@ -235,7 +240,7 @@ def sweep_trials(work: Path, plan: dict[str, Any]) -> Iterator[Trial]:
         for name, (options, sampling) in trials.items():
             folder = trial_folder(work, f"sweep/{name}", seed)
             updates = plan["sweep_updates"]
-            yield Trial(folder, "fastdiss_tiny", seed, updates, options, "valid", sampling)
+            yield Trial(folder, "fastdiss_tiny", seed, updates, updates, options, "valid", sampling)
 
 
 def main() -> None:
@@ -248,6 +253,11 @@ def main() -> None:
     config = HERE / f"{arguments.corpus}.yaml"
     plan = yaml.safe_load((HERE / "plan.yaml").read_text())[arguments.corpus]
     work = arguments.work
+    told = work / "machine.txt"
+    if not told.exists():
+        device = pick_device("auto")
+        dtype = str(pick_dtype("auto", device)).removeprefix("torch.")
+        told.write_text(f"{machine(device)}, {dtype}\n", encoding="utf-8")
     trials = []
     if arguments.only in (None, "sweep"):
         trials += sweep_trials(work, plan)

@@ -12,8 +12,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import platform
-import re
 import resource
 import statistics
 import sys
@@ -26,11 +24,11 @@ import torch
 
 from fastdiss_cli.config import TrainConfig
 from fastdiss_cli.data.batching import Batch, pad
-from fastdiss_cli.decoding.generation import Run, SequenceGenerator
+from fastdiss_cli.decoding.generation import Run, SequenceGenerator, default_max_tokens
 from fastdiss_cli.decoding.mbr import expected_utility
 from fastdiss_cli.decoding.selection import by_mbr, by_score
-from fastdiss_cli.device import keep_freed_memory
-from fastdiss_cli.models.frozen import PackedLinear, freeze
+from fastdiss_cli.device import keep_freed_memory, machine, pick_device
+from fastdiss_cli.models.frozen import freeze
 from fastdiss_cli.models.registry import Seq2SeqModel, Vocabulary, architecture
 from fastdiss_cli.training.gradient import add_gradient
 from fastdiss_cli.training.optimizer import EMA, make_optimizer
@@ -48,6 +46,9 @@ DIFFUSION = {  # name -> (options, share of the sentences that it gets)
     "5 steps, 5 x 3 candidates, MBR": ({"steps": 5, "length_beam": 5, "noise_beam": 3}, 0.1),
     "5 steps, 7 x 3 candidates, MBR": ({"steps": 5, "length_beam": 7, "noise_beam": 3}, 0.1),
 }
+SENTENCES = {"cpu": 192, "cuda": 8192}
+# tokens of a matrix product, and how many are launched at a time
+PRODUCTS = {"cpu": (1024, 1), "cuda": (8192, 20)}
 BEAMS = {"transformer, greedy": 1, "transformer, beam 5": 5}
 TRAINED = {
     "transformer": ("transformer", {}),
@@ -78,16 +79,23 @@ def sentences(count: int, lengths: np.ndarray | None = None) -> list[list[int]]:
     return [[*draw.integers(5, VOCAB.size, n - 1).tolist(), VOCAB.eos] for n in lengths]
 
 
-def make(system: str, **options: object) -> Seq2SeqModel:
+def make(system: str, device: torch.device, **options: object) -> Seq2SeqModel:
     torch.manual_seed(1)
     arch = architecture(f"{system}_{SIZE}")
-    model = arch.family(arch.config(options), VOCAB, VOCAB)
+    model = arch.family(arch.config(options), VOCAB, VOCAB).to(device)
     if hasattr(model, "length_head"):
         with torch.no_grad():
             model.length_head.weight.zero_()
             limit = model.config.max_length_offset
             model.length_head.bias.copy_(-(torch.arange(-limit, limit + 1) - LONGER).abs())
     return model.eval()
+
+
+def now(device: torch.device) -> float:
+    """Return the time, in seconds, when a device has done all that it was told to."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 def take_turns(rounds: int, systems: dict[str, Callable[[], float]]) -> Measured:
@@ -115,9 +123,11 @@ def decoding_speed(
     return len(sources) / (time.perf_counter() - start)
 
 
-def decoding(rounds: int, count: int, batch: int, dtype: torch.dtype) -> Measured:
+def decoding(
+    rounds: int, count: int, batch: int, device: torch.device, dtype: torch.dtype
+) -> Measured:
     """Measure sentences per second of every way of decoding."""
-    diffusion, autoregressive = make("fastdiss"), make("transformer")
+    diffusion, autoregressive = make("fastdiss", device), make("transformer", device)
     freeze(diffusion, dtype)
     freeze(autoregressive, dtype)
     systems: dict[str, Callable[[], float]] = {}
@@ -135,20 +145,20 @@ def decoding(rounds: int, count: int, batch: int, dtype: torch.dtype) -> Measure
     return take_turns(rounds, systems)
 
 
-def training(rounds: int, tokens: int, dtype: torch.dtype) -> Measured:
+def training(rounds: int, tokens: int, device: torch.device, dtype: torch.dtype) -> Measured:
     """Measure target tokens per second of whole updates, optimizer and average included."""
     # of similar length, as `TokenBatcher` puts them together: those in the middle of all
     count = max(tokens // 15, 2)
     rows = sorted(sentences(20 * count), key=len)[10 * count : 11 * count]
-    batch = Batch(*pad(rows, VOCAB.pad), *pad(rows[::-1], VOCAB.pad))
+    batch = Batch(*pad(rows, VOCAB.pad), *pad(rows[::-1], VOCAB.pad)).to(device)
     config = TrainConfig()
     systems = {}
     for name, (system, options) in TRAINED.items():
-        model = make(system, **options).train()
+        model = make(system, device, **options).train()
         optimizer, average = make_optimizer(model, config), EMA(model, 0.999)
 
         def update(name=name, model=model, optimizer=optimizer, average=average) -> float:
-            start = time.perf_counter()
+            start = now(device)
             for rate in (0.0, 1.0):  # the pass of standard self-conditioning is in half of them
                 if name == "difformer":
                     model.config = dataclasses.replace(model.config, self_cond_rate=rate)
@@ -157,28 +167,31 @@ def training(rounds: int, tokens: int, dtype: torch.dtype) -> Measured:
                 torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
                 optimizer.step()
                 average.update(model, 1)
-            return 2 * batch.num_tgt_tokens / (time.perf_counter() - start)
+            return 2 * batch.num_tgt_tokens / (now(device) - start)
 
         systems[name] = update
     return take_turns(rounds, systems)
 
 
-def matrix_products(rounds: int, dtype: torch.dtype) -> Measured:
-    """Measure GFLOP/s of products at the model's shapes, by torch and with packed weights."""
-    x = torch.randn(1024, 512, dtype=dtype)
-    linear = torch.nn.Linear(512, 1024).to(dtype)
-    packed = PackedLinear(linear, dtype)
+def matrix_products(rounds: int, device: torch.device, dtype: torch.dtype) -> Measured:
+    """Measure GFLOP/s of products at the model's shapes: by torch's layer, and by a frozen one."""
+    tokens, repeats = PRODUCTS[device.type]
+    x = torch.randn(tokens, 512, dtype=dtype, device=device)
+    linear = torch.nn.Linear(512, 1024).to(device, dtype)
+    holder = torch.nn.Sequential(linear)
+    freeze(holder, dtype)
 
     def rate(layer: torch.nn.Module) -> float:
         best = float("inf")
         with torch.inference_mode():
             for _ in range(30):
-                start = time.perf_counter()
-                layer(x)
-                best = min(best, time.perf_counter() - start)
-        return 2 * 1024 * 512 * 1024 / best / 1e9
+                start = now(device)
+                for _ in range(repeats):
+                    layer(x)
+                best = min(best, (now(device) - start) / repeats)
+        return 2 * tokens * 512 * 1024 / best / 1e9
 
-    ways = {"nn.Linear": lambda: rate(linear), "packed": lambda: rate(packed)}
+    ways = {"nn.Linear": lambda: rate(linear), "frozen": lambda: rate(holder[0])}
     return take_turns(rounds, ways)
 
 
@@ -193,9 +206,11 @@ def flops_per_token(model: Seq2SeqModel) -> float:
     return 2 * (c.decoder_layers * layer + 3 * c.latent_dim * c.model_dim + expected)
 
 
-def growth(rounds: int, batch: int, count: int = 64, tokens: int = 2048) -> dict[str, Measured]:
+def growth(
+    rounds: int, batch: int, device: torch.device, count: int = 64, tokens: int = 2048
+) -> dict[str, Measured]:
     """Measure how time grows with steps, with length and with the corpus; seconds."""
-    model = make("fastdiss")
+    model = make("fastdiss", device)
     freeze(model, torch.float32)
 
     def seconds(rows: list[list[int]], **options: int) -> float:
@@ -270,7 +285,7 @@ def report(figures: dict) -> str:
             f"## Decoding, {dtype}",
             "",
             f"Sentences per second. Matrix product at the model's shapes: {row(rate['nn.Linear'])} "
-            f"GFLOP/s by torch's linear layer, {row(rate['packed'])} with packed weights.",
+            f"GFLOP/s by torch's linear layer, {row(rate['frozen'])} by the layer that decodes.",
             "",
             "| | batches | against beam 5 | one by one | against beam 5 |",
             "| --- | ---: | ---: | ---: | ---: |",
@@ -283,7 +298,7 @@ def report(figures: dict) -> str:
                 cells += [row(by[name]), ratio(by[name], beam)] if name in by else ["", ""]
             lines.append(f"| {' | '.join(cells)} |")
         tokens = figures["tokens per sentence"]
-        pairs = zip(many["20 steps"], many["5 steps"], rate["packed"], strict=True)
+        pairs = zip(many["20 steps"], many["5 steps"], rate["frozen"], strict=True)
         shares = [
             figures["flops per token"] * tokens * 15 / (1 / a - 1 / b) / 1e9 / c
             for a, b, c in pairs
@@ -291,7 +306,7 @@ def report(figures: dict) -> str:
         lines += [
             "",
             "A denoiser step of a large batch, by the difference of 20 and 5 steps, runs at "
-            f"{100 * statistics.median(shares):.0f} % of the rate of packed products.",
+            f"{100 * statistics.median(shares):.0f} % of that layer's rate.",
         ]
     lines += ["", "## Training", "", "Target tokens per second, whole updates.", ""]
     kinds = list(figures["training"])
@@ -323,34 +338,33 @@ def report(figures: dict) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", default="cpu", help="cpu, or cuda")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--sentences", type=int, default=192)
-    parser.add_argument("--max-tokens", type=int, default=2000)
+    parser.add_argument("--sentences", type=int, help="a file's worth; one by one fewer")
+    parser.add_argument("--max-tokens", type=int, help="of a batch, here and in training")
     parser.add_argument("--out", type=Path, default=HERE)
     arguments = parser.parse_args()
-    rounds, count = arguments.rounds, arguments.sentences
+    device = pick_device(arguments.device)
+    rounds, batch = arguments.rounds, arguments.max_tokens or default_max_tokens(device)
+    count = arguments.sentences or SENTENCES[device.type]
     keep_freed_memory()
-    cpuinfo = Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else None
-    model = found[1] if found else platform.processor() or platform.machine()
-    machine = f"{model}, {torch.get_num_threads()} threads, torch {torch.__version__}"
     figures: dict = {
-        "machine": machine,
+        "machine": machine(device),
         "tokens per sentence": float(np.mean([len(s) + LONGER for s in sentences(count // 2)])),
-        "flops per token": flops_per_token(make("fastdiss")),
+        "flops per token": flops_per_token(make("fastdiss", device)),
         "matrix products": {},
         "decoding": {},
         "training": {},
     }
     for dtype in DTYPES:
         name = str(dtype).removeprefix("torch.")
-        figures["matrix products"][name] = matrix_products(rounds, dtype)
+        figures["matrix products"][name] = matrix_products(rounds, device, dtype)
         figures["decoding"][name] = {
-            "batches": decoding(rounds, count, arguments.max_tokens, dtype),
-            "one by one": decoding(rounds, max(count // 12, 4), 1, dtype),
+            "batches": decoding(rounds, count, batch, device, dtype),
+            "one by one": decoding(rounds, max(count // 128, 16), 1, device, dtype),
         }
-        figures["training"][name] = training(rounds, arguments.max_tokens, dtype)
-    figures["growth"] = growth(rounds, arguments.max_tokens)
+        figures["training"][name] = training(rounds, batch, device, dtype)
+    figures["growth"] = growth(rounds, batch, device)
     figures["selection"] = selection(rounds, 50)
     figures["peak memory, MiB"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     arguments.out.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,77 @@
+"""What a GPU does as a CPU does; skipped where there is none."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import GPU_ENVIRONMENT, SIZES, run_process
+from runs import command
+
+_LOOK = [sys.executable, "-c", "import sys, torch; sys.exit(not torch.cuda.is_available())"]
+HAS_GPU = (
+    torch.version.cuda is not None and not subprocess.run(_LOOK, env=GPU_ENVIRONMENT).returncode
+)
+pytestmark = [pytest.mark.skipif(not HAS_GPU, reason="no GPU"), pytest.mark.slow]
+
+# prints how many sentences one by one, of which shapes come again, differ from those in a batch,
+# how many graphs that took, and how many sentences a CPU answers otherwise
+ONE_BY_ONE = """
+import json, sys
+import fastdiss_cli
+path, *sentences = sys.argv[1:]
+gpu, cpu = (fastdiss_cli.load(path, device, "float32") for device in ("cuda", "cpu"))
+options = {"steps": 5, "length_beam": 2, "noise_beam": 2}
+together = gpu.generate(sentences, **options)
+alone = [gpu.generate([sentence], **options)[0] for sentence in sentences for _ in range(3)][2::3]
+graphs = gpu.model.graphs.captured
+on_cpu = cpu.generate(sentences, **options)
+differ = [sum(a != b for a, b in zip(together, others)) for others in (alone, on_cpu)]
+print(json.dumps([*differ, graphs]))
+"""
+
+
+@pytest.fixture(scope="module")
+def trained(data_bin: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of a training on the GPU that was interrupted and went on."""
+    folder = tmp_path_factory.mktemp("gpu")
+    for updates in (60, 120):
+        words = command(data_bin, folder, max_update=updates, max_tokens=2000)
+        words += ["--device=cuda", "--accept-changes"]
+        done = run_process(*words, environment=GPU_ENVIRONMENT)
+        assert done.returncode == 0, done.stderr
+    return folder
+
+
+def test_a_training_goes_on_and_learns(trained: Path) -> None:
+    lines = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["loss"] for line in lines if line["split"] == "train"]
+    assert len(losses) == 120
+    assert sum(losses[-10:]) < 0.9 * sum(losses[:10])
+
+
+def test_one_by_one_and_in_a_batch_and_on_a_cpu_the_answers_are_the_same(
+    trained: Path, corpus: Path
+) -> None:
+    sentences = (corpus / "test.de").read_text().splitlines()
+    words = [sys.executable, "-c", ONE_BY_ONE, str(trained / "checkpoint_best.safetensors")]
+    done = subprocess.run([*words, *sentences], capture_output=True, text=True, env=GPU_ENVIRONMENT)
+    assert done.returncode == 0, done.stderr
+    alone, on_cpu, graphs = json.loads(done.stdout)
+    assert graphs > 0
+    assert max(alone, on_cpu) <= SIZES["test"] // 10  # near ties are rounded either way
+
+
+@pytest.mark.parametrize("arch", ["difformer_tiny", "transformer_tiny"])
+def test_bfloat16_and_compiled(arch: str, data_bin: Path, tmp_path: Path) -> None:
+    words = command(data_bin, tmp_path, arch, dtype="bfloat16", compile="true")
+    done = run_process(*words, "--device=cuda", environment=GPU_ENVIRONMENT)
+    assert done.returncode == 0, done.stderr
+    words = ["generate", data_bin, "--path", tmp_path, "--dtype=bfloat16", "--early-exit"]
+    done = run_process(*words[: 5 + (arch != "transformer_tiny")], environment=GPU_ENVIRONMENT)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("\nH-") + done.stdout.startswith("H-") == SIZES["test"]
