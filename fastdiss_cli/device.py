@@ -5,14 +5,18 @@ from __future__ import annotations
 import ctypes
 import platform
 import re
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastdiss_cli.errors import FastdissError
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3  # of <malloc.h>
 DTYPES = ("auto", "float32", "bfloat16")
+_ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 # what torch's CPU allocator, cuBLAS and cuDNN say
 _OUT_OF_MEMORY = (
     "can't allocate memory", "not enough memory", "out of memory", "STATUS_ALLOC_FAILED",
@@ -77,9 +81,20 @@ def machine(device: torch.device) -> str:
     return f"{model}, {torch.get_num_threads()} threads, torch {torch.__version__}"
 
 
-def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
-    """Return the context in which a model computes in ``dtype``."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
+@contextmanager
+def autocast(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+    """Open the context in which a model computes in ``dtype``.
+
+    On a GPU attention goes without cuDNN, which makes a plan for every shape that a batch has and
+    takes up to half a second for it.
+    """
+    with ExitStack() as stack:
+        if device.type == "cuda":
+            stack.enter_context(sdpa_kernel(_ATTENTION))
+        stack.enter_context(
+            torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
+        )
+        yield
 
 
 def out_of_memory(error: BaseException) -> bool:

@@ -18,20 +18,23 @@ HAS_GPU = (
 )
 pytestmark = [pytest.mark.skipif(not HAS_GPU, reason="no GPU"), pytest.mark.slow]
 
-# prints how many sentences one by one, of which shapes come again, differ from those in a batch,
-# how many graphs that took, and how many sentences a CPU answers otherwise
+# prints how many sentences, one by one, are answered otherwise by a graph than without, how many by
+# a CPU, and how many graphs were captured
 ONE_BY_ONE = """
 import json, sys
 import fastdiss_cli
 path, *sentences = sys.argv[1:]
 gpu, cpu = (fastdiss_cli.load(path, device, "float32") for device in ("cuda", "cpu"))
-options = {"steps": 5, "length_beam": 2, "noise_beam": 2}
-together = gpu.generate(sentences, **options)
-alone = [gpu.generate([sentence], **options)[0] for sentence in sentences for _ in range(3)][2::3]
-graphs = gpu.model.graphs.captured
-on_cpu = cpu.generate(sentences, **options)
-differ = [sum(a != b for a, b in zip(together, others)) for others in (alone, on_cpu)]
-print(json.dumps([*differ, graphs]))
+
+def answers(translator):
+    options = {"steps": 5, "length_beam": 2, "noise_beam": 2}
+    return [translator.generate([sentence], **options)[0] for sentence in sentences]
+
+for _ in range(3):
+    replayed = answers(gpu)
+graphs, gpu.model.graphs = gpu.model.graphs, None
+differ = [sum(a != b for a, b in zip(answers(other), replayed)) for other in (gpu, cpu)]
+print(json.dumps([*differ, graphs.captured]))
 """
 
 
@@ -39,7 +42,7 @@ print(json.dumps([*differ, graphs]))
 def trained(data_bin: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the folder of a training on the GPU that was interrupted and went on."""
     folder = tmp_path_factory.mktemp("gpu")
-    for updates in (60, 120):
+    for updates in (150, 300):
         words = command(data_bin, folder, max_update=updates, max_tokens=2000)
         words += ["--device=cuda", "--accept-changes"]
         done = run_process(*words, environment=GPU_ENVIRONMENT)
@@ -50,20 +53,20 @@ def trained(data_bin: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_training_goes_on_and_learns(trained: Path) -> None:
     lines = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
     losses = [line["loss"] for line in lines if line["split"] == "train"]
-    assert len(losses) == 120
-    assert sum(losses[-10:]) < 0.9 * sum(losses[:10])
+    assert len(losses) == 300
+    assert sum(losses[-10:]) < 0.8 * sum(losses[:10])
 
 
-def test_one_by_one_and_in_a_batch_and_on_a_cpu_the_answers_are_the_same(
+def test_replayed_and_launched_and_on_a_cpu_the_answers_are_the_same(
     trained: Path, corpus: Path
 ) -> None:
     sentences = (corpus / "test.de").read_text().splitlines()
     words = [sys.executable, "-c", ONE_BY_ONE, str(trained / "checkpoint_best.safetensors")]
     done = subprocess.run([*words, *sentences], capture_output=True, text=True, env=GPU_ENVIRONMENT)
     assert done.returncode == 0, done.stderr
-    alone, on_cpu, graphs = json.loads(done.stdout)
+    launched, on_cpu, graphs = json.loads(done.stdout)
     assert graphs > 0
-    assert max(alone, on_cpu) <= SIZES["test"] // 10  # near ties are rounded either way
+    assert max(launched, on_cpu) <= SIZES["test"] // 10  # near ties are rounded either way
 
 
 @pytest.mark.parametrize("arch", ["difformer_tiny", "transformer_tiny"])

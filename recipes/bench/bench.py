@@ -46,7 +46,8 @@ DIFFUSION = {  # name -> (options, share of the sentences that it gets)
     "5 steps, 5 x 3 candidates, MBR": ({"steps": 5, "length_beam": 5, "noise_beam": 3}, 0.1),
     "5 steps, 7 x 3 candidates, MBR": ({"steps": 5, "length_beam": 7, "noise_beam": 3}, 0.1),
 }
-SENTENCES = {"cpu": 192, "cuda": 8192}
+SENTENCES = {"cpu": 192, "cuda": 4096}
+WARM_UP = {"cpu": 1, "cuda": 2}  # rounds of decoding: a GPU replays what it has seen twice
 # tokens of a matrix product, and how many are launched at a time
 PRODUCTS = {"cpu": (1024, 1), "cuda": (8192, 20)}
 BEAMS = {"transformer, greedy": 1, "transformer, beam 5": 5}
@@ -98,10 +99,10 @@ def now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def take_turns(rounds: int, systems: dict[str, Callable[[], float]]) -> Measured:
-    """Call every system once a round; a first round, to warm up, does not count."""
+def take_turns(rounds: int, systems: dict[str, Callable[[], float]], warm_up: int = 1) -> Measured:
+    """Call every system once a round; the first rounds, to warm up, do not count."""
     figures: Measured = {name: [] for name in systems}
-    for turn in range(-1, rounds):
+    for turn in range(-warm_up, rounds):
         for name, measure in systems.items():
             figure = measure()
             if turn >= 0:
@@ -142,7 +143,7 @@ def decoding(
         systems[name] = lambda some=some, options=options: decoding_speed(
             autoregressive, some, batch, dtype, **options
         )
-    return take_turns(rounds, systems)
+    return take_turns(rounds, systems, WARM_UP[device.type])
 
 
 def training(rounds: int, tokens: int, device: torch.device, dtype: torch.dtype) -> Measured:
