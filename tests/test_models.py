@@ -19,11 +19,13 @@ from fastdiss_cli.data.layout import Layout
 from fastdiss_cli.decoding.diagnosis import by_time
 from fastdiss_cli.decoding.generation import Run, SequenceGenerator
 from fastdiss_cli.decoding.selection import by_score
+from fastdiss_cli.diffusion.solvers import SOLVERS
 from fastdiss_cli.errors import FastdissError
 from fastdiss_cli.models.denoiser import Denoiser
 from fastdiss_cli.models.difformer import TEMPERATURE
 from fastdiss_cli.models.embedding import LatentEmbedding
 from fastdiss_cli.models.frozen import can_pack, freeze
+from fastdiss_cli.models.graphs import GraphCache
 from fastdiss_cli.models.layers import Cache
 from fastdiss_cli.models.registry import Seq2SeqModel, Vocabulary, architecture, architectures
 from fastdiss_cli.models.source_copy import source_copy
@@ -82,6 +84,63 @@ def test_a_hypothesis_does_not_depend_on_the_order_of_the_corpus(family: str) ->
         model.encode(*pad(sources[::-1], VOCAB.pad)), torch.arange(12).flip(0), options
     )
     assert [h[0].tokens for h in forward] == [h[0].tokens for h in reversed(backward)]
+
+
+class Replayed(GraphCache):
+    """Runs what a GPU would capture as a graph, from the first time on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.runs: list[tuple] = []
+
+    def has_seen(self, key: object) -> bool:
+        super().has_seen(key)
+        return True
+
+    def run(self, key, function, inputs):
+        self.runs.append((key, function, inputs))
+        return function(*inputs)
+
+
+@pytest.mark.parametrize("family", ["difformer", "fastdiss"])
+@pytest.mark.parametrize("options", [{}, {"solver": "ddim"}, {"length_beam": 2, "noise_beam": 2}])
+def test_what_a_gpu_replays_gives_the_same_answers(family: str, options: dict[str, Any]) -> None:
+    model, sources = make_model(family), random_sentences(20)
+    launched = [answers(model, sources, size, **options) for size in (1, 150)]
+    model.graphs = Replayed()
+    assert [answers(model, sources, size, **options) for size in (1, 150)] == launched
+    keys = [key for key, *_ in model.graphs.runs]
+    assert len(set(keys)) < len(keys)  # of 8 or 16 positions
+    before = len(keys)
+    answers(model, sources, 150, early_exit=True)
+    assert len(model.graphs.runs) == before  # it depends on the answers what comes next
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("self_cond", ["reuse", "none", "recompute"])
+def test_what_a_gpu_replays_never_waits_for_it(
+    solver: str, self_cond: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the device `meta`, which has no numbers, whatever asks for one fails."""
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind: False)  # it knows no such device
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())
+    model, sources = make_model("fastdiss"), random_sentences(3)
+    model.graphs = Replayed()
+    answers(model, sources, 150, solver=solver, self_cond=self_cond)
+    ((_, function, inputs),) = model.graphs.runs
+    model = model.to("meta")
+    scores, tokens, nfe = function(*(x.to("meta") for x in inputs))
+    _, _, pad_mask, *_ = inputs
+    assert scores.shape == tokens.shape == pad_mask.shape and nfe.shape == (3,)
+
+
+def test_a_graph_is_captured_for_what_comes_again() -> None:
+    graphs = GraphCache()
+    assert [graphs.has_seen(key) for key in ("a", "b", "a")] == [False, False, True]
+    for key in range(1000):
+        assert not graphs.has_seen(key)
+    assert not graphs.has_seen("a")  # long ago
+    assert graphs.captured == 0
 
 
 def test_other_sentence_numbers_and_seeds_draw_other_noise() -> None:
@@ -549,7 +608,7 @@ def test_training_runs_on_what_was_chosen() -> None:
     model.denoise = lambda *given: seen.append(given) or denoise(*given)
     model.loss(make_batch(sentences, sentences), update=1)
     z_t, t, self_cond, *_ = seen[-1]
-    assert t is chosen[0].t and self_cond is chosen[0].self_cond
+    assert t is chosen[0].told_t and self_cond is chosen[0].self_cond
     sampled, which = chosen[0].unrolled
     rows = (z_t == sampled).all(-1).all(-1)
     assert torch.equal(rows, which[:, 0, 0]) and 5 < rows.sum() < 35

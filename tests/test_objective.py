@@ -19,7 +19,7 @@ from fastdiss_cli.diffusion.schedule import TIME_GRIDS, NoiseSchedule, time_grid
 
 SCHEDULE = NoiseSchedule("sqrt", factor=4.0)
 B, T, D = 6, 3, 4
-OFF = MANS(0.0, "distance", (0.1, 1.0), 0, False)
+OFF = MANS(0.0, "distance", (0.1, 1.0), 0, False, "token")
 
 
 class Recorder:
@@ -166,7 +166,7 @@ def test_couplings() -> None:
 
 def test_mans_gives_easy_tokens_more_noise() -> None:
     """t_i = t + lambda r (1 - t), r linear between the anchors, per token."""
-    mans = MANS(0.5, "distance", (0.2, 1.0), 0, False)
+    mans = MANS(0.5, "distance", (0.2, 1.0), 0, False, "token")
     confidence = torch.tensor([0.0, 0.2, 0.6, 1.0, 1.7, 0.4])[:, None].expand(B, T)
     t = torch.full((B,), 0.4)
     denoise = Recorder()
@@ -187,15 +187,32 @@ def test_uniform_stale_times_stay_uniform_above_the_time_of_the_token() -> None:
     torch.testing.assert_close(later, torch.tensor([[0.6, 0.8, 0.95]]))
 
 
+@pytest.mark.parametrize("shared", [False, True])
+def test_the_network_is_told_the_time_of_the_sentence(shared: bool) -> None:
+    """It then sees the noise that MANS adds, in both passes, and not the times t_i."""
+    mans = MANS(0.5, "distance", (0.2, 1.0), 0, shared, "sentence")
+    denoise, t = Recorder(), torch.full((B,), 0.4)
+    given, z_0, noise = condition(denoise, t, scp(unroll=0.0), mans, torch.zeros(B, T))
+    assert (given.t > 0.4).all()
+    assert torch.equal(given.told_t, t[:, None])
+    torch.testing.assert_close(denoise.calls[-1][1], torch.full((B, 1), 0.6))
+    torch.testing.assert_close(
+        given.z_t(SCHEDULE, z_0, noise), SCHEDULE.add_noise(z_0, given.t, noise)
+    )
+    by_token = MANS(0.5, "distance", (0.2, 1.0), 0, shared, "token")
+    given, *_ = condition(Recorder(), t, scp(), by_token, torch.zeros(B, T))
+    assert torch.equal(given.told_t, given.t)
+
+
 def test_mans_by_probability_has_its_anchors_the_other_way_round() -> None:
-    mans = MANS(0.5, "probability", (0.9, 0.1), 0, False)
+    mans = MANS(0.5, "probability", (0.9, 0.1), 0, False, "token")
     assert mans.ease(torch.tensor([0.0, 0.1, 0.5, 0.9, 1.0])).tolist() == pytest.approx(
         [0, 0, 0.5, 1, 1]
     )
 
 
 def test_mans_starts_at_its_update() -> None:
-    mans = MANS(0.5, "distance", (0.2, 1.0), 100, False)
+    mans = MANS(0.5, "distance", (0.2, 1.0), 100, False, "token")
     easy = torch.zeros(B, T)
     t = torch.full((B,), 0.4)
     before, *_ = condition(Recorder(), t, scp(), mans, easy, update=99)
@@ -204,7 +221,7 @@ def test_mans_starts_at_its_update() -> None:
 
 
 def test_shared_pass_saves_a_pass_and_stays_below_the_stale_time() -> None:
-    mans = MANS(1.0, "distance", (0.2, 1.0), 0, True)
+    mans = MANS(1.0, "distance", (0.2, 1.0), 0, True, "token")
     denoise = Recorder()
     t = torch.full((B,), 0.4)
     given, *_ = condition(denoise, t, scp(), mans, torch.zeros(B, T))
@@ -214,7 +231,7 @@ def test_shared_pass_saves_a_pass_and_stays_below_the_stale_time() -> None:
 
 def test_passes_without_scp() -> None:
     """Rate 0 leaves MANS alone: one pass for the confidence, and zeros for the network."""
-    mans = MANS(0.5, "distance", (0.2, 1.0), 0, False)
+    mans = MANS(0.5, "distance", (0.2, 1.0), 0, False, "token")
     denoise = Recorder()
     given, *_ = condition(denoise, torch.full((B,), 0.4), scp(rate=0.0), mans, torch.zeros(B, T))
     assert len(denoise.calls) == 1

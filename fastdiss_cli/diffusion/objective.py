@@ -20,6 +20,7 @@ from fastdiss_cli.diffusion.solvers import Ancestral
 SCP_OFFSETS = ("step-matched", "uniform", "fixed", "none")
 SCP_COUPLINGS = ("markov", "shared", "independent")
 MANS_CONFIDENCES = ("distance", "probability")
+MANS_TOLD = ("sentence", "token")
 
 # (z_t [B, T, D], t [B, 1] or [B, T], self_cond [B, T, D]) -> z0_hat [B, T, D]
 Denoise = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -32,6 +33,7 @@ class Condition:
     """What a training pass is conditioned on."""
 
     t: Tensor  # noise times, float [B, 1] or, per token, [B, T]
+    told_t: Tensor  # those that the network is told, likewise
     self_cond: Tensor  # the estimate of z_0 that the network is told, float [B, T, D]
     # in place of the noised z_0, where the mask says so: float [B, T, D] and bool [B, 1, 1]
     unrolled: tuple[Tensor, Tensor] | None = None
@@ -132,8 +134,11 @@ class MANS:
         anchors: (easy, hard): the confidence values where r is 1 and where it is 0.
         start_update: the update from which on it is used.
         shared_pass: take the confidence from SCP's pass instead of a pass of its own. It saves a
-            pass, but then the times t_i tell the network which of the estimates that it is told
-            are right, and in sampling nothing does.
+            pass, but then the noise tells the network which of the estimates that it is told are
+            right, and in sampling nothing does.
+        told: whether the network is told the time t of the ``sentence`` or t_i of each ``token``.
+            The times t_i say which tokens it gets right; in sampling they are all the same, which
+            it has then learned to take for: all wrong.
     """
 
     strength: float
@@ -141,6 +146,7 @@ class MANS:
     anchors: tuple[float, float]
     start_update: int
     shared_pass: bool
+    told: str
 
     def active(self, update: int) -> bool:
         return self.strength > 0 and update >= self.start_update
@@ -176,7 +182,7 @@ def standard_self_conditioning(
     told = torch.zeros_like(z_t)
     if float(torch.rand(())) < rate:
         told = tell(denoise(z_t, t, told))
-    return Condition(t, told)
+    return Condition(t, t, told)
 
 
 def perturbed_self_conditioning(
@@ -213,12 +219,14 @@ def perturbed_self_conditioning(
     if scaled and not shared:
         estimate = denoise(schedule.add_noise(z_0, token_t, noise), token_t, zeros)
         token_t = mans.token_times(token_t, mans.ease(confidence(estimate)))
+    by_token = mans.told == "token"
     if told_nothing:
-        return Condition(token_t, zeros)
+        return Condition(token_t, token_t if by_token else t[:, None], zeros)
 
     later = scp.token_stale_times(token_t, t, stale)
     z_later = scp.later_noise(schedule, z_0, noise, token_t, later)
-    estimate = denoise(z_later, later, zeros)
+    told_later = later if by_token else scp.token_stale_times(t[:, None], t, stale)
+    estimate = denoise(z_later, told_later, zeros)
     if shared:
         moved = mans.token_times(token_t, mans.ease(confidence(estimate)))
         token_t = torch.minimum(moved, later)
@@ -230,4 +238,5 @@ def perturbed_self_conditioning(
         times = later[..., None], token_t[..., None]
         sampled = Ancestral(schedule)(z_later, told, *times, lambda: torch.randn_like(z_0))
         unrolled = sampled, chosen & ~in_first_step
-    return Condition(token_t, told.masked_fill(in_first_step, 0), unrolled)
+    told_t = token_t if by_token else t[:, None]
+    return Condition(token_t, told_t, told.masked_fill(in_first_step, 0), unrolled)

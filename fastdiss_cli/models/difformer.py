@@ -238,7 +238,7 @@ class Difformer(Seq2SeqModel):
         # before torch 2.10 autocast would go on with casts of the weights that carry no gradient
         torch.clear_autocast_cache()
         z_t = given.z_t(self.schedule, z_0, noise)
-        z0_hat = denoiser(z_t, given.t, given.self_cond)
+        z0_hat = denoiser(z_t, given.told_t, given.self_cond)
         mse, anchor = self._token_losses(z0_hat, z_0, batch.tgt_tokens, denoiser.layout)
         limit = config.max_length_offset
         offset = batch.tgt_layout.lengths - memory.layout.lengths

@@ -13,6 +13,7 @@ from fastdiss_cli.config import one_of, option, require
 from fastdiss_cli.diffusion.objective import (
     MANS,
     MANS_CONFIDENCES,
+    MANS_TOLD,
     SCP,
     SCP_COUPLINGS,
     SCP_OFFSETS,
@@ -47,6 +48,7 @@ class FastDiSSConfig(DiffusionConfig):
     )
     mans_start_update: int = option(0, "the update from which on MANS is used")
     mans_shared_pass: bool = option(False, "take the confidence from SCP's pass, not an own one")
+    mans_told: str = option("sentence", f"whose time the network is told: {', '.join(MANS_TOLD)}")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -54,6 +56,7 @@ class FastDiSSConfig(DiffusionConfig):
         one_of(self, "scp_coupling", SCP_COUPLINGS)
         one_of(self, "scp_grid", TIME_GRIDS)
         one_of(self, "mans_confidence", MANS_CONFIDENCES)
+        one_of(self, "mans_told", MANS_TOLD)
         require(self, "scp_gap", 0 < self.scp_gap <= 1, "in (0, 1]")
         require(
             self,
@@ -97,6 +100,7 @@ class FastDiSS(Difformer):
             anchors=config.mans_anchors or DEFAULT_ANCHORS[config.mans_confidence],
             start_update=config.mans_start_update,
             shared_pass=config.mans_shared_pass,
+            told=config.mans_told,
         )
 
     def condition(
