@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 from collections.abc import Callable
@@ -99,6 +100,21 @@ def test_text_goes_in_and_comes_out(
     assert manifest.sentences == {"train": 200, "valid": 20, "test": 20}
     assert max(manifest.vocab_sizes.values()) <= 300
     assert [path.name for path in tmp_path.iterdir()] == ["d"]
+
+
+def test_a_line_break_in_a_field_becomes_a_blank_and_is_told(
+    preprocess: Command, tmp_path: Path
+) -> None:
+    rows = [{"de": "ein\nHund", "en": "a dog"}, {"de": "zwei", "en": "two\n\ncats"}] * 40
+    rows += [{"de": "null", "en": "zero"}] * 40
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = ("--format", "jsonl", "--model-type", "char", "--destdir", tmp_path / "d")
+    done = preprocess("--trainpref", tmp_path / "x", *options)
+    assert done.code == 0, done.err
+    assert "train: 80 pairs have a line break within a field: now a blank" in done.err
+    assert "decode to other text" not in done.err
+    expected = [("ein Hund", "a dog"), ("zwei", "two  cats")] * 40 + [("null", "zero")] * 40
+    assert text_of(BinarizedDataset(tmp_path / "d"), "train") == expected
 
 
 @pytest.mark.parametrize("format", ["jsonl", "tsv"])

@@ -248,7 +248,7 @@ def _binarize(
     for side, tokenizer in (("src", src), ("tgt", tgt)):
         (folder / f"tokenizer.{side}").write_bytes(tokenizer.model)
     for split in corpus.prefixes:
-        sentences = empty = first_empty = altered = 0
+        sentences = empty = first_empty = altered = broken = 0
         with ExitStack() as stack:
             stems = [folder / f"{split}.{side}" for side in ("src", "tgt")]
             writers = [stack.enter_context(TokenWriter(stem, dtype)) for stem in stems]
@@ -261,11 +261,14 @@ def _binarize(
                 empty += len(block.empty)
                 first_empty = first_empty or min(block.empty, default=0)
                 altered += block.altered
+                broken += block.broken
                 bar.advance(len(block.sizes[0]))
             infos = [writer.finish() for writer in writers]
         manifest.sentences[split] = sentences
         manifest.splits[split] = dict(zip(("src", "tgt"), infos, strict=True))
         _report(split, sentences, infos, altered, src.lossless and tgt.lossless)
+        if broken:
+            logs.warn(f"{split}: {broken:,} pairs have a line break within a field: now a blank")
         if empty:
             first = f"the first in {corpus.prefixes[split]}, line {first_empty}"
             logs.warn(f"{split}: {empty:,} pairs have an empty side ({first}); they are kept")

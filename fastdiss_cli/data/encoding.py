@@ -15,7 +15,7 @@ from threading import Thread
 
 import numpy as np
 
-from fastdiss_cli.data.text import Block
+from fastdiss_cli.data.text import Block, on_one_line
 from fastdiss_cli.data.tokenizer import make_tokenizer
 
 CHUNK = 8192  # sentence pairs that a worker is given at once
@@ -31,6 +31,7 @@ class Encoded:
         unknown: of each side, how many tokens are unknown.
         empty: the numbers of the lines with an empty side.
         altered: pairs that decode to other text.
+        broken: pairs with a line break, which has become a blank.
     """
 
     sizes: list[np.ndarray]
@@ -38,6 +39,7 @@ class Encoded:
     unknown: list[int]
     empty: list[int]
     altered: int
+    broken: int
 
 
 class BlockEncoder:
@@ -56,7 +58,10 @@ class BlockEncoder:
 
     def encode(self, block: Block) -> Encoded:
         sides = block.sides()
-        encoded = Encoded([], [], [], [], 0)
+        broken = sum("\n" in src or "\n" in tgt for src, tgt in zip(*sides, strict=True))
+        if broken:
+            sides = tuple(list(map(on_one_line, texts)) for texts in sides)
+        encoded = Encoded([], [], [], [], 0, broken)
         altered = []
         for tokenizer, texts in zip(self.tokenizers, sides, strict=True):
             rows = tokenizer.encode_all(texts)

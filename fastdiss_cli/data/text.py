@@ -110,7 +110,7 @@ class Block:
     pair_of: Callable[[str, str, int], tuple[str, str]] | None
 
     def sides(self) -> tuple[list[str], list[str]]:
-        """Return the sources and the targets.
+        """Return the sources and the targets, where a field of JSON may hold line breaks.
 
         Raises:
             FastdissError: a line is not UTF-8, or malformed.
@@ -167,7 +167,12 @@ def check_files(prefix: str, source: str, target: str, format: str) -> None:
 def read_pairs(prefix: str, source: str, target: str, format: str) -> Iterator[tuple[str, str]]:
     """Yield the (source, target) sentences of one split; see `read_blocks` and `Block.sides`."""
     for block in read_blocks(prefix, source, target, format):
-        yield from zip(*block.sides(), strict=True)
+        yield from zip(*(map(on_one_line, side) for side in block.sides()), strict=True)
+
+
+def on_one_line(text: str) -> str:
+    """Return the text with blanks as line breaks."""
+    return text.replace("\n", " ")
 
 
 def read_references(path: Path) -> list[list[str]]:
@@ -263,7 +268,7 @@ def _json_pair(source: str, target: str, line: str, name: str, number: int) -> t
             f"{name}: line {number} holds half of a character (a lone \\u surrogate); "
             "fix or remove the line"
         )
-    return src.replace("\n", " "), tgt.replace("\n", " ")
+    return src, tgt
 
 
 def _tsv_pair(line: str, name: str, number: int) -> tuple[str, str]:
