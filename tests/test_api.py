@@ -18,7 +18,7 @@ from runs import command
 import fastdiss_cli
 from fastdiss_cli.api import GenerateOptions, Translator
 from fastdiss_cli.errors import FastdissError
-from fastdiss_cli.models.difformer import DiffusionDecoding
+from fastdiss_cli.models.sampling import DiffusionDecoding
 from fastdiss_cli.models.transformer import BeamDecoding
 
 DOCS = Path(__file__).parents[1] / "docs" / "api.md"

@@ -22,12 +22,12 @@ from fastdiss_cli.decoding.selection import by_score
 from fastdiss_cli.diffusion.solvers import SOLVERS
 from fastdiss_cli.errors import FastdissError
 from fastdiss_cli.models.denoiser import Denoiser
-from fastdiss_cli.models.difformer import TEMPERATURE
 from fastdiss_cli.models.embedding import LatentEmbedding
 from fastdiss_cli.models.frozen import can_pack, freeze
 from fastdiss_cli.models.graphs import GraphCache
 from fastdiss_cli.models.layers import Cache
 from fastdiss_cli.models.registry import Seq2SeqModel, Vocabulary, architecture, architectures
+from fastdiss_cli.models.sampling import TEMPERATURE
 from fastdiss_cli.models.source_copy import source_copy
 from fastdiss_cli.models.transformer import Transformer
 

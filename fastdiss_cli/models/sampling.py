@@ -1,0 +1,312 @@
+"""How a diffusion model decodes: lengths, candidates, sampling, and the answers read off them."""
+# B sentences, N rows (B x candidates), S source length, T target length, P tokens of a batch,
+# D latent, V vocabulary
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastdiss_cli.config import one_of, require
+from fastdiss_cli.data.batching import pad
+from fastdiss_cli.data.layout import Layout
+from fastdiss_cli.diffusion.sampler import SELF_COND_MODES, sample
+from fastdiss_cli.diffusion.schedule import TIME_GRIDS, NoiseSchedule
+from fastdiss_cli.diffusion.solvers import SOLVERS
+from fastdiss_cli.errors import FastdissError
+from fastdiss_cli.models.denoiser import Candidates, Denoiser
+from fastdiss_cli.models.embedding import FORMS, LatentEmbedding
+from fastdiss_cli.models.graphs import GraphCache
+from fastdiss_cli.models.layers import Memory
+from fastdiss_cli.models.registry import HistoryStep, Hypothesis, Seq2SeqModel, Vocabulary
+from fastdiss_cli.randomness import draw_keys
+
+TEMPERATURE = 0.25  # of ddpm: see docs/method.md
+# a GPU replays batches of at most so many positions, both sides widened to a multiple of WIDEN
+REPLAYED, WIDEN = 1024, 8
+
+
+@dataclass(frozen=True)
+class DiffusionDecoding:
+    """Options of sampling."""
+
+    steps: int = 5
+    length_beam: int = 1
+    noise_beam: int = 1
+    solver: str = "ddpm"
+    temperature: float | None = None  # scale of the noise that ddpm adds; None: TEMPERATURE
+    time_grid: str = "log-snr"
+    clamp: str = "expected"  # what the solver takes for z_0: the raw, nearest or expected embedding
+    self_cond: str = "reuse"
+    seed: int = 1
+    early_exit: bool = False  # stop a sentence when a step leaves the tokens of it as they are
+    history: bool = False
+    diagnose: bool = False  # history with the gap between told and fresh estimates
+
+    def __post_init__(self) -> None:
+        require(self, "steps", 1 <= self.steps <= 100_000, "from 1 to 100000")
+        require(self, "length_beam", self.length_beam >= 1, "at least 1")
+        require(self, "noise_beam", self.noise_beam >= 1, "at least 1")
+        one_of(self, "solver", tuple(SOLVERS))
+        adds_noise = SOLVERS[self.solver].adds_noise
+        if self.temperature is None:
+            object.__setattr__(self, "temperature", TEMPERATURE if adds_noise else 0.0)
+        require(self, "temperature", 0 <= self.temperature <= 1, "in [0, 1]")
+        require(self, "temperature", adds_noise or self.temperature == 0, f"0 with {self.solver}")
+        one_of(self, "time_grid", TIME_GRIDS)
+        one_of(self, "clamp", FORMS)
+        one_of(self, "self_cond", SELF_COND_MODES)
+        if self.self_cond == "gold":
+            require(self, "length_beam", self.length_beam == 1, "1 with self_cond gold")
+
+    @property
+    def candidates(self) -> int:
+        return self.length_beam * self.noise_beam
+
+    @property
+    def is_fixed(self) -> bool:
+        """Whether the operations are the same for all batches of a shape."""
+        return not (self.early_exit or self.history or self.diagnose or self.self_cond == "gold")
+
+
+class SampledModel(Seq2SeqModel):
+    """One half of `Difformer`; its network and training are the other.
+
+    Attributes:
+        schedule: the noise levels.
+        embedding: the target embeddings.
+        graphs: what a GPU has been captured doing; None elsewhere, and until it is frozen.
+    """
+
+    Decoding = DiffusionDecoding
+    default_select = "mbr"
+    schedule: NoiseSchedule
+    embedding: LatentEmbedding
+
+    def __init__(self, config: Any, src: Vocabulary, tgt: Vocabulary) -> None:
+        super().__init__(config, src, tgt)
+        self.graphs: GraphCache | None = None
+
+    def freeze(self, dtype: torch.dtype) -> None:
+        """Prepare for decoding: on a GPU, batches of a shape that comes again are replayed."""
+        if next(self.parameters()).device.type == "cuda":
+            self.graphs = GraphCache()
+
+    @abstractmethod
+    def predict_lengths(self, memory: Memory) -> Tensor:
+        """Return log-probabilities of target length - source length + max_length_offset."""
+
+    @property
+    def self_conditioned(self) -> bool:
+        """Whether the network has ever been told an estimate in training."""
+        return self.config.self_cond_rate > 0
+
+    def decode(
+        self,
+        memory: Memory,
+        sentences: Tensor,
+        options: DiffusionDecoding,
+        gold: Sequence[Sequence[int]] | None = None,
+    ) -> list[list[Hypothesis]]:
+        device = memory.hidden.device
+        if options.self_cond == "gold":
+            assert gold is not None
+            lengths = torch.tensor([len(tokens) for tokens in gold], device=device)[:, None]
+        else:
+            lengths = self._length_candidates(memory, options.length_beam)
+        # rows of one sentence are neighbours: its lengths, and for each length its noise draws
+        per_sentence = lengths.shape[1] * options.noise_beam
+        lengths = lengths.repeat_interleave(options.noise_beam, dim=1).flatten()
+        longest = int(lengths.max())
+        keys = draw_keys(options.seed, options.steps if options.temperature else 1).to(device)
+        history: list[list[HistoryStep]] = [[] for _ in lengths]
+        results = None
+        if self.graphs is not None and options.is_fixed:
+            results = self._replay(memory, lengths, longest, sentences, keys, options)
+        if results is None:
+            told = None
+            if options.self_cond == "gold":
+                told = self.embedding(pad(gold, self.tgt.pad)[0].to(device))
+                told = told.repeat_interleave(per_sentence, dim=0)
+            layout = Layout.of(torch.arange(longest, device=device) >= lengths[:, None])
+            results = self._sample(memory, layout, sentences, keys, options, told, history)
+        scores, tokens, nfe = (x.tolist() for x in results)
+        answers = []
+        for row, (length, cost) in enumerate(zip(lengths.tolist(), nfe, strict=True)):
+            ids, token_scores = self._trim(tokens[row][:length], scores[row])
+            score = sum(token_scores) / len(token_scores)
+            answers.append(Hypothesis(ids, score, token_scores, cost, history[row]))
+        return [
+            sorted(answers[b : b + per_sentence], key=lambda h: -h.score)
+            for b in range(0, len(answers), per_sentence)
+        ]
+
+    def _sample(
+        self,
+        memory: Memory,
+        layout: Layout,
+        sentences: Tensor,
+        keys: Tensor,
+        options: DiffusionDecoding,
+        told: Tensor | None = None,
+        history: list[list[HistoryStep]] | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Sample all candidates of B sentences.
+
+        Args:
+            memory: of the sentences.
+            layout: of the N candidates.
+            sentences: int64 [B], the number of each in the corpus.
+            keys: see `Candidates`.
+            options: how.
+            told: the true embeddings, float [N, T, D], where the options ask for them.
+            history: of each candidate, where the options ask for it.
+
+        Returns:
+            Log-probability and id of the best token at every position, both [N, T], and how many
+            denoiser evaluations each candidate took, int64 [N].
+        """
+        count, device = len(layout.pad_mask) // len(sentences), sentences.device
+        denoiser = Denoiser(self, memory, layout)
+        running = Candidates(
+            denoiser,
+            torch.arange(len(layout.pad_mask), device=device),
+            sentences.repeat_interleave(count),
+            torch.arange(count, device=device).repeat(len(sentences)),
+            keys,
+        )
+
+        def watch(t: Tensor, z: Tensor, z0_hat: Tensor) -> None:
+            fresh = None
+            if options.diagnose and self.self_conditioned:
+                fresh = denoiser(z, t, denoiser.tell(denoiser(z, t, torch.zeros_like(z))))
+            steps = self._history(float(t), z0_hat, fresh, denoiser.layout)
+            for place, step in zip(running.places.tolist(), steps, strict=True):
+                history[place].append(step)
+
+        def go_on(z0_hat: Tensor) -> Tensor | None:
+            tokens = self._logits(z0_hat, denoiser.layout).argmax(-1)
+            return running.drop_unchanged(denoiser.layout.padded(tokens))
+
+        clamp = None  # where it is what the network is told it is not computed twice
+        if options.clamp != self.config.self_cond_form:
+            clamp = partial(denoiser.project, form=options.clamp)
+        z0_hat, nfe = sample(
+            denoiser,
+            self.schedule,
+            partial(running.noise, self.config.latent_dim),
+            options.steps,
+            solver=options.solver,
+            temperature=options.temperature,
+            # a model that was trained without self-conditioning gets none
+            self_cond=options.self_cond if self.self_conditioned else "none",
+            gold=told,
+            grid=options.time_grid,
+            tell=denoiser.tell,
+            clamp=clamp,
+            watch=watch if options.history or options.diagnose else None,
+            go_on=go_on if options.early_exit else None,
+        )
+        return *self._read(z0_hat, layout), nfe
+
+    def _replay(
+        self,
+        memory: Memory,
+        lengths: Tensor,
+        longest: int,
+        sentences: Tensor,
+        keys: Tensor,
+        options: DiffusionDecoding,
+    ) -> tuple[Tensor, ...] | None:
+        """Do what `_sample` does in one launch, or return None where that does not pay.
+
+        It pays for a small batch, whose operations are faster than their launches, of a shape that
+        comes again, for which both sides are widened.
+        """
+        assert self.graphs is not None
+        S, T = (-(-length // WIDEN) * WIDEN for length in (memory.hidden.shape[1], longest))
+        kind = lengths.device.type
+        dtype = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
+        key = len(sentences), S, len(lengths), T, options, dtype
+        if len(lengths) * T > REPLAYED or not self.graphs.has_seen(key):
+            return None
+        memory = memory.widened(S)
+
+        def function(
+            sentences: Tensor,
+            keys: Tensor,
+            tgt_pad_mask: Tensor,
+            src_pad_mask: Tensor,
+            hidden: Tensor,
+            *keys_values: Tensor,
+        ) -> tuple[Tensor, ...]:
+            pairs = list(zip(keys_values[::2], keys_values[1::2], strict=True))
+            dense = Memory(hidden, Layout(src_pad_mask, None, dense=True), pairs)
+            layout = Layout(tgt_pad_mask, None, dense=True)
+            return self._sample(dense, layout, sentences, keys, options)
+
+        tgt_pad_mask = torch.arange(T, device=lengths.device) >= lengths[:, None]
+        given = [sentences, keys, tgt_pad_mask, memory.layout.pad_mask, memory.hidden]
+        return self.graphs.run(key, function, [*given, *chain(*memory.keys_values)])
+
+    def _length_candidates(self, memory: Memory, beam: int) -> Tensor:
+        """Return the most likely target lengths of each sentence, int64 [B, beam], all >= 1.
+
+        Raises:
+            FastdissError: a source of one token has not as many.
+        """
+        limit = self.config.max_length_offset
+        src_lengths = memory.layout.lengths[:, None]
+        log_probs = self.predict_lengths(memory)
+        reachable = src_lengths + torch.arange(-limit, limit + 1, device=src_lengths.device) >= 1
+        log_probs = log_probs.masked_fill(~reachable, float("-inf"))
+        if beam > limit + 1:
+            raise FastdissError(
+                f"length_beam {beam}: a model with max_length_offset {limit} tries at most "
+                f"{limit + 1} lengths"
+            )
+        return src_lengths + log_probs.topk(beam, dim=1).indices - limit
+
+    def _read(self, z0_hat: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
+        """Return log-probability and id of the best token at every position, both [N, T]."""
+        logits = self._logits(z0_hat, layout)
+        best, tokens = logits.max(dim=-1)
+        return layout.padded(best - logits.logsumexp(dim=-1)), layout.padded(tokens)
+
+    def _logits(self, z0_hat: Tensor, layout: Layout) -> Tensor:
+        """Score all tokens that an answer may have for estimates [N, T, D]; float32 [P, V]."""
+        logits = self.embedding.logits(layout.flat(z0_hat))
+        logits[:, self.tgt.bos] = logits[:, self.tgt.pad] = float("-inf")
+        return logits
+
+    def _history(
+        self, time: float, z0_hat: Tensor, fresh: Tensor | None, layout: Layout
+    ) -> list[HistoryStep]:
+        """Return what each row looks like at one step; means are over its own positions."""
+        scores, tokens = self._read(z0_hat, layout)
+        own = ~layout.pad_mask
+        lengths = own.sum(1)
+
+        def mean(squares: Tensor) -> list[float]:
+            return ((squares.mean(-1) * own).sum(1) / lengths).tolist()
+
+        norms = mean(z0_hat.square())
+        gaps = [math.nan] * len(norms) if fresh is None else mean((z0_hat - fresh).square())
+        rows = zip(lengths.tolist(), tokens.tolist(), scores.exp().tolist(), strict=True)
+        return [
+            HistoryStep(time, *self._trim(ids[:length], values), norm, gap)
+            for (length, ids, values), norm, gap in zip(rows, norms, gaps, strict=True)
+        ]
+
+    def _trim(self, tokens: list[int], values: list[float]) -> tuple[list[int], list[float]]:
+        """Cut a row at its first eos; the values keep that of the eos."""
+        end = tokens.index(self.tgt.eos) if self.tgt.eos in tokens else len(tokens)
+        return tokens[:end], values[: min(end + 1, len(tokens))]
