@@ -202,11 +202,15 @@ class Difformer(SampledModel):
         return F.mse_loss(estimate, layout.flat(z_0)), anchor
 
 
-def register_sizes(name: str, family: type[Difformer], description: str) -> None:
-    """Register a diffusion family in the sizes that all systems share."""
+def register_sizes(name: str, family: type[Difformer], description: str, **options: object) -> None:
+    """Register a diffusion family in the sizes that all systems share.
+
+    The defaults of options that came later are here: those of the family are what was before,
+    because checkpoints that do not know an option have them.
+    """
     for size, sizes in SIZES.items():
         network = {**sizes, "latent_dim": 64 if size == "tiny" else 128, "source_copy": 1.0}
-        register(f"{name}_{size}", family, description, **network)
+        register(f"{name}_{size}", family, description, **network, **options)
 
 
 register_sizes("difformer", Difformer, "continuous diffusion, standard self-conditioning")

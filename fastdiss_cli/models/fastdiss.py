@@ -48,7 +48,7 @@ class FastDiSSConfig(DiffusionConfig):
     )
     mans_start_update: int = option(0, "the update from which on MANS is used")
     mans_shared_pass: bool = option(False, "take the confidence from SCP's pass, not an own one")
-    mans_told: str = option("sentence", f"whose time the network is told: {', '.join(MANS_TOLD)}")
+    mans_told: str = option("token", f"whose time the network is told: {', '.join(MANS_TOLD)}")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -128,4 +128,9 @@ class FastDiSS(Difformer):
         )
 
 
-register_sizes("fastdiss", FastDiSS, "continuous diffusion, SCP (and MANS) for few steps")
+register_sizes(
+    "fastdiss",
+    FastDiSS,
+    "continuous diffusion, SCP (and MANS) for few steps",
+    mans_told="sentence",
+)

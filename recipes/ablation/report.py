@@ -132,7 +132,7 @@ def targets(results: Results, sure: dict[str, tuple[str, bool]]) -> str:
     base20 = value("difformer", "reuse", 20)
     beam = value("transformer", "beam", None)
     rows = []
-    for name in ("+SCP", "+SCP, unrolled", "+SCP+MANS"):
+    for name in [name for name in results.variants if name.startswith("+SCP")]:
         checks = [  # what, by how much, and how much is enough
             ("5 steps: at most 0.1 behind 100", five[name] - value(name, "reuse", 100), -0.1),
             ("2 steps: at least difformer at 20", value(name, "reuse", 2) - base20, 0),

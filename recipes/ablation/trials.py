@@ -24,10 +24,15 @@ HERE = Path(__file__).parent
 ALL_STEPS = "1,2,3,5,10,20,50,100"
 FEW_STEPS = "1,2,5,20"
 
-# One network; the unrolled SCP is the default. MANS has a pass of its own, but in the last.
+# One network; the unrolled SCP is the default. MANS has a pass of its own, but in the last, and
+# tells the network the time t_i of each token, but where it says: told t, that of the sentence.
 DIFFORMER = {"family": "difformer"}
 SCP = {"family": "fastdiss", "scp_unroll": "0", "mans_strength": "0"}
-SCP_MANS = SCP | {"mans_strength": "0.25", "mans_shared_pass": "false"}
+SCP_MANS = SCP | {
+    "mans_strength": "0.25",
+    "mans_shared_pass": "false",
+    "mans_told": "token",
+}
 VARIANTS: dict[str, dict[str, str]] = {
     "no self-conditioning": DIFFORMER | {"self_cond_rate": "0"},
     "difformer": DIFFORMER,
@@ -35,6 +40,7 @@ VARIANTS: dict[str, dict[str, str]] = {
     "+SCP, unrolled": SCP | {"scp_unroll": "0.5"},
     "+MANS": SCP_MANS | {"scp_offset": "none", "self_cond_rate": "0.5"},
     "+SCP+MANS": SCP_MANS,
+    "+SCP+MANS, told t": SCP_MANS | {"mans_told": "sentence"},
     "+SCP+MANS, shared pass": SCP_MANS | {"mans_shared_pass": "true"},
 }
 DEFAULT = "+SCP, unrolled"
@@ -60,6 +66,7 @@ BASE = {
     "mans_anchors": "[0.1,1.0]",
     "mans_start_update": "0",
     "mans_shared_pass": "false",
+    "mans_told": "token",
 }
 MANS = {"mans_strength": "0.25"}
 SWEEPS: dict[str, dict[str, dict[str, str]]] = {
@@ -91,6 +98,7 @@ SWEEPS: dict[str, dict[str, dict[str, str]]] = {
         "own pass, anchors 0.02 and 0.5": MANS | {"mans_anchors": "[0.02,0.5]"},
         "own pass, from half of the updates on": MANS | {"mans_start_update": "300"},
         "shared pass": MANS | {"mans_shared_pass": "true"},
+        "own pass, told t": MANS | {"mans_told": "sentence"},
     },
     "Told as": {
         "raw estimate": {"self_cond_form": "raw"},
