@@ -82,11 +82,11 @@ def interval(differences: Sequence[float]) -> tuple[float, float]:
     return mean, T_975[count] * statistics.stdev(differences) / math.sqrt(count)
 
 
-def significance(results: Results) -> tuple[str, dict[str, tuple[str, bool]]]:
+def significance(results: Results) -> tuple[str, dict[str, tuple[float, str, bool]]]:
     """Compare each variant with the baseline at 5 steps: in each training, and over trainings.
 
     Returns:
-        The table; and by variant how sure the difference is, and whether that is 95 %.
+        The table; and by variant the difference, how sure it is, and whether that is 95 %.
     """
     rows, sure = [], {}
     metric, streams = METRICS[results.metric](), results.references["test"]
@@ -104,11 +104,11 @@ def significance(results: Results) -> tuple[str, dict[str, tuple[str, bool]]]:
             _, _, (p,), signature = paired_test(pair, streams, {results.metric: metric})[0]
             p_values.append(p)
         mean, half = interval([results.score(new) - results.score(old) for old, new in both])
-        sure[name] = f"p = {p_values[0]:.3f}", p_values[0] < 0.05
+        sure[name] = mean, f"p = {p_values[0]:.3f}", p_values[0] < 0.05
         cells = [f"{value:.3f}" for value in p_values] + ["-"] * (len(results.seeds) - len(both))
         shown = f"{mean:+.2f}"
         if len(both) > 1:
-            sure[name] = f"± {half:.2f}", abs(mean) > half
+            sure[name] = mean, f"± {half:.2f}", abs(mean) > half
             shown += f" ± {half:.2f}"
         rows.append([name, shown, *cells])
     header = ["", "difference", *(f"p, seed {seed}" for seed in results.seeds)]
@@ -121,7 +121,7 @@ def significance(results: Results) -> tuple[str, dict[str, tuple[str, bool]]]:
     return note + markdown(header, rows) + f"\nSignature: `{signature}`\n", sure
 
 
-def targets(results: Results, sure: dict[str, tuple[str, bool]]) -> str:
+def targets(results: Results, sure: dict[str, tuple[float, str, bool]]) -> str:
     """Check what the toolkit set out to show."""
     sign = 1 if results.higher_is_better else -1
 
@@ -141,11 +141,12 @@ def targets(results: Results, sure: dict[str, tuple[str, bool]]) -> str:
             ("5 steps, MBR: within 1 of beam 5", value(name, "mbr", 5) - beam, -1),
         ]
         for what, figure, least in checks:
-            verdict, shown = ("reached" if figure >= least else "**missed**"), f"{figure:+.2f}"
-            if what.endswith("above difformer") and name in sure:
-                how, is_sure = sure[name]
-                verdict = verdict if is_sure else "**missed**"
-                shown += f" {how}" if how.startswith("±") else f", {how}"
+            how, is_sure = "", True
+            if what.endswith("above difformer") and name in sure:  # in the trainings that both have
+                figure, how, is_sure = sure[name]
+                figure *= sign
+            verdict = "reached" if figure >= least and is_sure else "**missed**"
+            shown = f"{figure:+.2f}" + (how and (f" {how}" if how.startswith("±") else f", {how}"))
             if math.isnan(figure):
                 verdict, shown = "not measured", "-"
             rows.append([f"{name}, {what}", verdict, shown])
