@@ -62,7 +62,8 @@ def freeze(model: nn.Module, dtype: torch.dtype) -> None:
         for name, child in module.named_children():
             if not isinstance(child, nn.Linear):
                 continue
-            if not on_cpu:  # a copy: an embedding may share its weights and keeps them as they are
-                setattr(module, name, copy.deepcopy(child).to(dtype))
-            elif can_pack(dtype):
+            if on_cpu and can_pack(dtype):
                 setattr(module, name, PackedLinear(child, dtype))
+            elif not on_cpu and child.weight.dtype != dtype:
+                # a copy: an embedding may share its weights, and keeps them as they are
+                setattr(module, name, copy.deepcopy(child).to(dtype))

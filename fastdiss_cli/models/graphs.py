@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
+from threading import Lock
 
 import torch
 from torch import Tensor
@@ -15,12 +16,13 @@ class GraphCache:
     """Captures a function as a CUDA graph for each shape of its inputs that comes again.
 
     A GPU is done with an operation on a small batch before the next one is launched. The first time
-    the function is not captured, which takes as long as running it twice.
+    a shape is not captured, because that takes as long as running the function twice.
     """
 
     def __init__(self) -> None:
         self._graphs: OrderedDict[Hashable, _Graph | None] = OrderedDict()
         self._pool: object = None
+        self._lock = Lock()
 
     @property
     def captured(self) -> int:
@@ -29,29 +31,31 @@ class GraphCache:
 
     def has_seen(self, key: Hashable) -> bool:
         """Tell whether a key has been asked for before, lately."""
-        known = key in self._graphs
-        self._graphs.setdefault(key, None)
-        self._graphs.move_to_end(key)
-        if len(self._graphs) > _MOST:
-            self._graphs.popitem(last=False)
-        return known
+        with self._lock:
+            known = key in self._graphs
+            self._graphs.setdefault(key, None)
+            self._graphs.move_to_end(key)
+            if len(self._graphs) > _MOST:
+                self._graphs.popitem(last=False)
+            return known
 
     def run(
         self, key: Hashable, function: Callable[..., tuple[Tensor, ...]], inputs: Sequence[Tensor]
     ) -> tuple[Tensor, ...]:
-        """Return ``function(*inputs)``; what it returns is valid until the next run.
+        """Return ``function(*inputs)``; one thread at a time, because the inputs have one place.
 
         Args:
             key: what the function depends on besides, and the shapes of the inputs.
             function: of tensors on the GPU, without waiting for it, under inference mode.
             inputs: copied.
         """
-        graph = self._graphs.get(key)
-        if graph is None:
-            if self._pool is None:
-                self._pool = torch.cuda.graph_pool_handle()
-            graph = self._graphs[key] = _Graph(function, inputs, self._pool)
-        return graph.replay(inputs)
+        with self._lock:
+            graph = self._graphs.get(key)
+            if graph is None:
+                if self._pool is None:
+                    self._pool = torch.cuda.graph_pool_handle()
+                graph = self._graphs[key] = _Graph(function, inputs, self._pool)
+            return tuple(x.clone() for x in graph.replay(inputs))
 
 
 class _Graph:
