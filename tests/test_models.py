@@ -112,8 +112,10 @@ def test_what_a_gpu_replays_gives_the_same_answers(family: str, options: dict[st
     keys = [key for key, *_ in model.graphs.runs]
     assert len(set(keys)) < len(keys)  # of 8 or 16 positions
     before = len(keys)
-    answers(model, sources, 150, early_exit=True)
-    assert len(model.graphs.runs) == before  # it depends on the answers what comes next
+    answers(model, sources, 150, early_exit=True)  # it depends on the answers what comes next
+    answers(model, sources[:2], 150, steps=100)
+    answers(model, [[5] * 1500 + [VOCAB.eos]], 2000, steps=1)  # too large to be kept
+    assert len(model.graphs.runs) == before
 
 
 @pytest.mark.parametrize("solver", SOLVERS)

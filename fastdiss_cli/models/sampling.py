@@ -30,8 +30,9 @@ from fastdiss_cli.models.registry import HistoryStep, Hypothesis, Seq2SeqModel, 
 from fastdiss_cli.randomness import draw_keys
 
 TEMPERATURE = 0.25  # of ddpm: see docs/method.md
-# a GPU replays batches of at most so many positions, both sides widened to a multiple of WIDEN
-REPLAYED, WIDEN = 1024, 8
+# a GPU replays at most so many positions of either side and steps; both sides are widened to a
+# multiple of WIDEN
+REPLAYED, REPLAYED_STEPS, WIDEN = 1024, 32, 8
 
 
 @dataclass(frozen=True)
@@ -236,7 +237,8 @@ class SampledModel(Seq2SeqModel):
         kind = lengths.device.type
         dtype = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
         key = len(sentences), S, len(lengths), T, options, dtype
-        if len(lengths) * T > REPLAYED or not self.graphs.has_seen(key):
+        small = max(len(sentences) * S, len(lengths) * T) <= REPLAYED
+        if not small or options.steps > REPLAYED_STEPS or not self.graphs.has_seen(key):
             return None
         memory = memory.widened(S)
 
