@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fastdiss_cli.data.layout import Layout
+from fastdiss_cli.device import autocast
 from fastdiss_cli.models.layers import Cache, attend, dropout
 
 
@@ -62,3 +63,12 @@ def test_a_layout_takes_padding_away_and_puts_it_back() -> None:
     assert torch.equal(chosen.flat(batch[[2, 0]]), batch[[2, 0]][~mask[[2, 0]]])
     full = layout.select(torch.tensor([0, 0]))  # without padding nothing is moved, nothing masked
     assert full.attn_mask is None and torch.equal(full.padded(full.flat(batch[:2])), batch[:2])
+
+
+def test_a_gpu_attends_without_cudnn() -> None:
+    """The flag is there without a GPU, too; what it was before is what it is after."""
+    allowed = torch.backends.cuda.cudnn_sdp_enabled
+    before = allowed()
+    with autocast(torch.device("cuda"), torch.float32):
+        assert not allowed()
+    assert allowed() == before
