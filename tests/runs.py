@@ -21,7 +21,7 @@ from fastdiss_cli.decoding.generation import SequenceGenerator
 from fastdiss_cli.distributed import Processes
 from fastdiss_cli.models.difformer import Difformer
 from fastdiss_cli.models.registry import architecture
-from fastdiss_cli.training import checkpoint, loop, validation
+from fastdiss_cli.training import checkpoint, loop, state, validation
 from fastdiss_cli.training.checkpoint import Checkpoint
 from fastdiss_cli.training.loop import Training
 
@@ -79,7 +79,7 @@ def assert_same(one: Path, other: Path) -> None:
 def blind(rank: int) -> None:
     """Let a rank look for checkpoints where there are none, as in a folder that is not shared."""
     if rank == 1:
-        loop.LAST = "none.safetensors"
+        loop.LAST = state.LAST = "none.safetensors"
 
 
 def signalled(rank: int, on: int, update: int, number: int = signal.SIGTERM) -> None:

@@ -236,7 +236,7 @@ def test_trying_the_largest_batch_changes_no_result(
     before = {n: t.detach().clone() for n, t in training.model.state_dict().items()}
     training._try_largest_batch()
     assert all(torch.equal(t, before[n]) for n, t in training.model.state_dict().items())
-    assert not training.optimizer.state
+    assert not training.state.optimizer.state
     assert all(p.grad is None for p in training.model.parameters())
 
 

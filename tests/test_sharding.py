@@ -26,7 +26,7 @@ from torch import nn
 from fastdiss_cli.distributed import Processes
 from fastdiss_cli.errors import FastdissError
 from fastdiss_cli.models.layers import Layer, NetworkConfig
-from fastdiss_cli.training.checkpoint import BEST
+from fastdiss_cli.training.save_dir import BEST
 from fastdiss_cli.training.sharding import shard
 
 # dropout and accumulation are on; saves and validations end elsewhere
@@ -90,8 +90,8 @@ def weighed(rank: int, folder: Path) -> None:
         kinds = {
             "weights": self.model.parameters(),
             "gradients": [p.grad for p in self.model.parameters()],
-            "moments": [state["exp_avg"] for state in self.optimizer.state.values()],
-            "average": self.ema.weights.values(),
+            "moments": [state["exp_avg"] for state in self.state.optimizer.state.values()],
+            "average": self.state.ema.weights.values(),
         }
         held = {}
         for kind, own in kinds.items():

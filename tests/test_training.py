@@ -110,10 +110,10 @@ def test_a_new_run_begins_with_the_weights_of_another(data_bin: Path, tmp_path: 
     load = Checkpoint.load(tmp_path / "first" / "checkpoint_best.safetensors")
     more = {"begin_with": tmp_path / "first", "lr": 1e-12, "max_update": 1}
     new = start(data_bin, tmp_path / "second", **more)
-    assert new.progress.update == 0 and not new.optimizer.state
+    assert new.progress.update == 0 and not new.state.optimizer.state
     for name, weight in new.model.named_parameters():  # the averaged ones, in the average too
         assert torch.equal(weight, load.averaged()[name])
-        assert torch.equal(new.ema.weights[name], weight)
+        assert torch.equal(new.state.ema.weights[name], weight)
     new.run()
     before = tensors(tmp_path / "second")
     start(data_bin, tmp_path / "first", ema_decay=0.5, max_update=14).run()
@@ -392,7 +392,7 @@ def test_an_average_that_is_switched_on_begins_with_the_weights(
     trained.run()
     resumed = start(data_bin, tmp_path, ema_decay=0.9, accept_changes=True)
     for name, p in trained.model.named_parameters():
-        assert torch.equal(resumed.ema.weights[name], p)
+        assert torch.equal(resumed.state.ema.weights[name], p)
 
 
 def test_tensorboard_shows_what_the_log_has(
@@ -454,7 +454,7 @@ def test_a_checkpoint_is_complete_in_itself(data_bin: Path, tmp_path: Path) -> N
     assert languages == ("de", "en") and arch.name == "fastdiss_tiny" and src.hash == tgt.hash
     assert src.decode(src.encode("drei vier")) == "drei vier"
     for name, p in model.named_parameters():  # generate uses the averaged weights
-        assert torch.equal(p, training.ema.weights[name])
+        assert torch.equal(p, training.state.ema.weights[name])
 
 
 @pytest.mark.parametrize("wrong", ["flip", "truncate", "garbage", "other safetensors"])

@@ -18,8 +18,9 @@ def card(
 
     The form is Markdown with YAML front matter, as model hubs expect it.
     """
-    from fastdiss_cli.training.checkpoint import Checkpoint, best_of
+    from fastdiss_cli.training.checkpoint import Checkpoint
     from fastdiss_cli.training.release import card_as_text, model_card
+    from fastdiss_cli.training.save_dir import best_of
 
     text = card_as_text(model_card(Checkpoint.load(best_of(checkpoint))))
     typer.echo(text, nl=not text.endswith("\n"))

@@ -125,8 +125,8 @@ def train(
     from fastdiss_cli.device import keep_freed_memory, pick_device
     from fastdiss_cli.distributed import Processes
     from fastdiss_cli.models.registry import architecture
-    from fastdiss_cli.training.checkpoint import BEST, LAST
     from fastdiss_cli.training.loop import Training
+    from fastdiss_cli.training.save_dir import BEST, LAST
 
     keep_freed_memory()
     recipe, settings = read_recipe(config), parse_settings(set_ or [])

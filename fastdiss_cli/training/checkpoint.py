@@ -10,11 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import re
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,10 +26,9 @@ from fastdiss_cli.data.tokenizer import Tokenizer, make_tokenizer
 from fastdiss_cli.errors import FastdissError
 from fastdiss_cli.models.frozen import freeze
 from fastdiss_cli.models.registry import Architecture, Seq2SeqModel, Vocabulary, architecture
+from fastdiss_cli.training.save_dir import best_of, replacing
 
 FORMAT_VERSION = "3"
-LAST, BEST = "checkpoint_last.safetensors", "checkpoint_best.safetensors"
-_NUMBERED = re.compile(r"checkpoint_\d+_(\d+)\.safetensors")
 
 
 @dataclass
@@ -119,7 +113,7 @@ class Checkpoint:
         about = {"format": FORMAT_VERSION, "facts": text, "sha256": _digest(text, tensors)}
         # one entry: safetensors writes several in random order
         metadata = {"fastdiss": json.dumps(about)}
-        with _replacing(path) as aside:
+        with replacing(path) as aside:
             save_file(tensors, aside, metadata)
             # safetensors may make files that are nobody else's to read
             aside.chmod(aside.parent.stat().st_mode & 0o666)
@@ -192,22 +186,6 @@ def vocabulary(tokenizer: Tokenizer) -> Vocabulary:
     """Return what a model knows of a tokenizer."""
     ids = (tokenizer.bos, tokenizer.pad, tokenizer.eos)
     return Vocabulary(tokenizer.vocab_size, *ids, hash=tokenizer.hash)
-
-
-def best_of(path: Path) -> Path:
-    """Return a checkpoint, or that of a folder: its ``checkpoint_best``, or else ``_last``.
-
-    Raises:
-        FastdissError: a folder has none.
-    """
-    if not path.is_dir():
-        return path
-    found = [path / name for name in (BEST, LAST) if (path / name).exists()]
-    if not found:
-        below = sorted({str(file.parent) for file in path.glob(f"*/{LAST}")})
-        hint = f"; there are some in {', '.join(below)}" if below else ""
-        raise FastdissError(f"{path} holds no checkpoint{hint}")
-    return found[0]
 
 
 class Loaded(NamedTuple):
@@ -285,63 +263,6 @@ def unpack_optimizer(
         name, kind = key.rsplit("/", 1)
         # the step counters of fused AdamW live where its parameters do
         optimizer.state[own[name]][kind] = value.clone().to(own[name].device)
-
-
-def numbered(folder: Path) -> list[Path]:
-    """Return the numbered checkpoints of a folder, the newest last."""
-    found = [(m, p) for p in folder.iterdir() if (m := _NUMBERED.fullmatch(p.name))]
-    return [path for _, path in sorted(found, key=lambda pair: int(pair[0][1]))]
-
-
-def prune_numbered(folder: Path, keep: int) -> None:
-    """Delete all but the newest ``keep`` numbered checkpoints, and what killed saves left."""
-    for left in folder.glob(".checkpoint_*.safetensors.tmp"):
-        shutil.rmtree(left, ignore_errors=True)
-    found = numbered(folder)
-    for path in found[: max(len(found) - keep, 0)]:
-        path.unlink(missing_ok=True)
-
-
-def copy_checkpoint(source: Path, target: Path) -> None:
-    """Copy a checkpoint's bytes without ever leaving half a file there."""
-    with _replacing(target) as aside:
-        shutil.copyfile(source, aside)
-        sync(aside)
-
-
-def link_checkpoint(source: Path, target: Path) -> None:
-    """Give a checkpoint a second name, or a copy on a file system without hard links."""
-    with _replacing(target) as aside:
-        try:
-            os.link(source, aside)
-        except OSError:
-            shutil.copyfile(source, aside)
-            sync(aside)
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """Yield where to write and sync a file that then takes the place of ``path`` at once.
-
-    It is in a folder of its own, which the next call removes if a kill leaves it: safetensors
-    writes aside too, under names that nobody could tell later.
-
-    Raises:
-        FastdissError: the disk is full or the folder cannot be written.
-    """
-    folder = path.with_name(f".{path.name}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
-        yield folder / path.name
-        os.replace(folder / path.name, path)
-        sync(path.parent)
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise FastdissError(f"{path}: cannot write the checkpoint: {reason}") from None
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _about(metadata: dict[str, str]) -> dict[str, str]:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import asdict
+from contextlib import nullcontext
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -18,27 +16,12 @@ from fastdiss_cli import logs
 from fastdiss_cli.config import TrainConfig
 from fastdiss_cli.data.batching import Batch, TokenBatcher
 from fastdiss_cli.data.binarized import BinarizedDataset
-from fastdiss_cli.data.tokenizer import check_same
 from fastdiss_cli.device import pick_dtype
 from fastdiss_cli.distributed import CommonError, Processes
-from fastdiss_cli.errors import FastdissError
-from fastdiss_cli.models.registry import Architecture, Seq2SeqModel
+from fastdiss_cli.models.registry import Architecture
 from fastdiss_cli.randomness import seed_everything
 from fastdiss_cli.signals import Stop, Stopped, elected, stop_on_signal
-from fastdiss_cli.training import sharding
 from fastdiss_cli.training.batches import make_batcher
-from fastdiss_cli.training.checkpoint import (
-    BEST,
-    LAST,
-    Checkpoint,
-    Progress,
-    copy_checkpoint,
-    load_weights,
-    pack_optimizer,
-    unpack_optimizer,
-    update_of,
-    vocabulary,
-)
 from fastdiss_cli.training.gradient import (
     add_gradient,
     describe,
@@ -46,16 +29,9 @@ from fastdiss_cli.training.gradient import (
     update_attempt,
 )
 from fastdiss_cli.training.log import Events, MetricsFile, Window
-from fastdiss_cli.training.optimizer import EMA, learning_rate, make_optimizer
-from fastdiss_cli.training.state import (
-    changes,
-    forget_changed,
-    number_newest,
-    refuse_changes,
-    save_newest,
-    trained_weights,
-    warn_of_little_space,
-)
+from fastdiss_cli.training.optimizer import learning_rate
+from fastdiss_cli.training.save_dir import LAST, warn_of_little_space
+from fastdiss_cli.training.state import TrainState
 from fastdiss_cli.training.validation import judge, validation_bleu, validation_loss
 
 
@@ -84,23 +60,17 @@ class Training:
         accept_changes: bool = False,
         begin_with: Path | None = None,
     ) -> None:
-        self.arch, self.dataset, self.save_dir, self.processes = arch, dataset, save_dir, processes
-        self.device = processes.device
-        self.dtype = pick_dtype(config.dtype, self.device)
+        self.dataset, self.save_dir, self.processes = dataset, save_dir, processes
+        self.dtype = pick_dtype(config.dtype, processes.device)
         resolved = str(self.dtype).removeprefix("torch.")  # what `auto` means differs by machine
         self.config = config = dataclasses.replace(config, dtype=resolved)
-        self.model_config = arch.config(model_overrides)
-        seed_everything(config.seed, "initialise")
-        self.model = self._new_model()
-        if begin_with is not None and not (save_dir / LAST).exists():
-            tokenizers = {"src": dataset.src_tokenizer, "tgt": dataset.tgt_tokenizer}
-            weights = trained_weights(begin_with, asdict(self.model_config), tokenizers)
-            load_weights(self.model, weights, begin_with)
-        if config.shard:
-            sharding.shard(self.model, processes)
-        self.optimizer = make_optimizer(self.model, config)
-        self.ema = EMA(self.model, config.ema_decay) if config.ema_decay else None
-        self.progress = Progress()
+        resumed = (save_dir / LAST).exists()
+        weights = None if resumed else begin_with
+        self.state = TrainState(arch, model_overrides, config, dataset, processes, weights)
+        if resumed:
+            self.state.resume(save_dir, accept_changes)
+        save_dir.mkdir(parents=True, exist_ok=True)
+        self.model, self.progress = self.state.model, self.state.progress
         self.batcher = make_batcher(dataset, "train", config, processes)
         self.valid_batcher = (
             make_batcher(dataset, "valid", config, processes) if "valid" in dataset.splits else None
@@ -108,7 +78,6 @@ class Training:
         if misfits := self.model.misfits(*self.batcher.sizes):
             logs.warn(f"train: {misfits}")
         self._schedule: tuple[int, list[list[np.ndarray]]] | None = None
-        self._resume(accept_changes)
         progress = self.progress
         self.metrics = MetricsFile(
             save_dir / "metrics.jsonl",
@@ -121,7 +90,7 @@ class Training:
             self.events = Events(save_dir / "tensorboard", progress.update)
         self.window = Window(progress.window)
         self.stop = Stop()
-        copies = 3 + (self.ema is not None)  # weights, their average, the moments of AdamW
+        copies = 3 + (self.state.ema is not None)  # weights, moments of AdamW, average
         warn_of_little_space(save_dir, 4 * copies * self.model.num_parameters())
         if config.compile:
             # with and without padding, gradient, training: more kinds of batches than torch allows
@@ -230,7 +199,7 @@ class Training:
         batch = self.batcher.collate(max(own, key=self.batcher.padded_size))
         with update_attempt(self.processes, config) as tried:
             # what later updates hold besides: Adam's moments, earlier gradients, the message
-            copies = (0 if self.optimizer.state else 2) + (config.update_freq > 1)
+            copies = (0 if self.state.optimizer.state else 2) + (config.update_freq > 1)
             copies += self.processes.world_size > 1
             reserve = [torch.empty_like(p) for p in self.model.parameters() for _ in range(copies)]
             seed_everything(config.seed, "try", self.progress.epoch, self.processes.rank)
@@ -238,7 +207,7 @@ class Training:
             tried.what = describe(update, batch)
             add_gradient(self.model, batch, update, 1.0, self.dtype)
             del reserve
-        self.optimizer.zero_grad(set_to_none=True)
+        self.state.optimizer.zero_grad(set_to_none=True)
         return self.processes.agree(tried, self.stop)
 
     def _update(self, micro_batches: list[Batch], all_tokens: int) -> tuple[dict[str, float], int]:
@@ -248,9 +217,10 @@ class Training:
             Its figures, and the signal that any rank has received, or 0.
         """
         config, progress = self.config, self.progress
+        optimizer, ema = self.state.optimizer, self.state.ema
         update = progress.update + 1
         self.model.train()
-        self.optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad(set_to_none=True)
         sums: dict[str, torch.Tensor] = {}
         with update_attempt(self.processes, config) as tried:
             for micro_step, batch in enumerate(micro_batches):
@@ -265,11 +235,11 @@ class Training:
         means = self.processes.sum([*torch.stack([*sums.values()]).tolist(), *self.stop.votes])
         figures = dict(zip(sums, means, strict=False)) | {"grad_norm": float(grad_norm)}
         if all(map(math.isfinite, figures.values())):
-            for group in self.optimizer.param_groups:
+            for group in optimizer.param_groups:
                 group["lr"] = learning_rate(update, config)
-            self.optimizer.step()
-            if self.ema:
-                self.ema.update(self.model, update)
+            optimizer.step()
+            if ema:
+                ema.update(self.model, update)
             progress.skipped_in_a_row = 0
         else:
             self._skip()
@@ -309,7 +279,7 @@ class Training:
         how = (config, self.processes, self.stop, self.dtype)
         # decoding, whose caches grow with every position, would be compiled at every length
         eager = torch.compiler.set_stance("force_eager") if config.compile else nullcontext()
-        with self._averaged() as model, eager:
+        with self.state.averaged() as model, eager:
             figures = validation_loss(model, batcher, progress.update, *how)
             if config.valid_sentences:
                 figures["bleu"] = validation_bleu(model, self.dataset, *how)
@@ -321,30 +291,6 @@ class Training:
             + ("  (best)" if progress.best_update == progress.update else "")
         )
 
-    @contextmanager
-    def _averaged(self) -> Iterator[Seq2SeqModel]:
-        """Yield the model in evaluation mode, with the averaged weights in place of its own.
-
-        Of a sharded one it is a copy, whole on every rank: they decode each at its own pace.
-        """
-        if sharding.is_sharded(self.model):
-            weights = self.ema.weights if self.ema else dict(self.model.named_parameters())
-            yield sharding.gather_into(self._new_model().eval(), weights, self.processes)
-            return
-        if self.ema:
-            self.ema.swap(self.model)
-        self.model.eval()
-        try:
-            yield self.model
-        finally:
-            if self.ema:
-                self.ema.swap(self.model)
-
-    def _new_model(self) -> Seq2SeqModel:
-        tokenizers = (self.dataset.src_tokenizer, self.dataset.tgt_tokenizer)
-        model = self.arch.family(self.model_config, *map(vocabulary, tokenizers))
-        return model.to(self.device)
-
     def _record(self, figures: dict[str, Any]) -> None:
         """Append figures, the split first, to ``metrics.jsonl``."""
         progress = self.progress
@@ -353,87 +299,6 @@ class Training:
             self.events.write(progress.update, figures)
 
     def _save(self, numbered: bool = False, final: bool = False) -> bool:
-        """Write ``checkpoint_last``, and its other names where they are due.
-
-        Returns:
-            False if the present weights are the best, but could not be saved as such. However a
-            save fails, older files are intact and training goes on.
-
-        Raises:
-            FastdissError: it failed, and no later save will follow.
-        """
-        progress, first = self.progress, self.processes.rank == 0
-        lost = first and progress.is_best
-        checkpoint = self._checkpoint()
-        with self.processes.attempt("saving") as tried:
-            if first:
-                save_newest(checkpoint, self.save_dir)
-                lost = False
-                if numbered:
-                    number_newest(progress, self.save_dir, self.config.keep_last)
-        failed, lost = self.processes.sum([float(tried.failure is not None), float(lost)])
-        if final:
-            self.processes.fail_together(tried, failed)
-        if failed:
-            logs.warn(f"{tried.failure}; training goes on until the next save")
-        return not lost
-
-    def _checkpoint(self) -> Checkpoint:
+        """Save, with the line of the log that is not full yet (see `TrainState.save`)."""
         self.progress.window = self.window.state
-        tensors = {f"model.{name}": p for name, p in self.model.named_parameters()}
-        if self.ema:
-            tensors |= {f"ema.{name}": p for name, p in self.ema.weights.items()}
-        packed = pack_optimizer(self.model, self.optimizer)
-        tensors |= {f"optimizer.{name}": value for name, value in packed.items()}
-        for side in ("src", "tgt"):
-            model = getattr(self.dataset, f"{side}_tokenizer").model
-            tensors[f"tokenizer.{side}"] = torch.frombuffer(bytearray(model), dtype=torch.uint8)
-        return Checkpoint(
-            self.arch.name,
-            asdict(self.model_config),
-            asdict(self.config),
-            self.progress,
-            self.dataset.hash,
-            self.processes.world_size,
-            sharding.gather(tensors, self.processes),
-            self.dataset.summary,
-        )
-
-    def _resume(self, accept_changes: bool) -> None:
-        path = self.save_dir / LAST
-        if not path.exists():
-            self.save_dir.mkdir(parents=True, exist_ok=True)
-            return
-        checkpoint = Checkpoint.load(path)
-        if checkpoint.card is not None:
-            raise FastdissError(
-                f"{path} is a release without optimizer state, which no training can go on from: "
-                "train into another --save-dir"
-            )
-        remedy = "train into another --save-dir"
-        for side, name in (("src", "source"), ("tgt", "target")):
-            theirs = getattr(self.dataset, f"{side}_tokenizer")
-            check_same(name, checkpoint.tokenizer(side), theirs, str(self.dataset.folder), remedy)
-        differing = changes(
-            checkpoint,
-            self.arch,
-            self.model_config,
-            self.config,
-            self.dataset.hash,
-            self.processes.world_size,
-        )
-        if differing and not accept_changes:
-            refuse_changes(path, differing)
-        checkpoint.tensors = sharding.divide(checkpoint.tensors, self.model)
-        load_weights(self.model, checkpoint.group("model"), path)
-        if self.ema:  # one that is switched on now begins with the weights
-            for name, value in (checkpoint.group("ema") or checkpoint.group("model")).items():
-                self.ema.weights[name].copy_(value)
-        unpack_optimizer(self.model, self.optimizer, checkpoint.group("optimizer"))
-        self.progress = checkpoint.progress
-        forget_changed(self.progress, differing)
-        if self.progress.is_best and self.processes.rank == 0:
-            best = self.save_dir / BEST
-            if update_of(best) != self.progress.update:  # a kill came in between
-                copy_checkpoint(path, best)
-        logs.info(f"resuming {path} after update {self.progress.update:,}")
+        return self.state.save(self.save_dir, numbered, final)

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from fastdiss_cli import __version__
 from fastdiss_cli.errors import FastdissError
-from fastdiss_cli.training.checkpoint import Checkpoint, best_of, numbered
+from fastdiss_cli.training.checkpoint import Checkpoint
+from fastdiss_cli.training.save_dir import best_of, numbered
 
 _FACTS = (
     "architecture", "license", "source", "target", "parameters", "vocabulary", "model", "training",

@@ -1,25 +1,40 @@
-"""The checkpoint files of a run, and what may not change before it is resumed."""
+"""The state of a training: what a checkpoint holds, made anew, resumed and saved."""
 
 from __future__ import annotations
 
 import json
-import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fastdiss_cli import logs
-from fastdiss_cli.config import TrainConfig, build
-from fastdiss_cli.data.tokenizer import Tokenizer, check_same
+from fastdiss_cli.config import TrainConfig
+from fastdiss_cli.data.binarized import BinarizedDataset
+from fastdiss_cli.data.tokenizer import check_same
+from fastdiss_cli.distributed import Processes
 from fastdiss_cli.errors import FastdissError
-from fastdiss_cli.models.registry import Architecture
+from fastdiss_cli.models.registry import Architecture, Seq2SeqModel
+from fastdiss_cli.randomness import seed_everything
+from fastdiss_cli.training import sharding
+from fastdiss_cli.training.changes import changes, forget_changed, refuse_changes
 from fastdiss_cli.training.checkpoint import (
-    BEST,
-    LAST,
     Checkpoint,
     Progress,
+    load_weights,
+    pack_optimizer,
+    unpack_optimizer,
+    update_of,
+    vocabulary,
+)
+from fastdiss_cli.training.optimizer import EMA, make_optimizer
+from fastdiss_cli.training.save_dir import (
+    BEST,
+    LAST,
     best_of,
     copy_checkpoint,
     link_checkpoint,
@@ -27,149 +42,190 @@ from fastdiss_cli.training.checkpoint import (
 )
 
 
-def warn_of_little_space(folder: Path, checkpoint: int) -> None:
-    """Warn, before hours of training, where checkpoints of so many bytes will not fit.
+class TrainState:
+    """Model, optimizer, average of the weights and progress of one training run.
 
-    There are three at a time at least: the last, the best, and the one that takes the place of
-    either.
+    Args:
+        arch: the architecture.
+        model_overrides: options of the model that differ from the architecture's.
+        config: everything else.
+        dataset: whose tokenizers the model has.
+        processes: this process among the others.
+        begin_with: a checkpoint whose weights to begin with, not with random ones.
     """
-    free = shutil.disk_usage(folder).free
-    if free < 3 * checkpoint:
-        logs.warn(
-            f"--save-dir {folder}: {free / 1e6:,.0f} MB are free, where three checkpoints of "
-            f"{checkpoint / 1e6:,.0f} MB must fit"
+
+    def __init__(
+        self,
+        arch: Architecture,
+        model_overrides: dict[str, Any],
+        config: TrainConfig,
+        dataset: BinarizedDataset,
+        processes: Processes,
+        begin_with: Path | None = None,
+    ) -> None:
+        self.arch, self.config, self.dataset, self.processes = arch, config, dataset, processes
+        self.model_config = arch.config(model_overrides)
+        seed_everything(config.seed, "initialise")
+        self.model = self._new_model()
+        if begin_with is not None:
+            self._begin_with(begin_with)
+        if config.shard:
+            sharding.shard(self.model, processes)
+        self.optimizer = make_optimizer(self.model, config)
+        self.ema = EMA(self.model, config.ema_decay) if config.ema_decay else None
+        self.progress = Progress()
+
+    @contextmanager
+    def averaged(self) -> Iterator[Seq2SeqModel]:
+        """Yield the model in evaluation mode, with the averaged weights in place of its own.
+
+        Of a sharded one it is a copy, whole on every rank: they decode each at its own pace.
+        """
+        if sharding.is_sharded(self.model):
+            weights = self.ema.weights if self.ema else dict(self.model.named_parameters())
+            yield sharding.gather_into(self._new_model().eval(), weights, self.processes)
+            return
+        if self.ema:
+            self.ema.swap(self.model)
+        self.model.eval()
+        try:
+            yield self.model
+        finally:
+            if self.ema:
+                self.ema.swap(self.model)
+
+    def save(self, folder: Path, numbered: bool, final: bool) -> bool:
+        """Write ``checkpoint_last`` and, where they are due, its other names.
+
+        They are files of their own, so that what befalls the one does not befall the other.
+
+        Args:
+            folder: where they are.
+            numbered: keep it under a numbered name, too, and ``keep_last`` of these.
+            final: whether no later save will follow.
+
+        Returns:
+            False if the present weights are the best, but could not be saved as such. However a
+            save fails, older files are intact.
+
+        Raises:
+            FastdissError: the final one failed.
+        """
+        first, progress = self.processes.rank == 0, self.progress
+        lost = first and progress.is_best
+        checkpoint = self._checkpoint()
+        with self.processes.attempt("saving") as tried:
+            if first:
+                checkpoint.save(folder / LAST)
+                if progress.is_best:
+                    copy_checkpoint(folder / LAST, folder / BEST)
+                lost = False
+                if numbered and self.config.keep_last:
+                    name = f"checkpoint_{progress.epoch}_{progress.update}.safetensors"
+                    if progress.is_best:
+                        link_checkpoint(folder / BEST, folder / name)
+                    else:
+                        copy_checkpoint(folder / LAST, folder / name)
+                    prune_numbered(folder, self.config.keep_last)
+        failed, lost = self.processes.sum([float(tried.failure is not None), float(lost)])
+        if final:
+            self.processes.fail_together(tried, failed)
+        if failed:
+            logs.warn(f"{tried.failure}; training goes on until the next save")
+        return not lost
+
+    def resume(self, folder: Path, accept_changes: bool) -> None:
+        """Go on from ``checkpoint_last`` of a folder.
+
+        Raises:
+            FastdissError: see `Checkpoint.load`; or it is a release, has other tokenizers, or was
+                trained with options that change the result, unless changes are accepted.
+        """
+        path = folder / LAST
+        checkpoint = Checkpoint.load(path)
+        if checkpoint.card is not None:
+            raise FastdissError(
+                f"{path} is a release without optimizer state, which no training can go on from: "
+                "train into another --save-dir"
+            )
+        self._check_tokenizers(
+            checkpoint, str(self.dataset.folder), "train into another --save-dir"
         )
+        differing = changes(
+            checkpoint,
+            self.arch,
+            self.model_config,
+            self.config,
+            self.dataset.hash,
+            self.processes.world_size,
+        )
+        if differing and not accept_changes:
+            refuse_changes(path, differing)
+        checkpoint.tensors = sharding.divide(checkpoint.tensors, self.model)
+        load_weights(self.model, checkpoint.group("model"), path)
+        if self.ema:  # one that is switched on now begins with the weights
+            for name, value in (checkpoint.group("ema") or checkpoint.group("model")).items():
+                self.ema.weights[name].copy_(value)
+        unpack_optimizer(self.model, self.optimizer, checkpoint.group("optimizer"))
+        self.progress = checkpoint.progress
+        forget_changed(self.progress, differing)
+        if self.progress.is_best and self.processes.rank == 0:
+            best = folder / BEST
+            if update_of(best) != self.progress.update:  # a kill came in between
+                copy_checkpoint(path, best)
+        logs.info(f"resuming {path} after update {self.progress.update:,}")
 
+    def _new_model(self) -> Seq2SeqModel:
+        tokenizers = (self.dataset.src_tokenizer, self.dataset.tgt_tokenizer)
+        model = self.arch.family(self.model_config, *map(vocabulary, tokenizers))
+        return model.to(self.processes.device)
 
-def save_newest(checkpoint: Checkpoint, folder: Path) -> None:
-    """Write ``checkpoint_last`` and, where it is that, ``checkpoint_best``.
+    def _begin_with(self, path: Path) -> None:
+        """Take the weights that another training, or a release, has left.
 
-    They are files of their own, so that what befalls the one does not befall the other.
-    """
-    checkpoint.save(folder / LAST)
-    if checkpoint.progress.is_best:
-        copy_checkpoint(folder / LAST, folder / BEST)
+        Args:
+            path: the checkpoint; of a folder its ``checkpoint_best``.
 
+        Raises:
+            FastdissError: see `Checkpoint.load`; or it has other tokenizers, whose ids mean others.
+        """
+        path = best_of(path)
+        checkpoint = Checkpoint.load(path)
+        remedy = f"preprocess with the tokenizers that {path} was trained on"
+        self._check_tokenizers(checkpoint, "the dataset", remedy)
+        then = checkpoint.model_config
+        differing = [
+            f"{name} {then.get(name)} -> {value}"
+            for name, value in asdict(self.model_config).items()
+            if json.dumps(then.get(name)) != json.dumps(value)  # a tuple is a list in the file
+        ]
+        logs.info(
+            f"beginning with the weights of {path}"
+            + (f"; model options that differ: {', '.join(differing)}" if differing else "")
+        )
+        load_weights(self.model, checkpoint.averaged(), path)
 
-def number_newest(progress: Progress, folder: Path, keep: int) -> None:
-    """Keep the newest under a numbered name, too, and that many of these."""
-    if keep:
-        name = f"checkpoint_{progress.epoch}_{progress.update}.safetensors"
-        if progress.is_best:
-            link_checkpoint(folder / BEST, folder / name)
-        else:
-            copy_checkpoint(folder / LAST, folder / name)
-        prune_numbered(folder, keep)
+    def _check_tokenizers(self, checkpoint: Checkpoint, where: str, remedy: str) -> None:
+        for side, name in (("src", "source"), ("tgt", "target")):
+            ours = getattr(self.dataset, f"{side}_tokenizer")
+            check_same(name, checkpoint.tokenizer(side), ours, where, remedy)
 
-
-def trained_weights(
-    path: Path, options: dict[str, Any], tokenizers: dict[str, Tokenizer]
-) -> dict[str, Tensor]:
-    """Return the weights that another training, or a release, left to begin a new one with.
-
-    Args:
-        path: the checkpoint; of a folder its ``checkpoint_best``.
-        options: of the new model; what differs is told.
-        tokenizers: of the new dataset, by side.
-
-    Raises:
-        FastdissError: see `Checkpoint.load`; or it has other tokenizers, whose ids mean others.
-    """
-    path = best_of(path)
-    checkpoint = Checkpoint.load(path)
-    remedy = f"preprocess with the tokenizers that {path} was trained on"
-    for side, name in (("src", "source"), ("tgt", "target")):
-        own = checkpoint.tokenizer(side)
-        check_same(name, own, tokenizers[side], "the dataset", remedy)
-    then = checkpoint.model_config
-    differing = [
-        f"{name} {then.get(name)} -> {value}"
-        for name, value in options.items()
-        if json.dumps(then.get(name)) != json.dumps(value)  # a tuple is a list in the file
-    ]
-    logs.info(
-        f"beginning with the weights of {path}"
-        + (f"; model options that differ: {', '.join(differing)}" if differing else "")
-    )
-    return checkpoint.averaged()
-
-
-def changes(
-    before: Checkpoint,
-    arch: Architecture,
-    model_config: Any,
-    config: TrainConfig,
-    dataset_hash: str,
-    world_size: int,
-) -> dict[str, tuple[Any, Any]]:
-    """Return what was and what is now, by name, as far as it differs and changes the result.
-
-    Options that the checkpoint does not know yet have their defaults there.
-    """
-    may_differ = {
-        "max_update", "max_epoch", "patience", "keep_last", "log_interval",
-        "save_interval_updates", "max_skipped", "tensorboard", "compile", "shard",
-    }  # fmt: skip
-    if config.lr_scheduler == "cosine":
-        may_differ.discard("max_update")
-    same_arch = before.arch == arch.name
-    old_model = asdict(build(arch.family.Config, before.model_config, "model")) if same_arch else {}
-    old_train = asdict(build(TrainConfig, before.train_config, "train"))
-    now = {
-        "arch": arch.name,
-        "dataset": dataset_hash[:16],
-        "processes": world_size,
-        **{f"model.{k}": v for k, v in asdict(model_config).items()},
-        **{f"train.{k}": v for k, v in asdict(config).items() if k not in may_differ},
-    }
-    then = {
-        "arch": before.arch,
-        "dataset": before.dataset_hash[:16],
-        "processes": before.world_size,
-        **{f"model.{k}": v for k, v in old_model.items()},
-        **{f"train.{k}": v for k, v in old_train.items()},
-    }
-    return {
-        key: (then.get(key), value)
-        for key, value in now.items()
-        if json.dumps(then.get(key)) != json.dumps(value)
-    }
-
-
-def forget_changed(progress: Progress, differing: dict[str, tuple[Any, Any]]) -> None:
-    """Forget what belongs to a validation or to batches that are others now.
-
-    Args:
-        progress: of the checkpoint; it is changed.
-        differing: as `changes` returns it.
-    """
-    names = differing.keys()
-    batches = {"dataset", "processes", "train.max_tokens", "train.max_positions", "train.seed"}
-    scores = {"dataset", "train.valid_sentences", "train.valid_steps"}
-    if not progress.best_is_bleu:  # a loss is another with other noise or another weight of a part
-        scores |= batches | {name for name in names if name.startswith("model.")}
-    if names & scores:
-        progress.best, progress.bad_validations = None, 0
-    if names & batches and progress.batch:
-        progress.epoch, progress.batch = progress.epoch + 1, 0
-        logs.info(f"the batches are others than before: epoch {progress.epoch} begins")
-
-
-def refuse_changes(path: Path, differing: dict[str, tuple[Any, Any]]) -> None:
-    """Refuse to resume.
-
-    Raises:
-        FastdissError: what differs.
-    """
-    if "arch" in differing:  # then all options may differ, which says nothing
-        differing = {"arch": differing["arch"]}
-    said = [f"{name} was {was} and is now {now}" for name, (was, now) in differing.items()]
-    named = "; ".join(said[:4])
-    if len(said) > 4:
-        named += f"; and {len(said) - 4} more (a forgotten --config?)"
-    if "train.max_update" in list(differing)[:4]:
-        named += " (where the cosine ends, so that all learning rates differ)"
-    raise FastdissError(
-        f"{path} was trained with different settings: {named}. Train into another --save-dir, or "
-        "resume anyway with --accept-changes"
-    )
+    def _checkpoint(self) -> Checkpoint:
+        tensors: dict[str, Tensor] = {f"model.{n}": p for n, p in self.model.named_parameters()}
+        if self.ema:
+            tensors |= {f"ema.{name}": p for name, p in self.ema.weights.items()}
+        packed = pack_optimizer(self.model, self.optimizer)
+        tensors |= {f"optimizer.{name}": value for name, value in packed.items()}
+        for side in ("src", "tgt"):
+            model = getattr(self.dataset, f"{side}_tokenizer").model
+            tensors[f"tokenizer.{side}"] = torch.frombuffer(bytearray(model), dtype=torch.uint8)
+        return Checkpoint(
+            self.arch.name,
+            asdict(self.model_config),
+            asdict(self.config),
+            self.progress,
+            self.dataset.hash,
+            self.processes.world_size,
+            sharding.gather(tensors, self.processes),
+            self.dataset.summary,
+        )

@@ -1,0 +1,95 @@
+"""What may not change before a training is resumed, and what a change makes void."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from fastdiss_cli import logs
+from fastdiss_cli.config import TrainConfig, build
+from fastdiss_cli.errors import FastdissError
+from fastdiss_cli.models.registry import Architecture
+from fastdiss_cli.training.checkpoint import Checkpoint, Progress
+
+
+def changes(
+    before: Checkpoint,
+    arch: Architecture,
+    model_config: Any,
+    config: TrainConfig,
+    dataset_hash: str,
+    world_size: int,
+) -> dict[str, tuple[Any, Any]]:
+    """Return what was and what is now, by name, as far as it differs and changes the result.
+
+    Options that the checkpoint does not know yet have their defaults there.
+    """
+    may_differ = {
+        "max_update", "max_epoch", "patience", "keep_last", "log_interval",
+        "save_interval_updates", "max_skipped", "tensorboard", "compile", "shard",
+    }  # fmt: skip
+    if config.lr_scheduler == "cosine":
+        may_differ.discard("max_update")
+    same_arch = before.arch == arch.name
+    old_model = asdict(build(arch.family.Config, before.model_config, "model")) if same_arch else {}
+    old_train = asdict(build(TrainConfig, before.train_config, "train"))
+    now = {
+        "arch": arch.name,
+        "dataset": dataset_hash[:16],
+        "processes": world_size,
+        **{f"model.{k}": v for k, v in asdict(model_config).items()},
+        **{f"train.{k}": v for k, v in asdict(config).items() if k not in may_differ},
+    }
+    then = {
+        "arch": before.arch,
+        "dataset": before.dataset_hash[:16],
+        "processes": before.world_size,
+        **{f"model.{k}": v for k, v in old_model.items()},
+        **{f"train.{k}": v for k, v in old_train.items()},
+    }
+    return {
+        key: (then.get(key), value)
+        for key, value in now.items()
+        if json.dumps(then.get(key)) != json.dumps(value)
+    }
+
+
+def forget_changed(progress: Progress, differing: dict[str, tuple[Any, Any]]) -> None:
+    """Forget what belongs to a validation or to batches that are others now.
+
+    Args:
+        progress: of the checkpoint; it is changed.
+        differing: as `changes` returns it.
+    """
+    names = differing.keys()
+    batches = {"dataset", "processes", "train.max_tokens", "train.max_positions", "train.seed"}
+    scores = {"dataset", "train.valid_sentences", "train.valid_steps"}
+    if not progress.best_is_bleu:  # a loss is another with other noise or another weight of a part
+        scores |= batches | {name for name in names if name.startswith("model.")}
+    if names & scores:
+        progress.best, progress.bad_validations = None, 0
+    if names & batches and progress.batch:
+        progress.epoch, progress.batch = progress.epoch + 1, 0
+        logs.info(f"the batches are others than before: epoch {progress.epoch} begins")
+
+
+def refuse_changes(path: Path, differing: dict[str, tuple[Any, Any]]) -> None:
+    """Refuse to resume.
+
+    Raises:
+        FastdissError: what differs.
+    """
+    if "arch" in differing:  # then all options may differ, which says nothing
+        differing = {"arch": differing["arch"]}
+    said = [f"{name} was {was} and is now {now}" for name, (was, now) in differing.items()]
+    named = "; ".join(said[:4])
+    if len(said) > 4:
+        named += f"; and {len(said) - 4} more (a forgotten --config?)"
+    if "train.max_update" in list(differing)[:4]:
+        named += " (where the cosine ends, so that all learning rates differ)"
+    raise FastdissError(
+        f"{path} was trained with different settings: {named}. Train into another --save-dir, or "
+        "resume anyway with --accept-changes"
+    )

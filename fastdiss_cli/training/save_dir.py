@@ -1,0 +1,106 @@
+"""The folder of a training: checkpoint_last, checkpoint_best and numbered ones."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from fastdiss_cli import logs
+from fastdiss_cli.data.files import sync
+from fastdiss_cli.errors import FastdissError
+
+LAST, BEST = "checkpoint_last.safetensors", "checkpoint_best.safetensors"
+_NUMBERED = re.compile(r"checkpoint_\d+_(\d+)\.safetensors")
+
+
+def best_of(path: Path) -> Path:
+    """Return a checkpoint, or that of a folder: its ``checkpoint_best``, or else ``_last``.
+
+    Raises:
+        FastdissError: a folder has none.
+    """
+    if not path.is_dir():
+        return path
+    found = [path / name for name in (BEST, LAST) if (path / name).exists()]
+    if not found:
+        below = sorted({str(file.parent) for file in path.glob(f"*/{LAST}")})
+        hint = f"; there are some in {', '.join(below)}" if below else ""
+        raise FastdissError(f"{path} holds no checkpoint{hint}")
+    return found[0]
+
+
+def numbered(folder: Path) -> list[Path]:
+    """Return the numbered checkpoints of a folder, the newest last."""
+    found = [(m, p) for p in folder.iterdir() if (m := _NUMBERED.fullmatch(p.name))]
+    return [path for _, path in sorted(found, key=lambda pair: int(pair[0][1]))]
+
+
+def prune_numbered(folder: Path, keep: int) -> None:
+    """Delete all but the newest ``keep`` numbered checkpoints, and what killed saves left."""
+    for left in folder.glob(".checkpoint_*.safetensors.tmp"):
+        shutil.rmtree(left, ignore_errors=True)
+    found = numbered(folder)
+    for path in found[: max(len(found) - keep, 0)]:
+        path.unlink(missing_ok=True)
+
+
+def copy_checkpoint(source: Path, target: Path) -> None:
+    """Copy a checkpoint's bytes without ever leaving half a file there."""
+    with replacing(target) as aside:
+        shutil.copyfile(source, aside)
+        sync(aside)
+
+
+def link_checkpoint(source: Path, target: Path) -> None:
+    """Give a checkpoint a second name, or a copy on a file system without hard links."""
+    with replacing(target) as aside:
+        try:
+            os.link(source, aside)
+        except OSError:
+            shutil.copyfile(source, aside)
+            sync(aside)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield where to write and sync a file that then takes the place of ``path`` at once.
+
+    It is in a folder of its own, which the next call removes if a kill leaves it: safetensors
+    writes aside too, under names that nobody could tell later.
+
+    Raises:
+        FastdissError: the disk is full or the folder cannot be written.
+    """
+    folder = path.with_name(f".{path.name}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        yield folder / path.name
+        os.replace(folder / path.name, path)
+        sync(path.parent)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise FastdissError(f"{path}: cannot write the checkpoint: {reason}") from None
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def warn_of_little_space(folder: Path, checkpoint: int) -> None:
+    """Warn, before hours of training, where checkpoints of so many bytes will not fit.
+
+    There are three at a time at least: the last, the best, and the one that takes the place of
+    either.
+    """
+    free = shutil.disk_usage(folder).free
+    if free < 3 * checkpoint:
+        logs.warn(
+            f"--save-dir {folder}: {free / 1e6:,.0f} MB are free, where three checkpoints of "
+            f"{checkpoint / 1e6:,.0f} MB must fit"
+        )
