@@ -176,6 +176,9 @@ def test_what_does_not_belong_together_is_refused(
         refused = run_cli("average", trained, folder, "-o", out)
         assert said in one_line_error(refused, "cannot be averaged", str(folder))
     assert not out.exists()
+    assert run_cli(*command(data_bin, tmp_path / "seed", max_update=1, seed=7)).returncode == 0
+    done = run_cli("average", trained, tmp_path / "seed", "-o", out)
+    assert done.returncode == 0 and "averaging trainings of the seeds 1, 7: unless" in done.stderr
 
 
 def test_what_is_missing_is_named(

@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 from torch import Tensor
 
-from fastdiss_cli import __version__
+from fastdiss_cli import __version__, logs
 from fastdiss_cli.errors import FastdissError
 from fastdiss_cli.training.checkpoint import Checkpoint
 from fastdiss_cli.training.save_dir import best_of, numbered
@@ -65,13 +65,19 @@ def release(paths: Sequence[Path], license: str | None, text: str | None) -> Che
     """
     first = newest = Checkpoint.load(paths[0])
     sums = {name: value.double() for name, value in first.averaged().items()}
-    updates = [first.progress.update]
+    updates, seeds = [first.progress.update], {first.train_config.get("seed")}
     for path in paths[1:]:
         newest = Checkpoint.load(path)
         _check_same(first, newest, paths[0], path)
         for name, value in newest.averaged().items():
             sums[name] += value
         updates.append(newest.progress.update)
+        seeds.add(newest.train_config.get("seed"))
+    if len(seeds) > 1:  # which is right where both began with the weights of one training
+        logs.warn(
+            f"averaging trainings of the seeds {', '.join(map(str, sorted(seeds, key=str)))}: "
+            "unless they began with the same weights, the mean of theirs is no model"
+        )
     types = {name: value.dtype for name, value in first.averaged().items()}
     tensors: dict[str, Tensor] = {
         f"model.{name}": (total / len(paths)).to(types[name]) for name, total in sums.items()
