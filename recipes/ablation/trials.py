@@ -24,14 +24,14 @@ HERE = Path(__file__).parent
 ALL_STEPS = "1,2,3,5,10,20,50,100"
 FEW_STEPS = "1,2,5,20"
 
-# One network; the unrolled SCP is the default. MANS has a pass of its own, but in the last, and
-# tells the network the time t_i of each token, but where it says: told t, that of the sentence.
+# One network; the unrolled SCP is the default. MANS has a pass of its own and tells the network the
+# time of the sentence, but where it says: shared pass; told t_i, the time of each token.
 DIFFORMER = {"family": "difformer"}
 SCP = {"family": "fastdiss", "scp_unroll": "0", "mans_strength": "0"}
 SCP_MANS = SCP | {
     "mans_strength": "0.25",
     "mans_shared_pass": "false",
-    "mans_told": "token",
+    "mans_told": "sentence",
 }
 VARIANTS: dict[str, dict[str, str]] = {
     "no self-conditioning": DIFFORMER | {"self_cond_rate": "0"},
@@ -40,8 +40,8 @@ VARIANTS: dict[str, dict[str, str]] = {
     "+SCP, unrolled": SCP | {"scp_unroll": "0.5"},
     "+MANS": SCP_MANS | {"scp_offset": "none", "self_cond_rate": "0.5"},
     "+SCP+MANS": SCP_MANS,
-    "+SCP+MANS, told t": SCP_MANS | {"mans_told": "sentence"},
     "+SCP+MANS, shared pass": SCP_MANS | {"mans_shared_pass": "true"},
+    "+SCP+MANS, told t_i": SCP_MANS | {"mans_told": "token"},
 }
 DEFAULT = "+SCP, unrolled"
 
@@ -66,7 +66,7 @@ BASE = {
     "mans_anchors": "[0.1,1.0]",
     "mans_start_update": "0",
     "mans_shared_pass": "false",
-    "mans_told": "token",
+    "mans_told": "sentence",
 }
 MANS = {"mans_strength": "0.25"}
 SWEEPS: dict[str, dict[str, dict[str, str]]] = {
@@ -98,7 +98,7 @@ SWEEPS: dict[str, dict[str, dict[str, str]]] = {
         "own pass, anchors 0.02 and 0.5": MANS | {"mans_anchors": "[0.02,0.5]"},
         "own pass, from half of the updates on": MANS | {"mans_start_update": "300"},
         "shared pass": MANS | {"mans_shared_pass": "true"},
-        "own pass, told t": MANS | {"mans_told": "sentence"},
+        "own pass, told t_i": MANS | {"mans_told": "token"},
     },
     "Told as": {
         "raw estimate": {"self_cond_form": "raw"},
