@@ -131,6 +131,8 @@ def read_recipe(path: Path | None) -> dict[str, dict[str, Any]]:
     for section, values in recipe.items():
         if section not in SECTIONS:
             hint = suggest(str(section), SECTIONS)
+            if not isinstance(values, dict):
+                hint = "; options are under `model:` or `train:`, see `fastdiss models ARCH`"
             raise FastdissError(f"{path}: unknown section {section!r}{hint}")
         if not isinstance(values, dict):
             raise FastdissError(f"{path}: section {section!r} must be a mapping of keys to values")

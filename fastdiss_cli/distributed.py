@@ -84,11 +84,13 @@ class Processes:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.rank = int(os.environ.get("RANK", 0))
-        self.world_size = int(os.environ.get("WORLD_SIZE", 1))
+        self.rank, self.world_size = (
+            _from_environment("RANK", 0),
+            _from_environment("WORLD_SIZE", 1),
+        )
         self.device = device
         if device.type == "cuda" and self.world_size > 1:
-            local, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+            local, count = _from_environment("LOCAL_RANK", 0), torch.cuda.device_count()
             if local >= count:
                 raise FastdissError(
                     f"local rank {local}: this machine has {count} GPU(s), and each takes one "
@@ -100,7 +102,13 @@ class Processes:
     def __enter__(self) -> Processes:
         if self.world_size > 1:
             with self.others():
-                dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+                try:
+                    dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+                except ValueError as error:
+                    raise FastdissError(
+                        f"WORLD_SIZE is {self.world_size}, but the processes cannot meet "
+                        f"({' '.join(str(error).split())}): start them with torchrun, or unset it"
+                    ) from None
             if self.rank:
                 logs.quiet()
         return self
@@ -206,6 +214,14 @@ class Processes:
             if out_of_memory(error) or "CUDA error" in str(error):  # of this rank, told late
                 raise
             raise FastdissError(f"rank {self.rank} of {self.world_size}: {_gone(error)}") from None
+
+
+def _from_environment(name: str, default: int) -> int:
+    """Return what torchrun has set, or the default where it has not."""
+    value = os.environ.get(name, str(default))
+    if not value.isdecimal():
+        raise FastdissError(f"{name} is {value!r}, not a number: use torchrun, or unset it")
+    return int(value)
 
 
 def _gone(error: BaseException) -> str:

@@ -181,7 +181,7 @@ def _distinct_ends(folders: Sequence[Path]) -> list[str]:
     parts = [list(folder.absolute().parts) for folder in folders]
     if len(set(map(tuple, parts))) == 1:
         return [folders[0].absolute().name] * len(folders)
-    while len({part[0] for part in parts}) == 1:
+    while len({tuple(part[:1]) for part in parts}) == 1:
         parts = [part[1:] for part in parts]
     while len({tuple(part[-1:]) for part in parts}) == 1:
         parts = [part[:-1] for part in parts]
@@ -225,7 +225,8 @@ def _save(figure: Figure, path: Path) -> None:
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
     handles, labels = figure.axes[0].get_legend_handles_labels()
-    columns = min(len(labels), 3)
+    width = 11 * figure.get_figwidth()  # in letters, about
+    columns = max(1, min(len(labels), 3, int(width / (max(map(len, labels)) + 6))))
     figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
     undated = {"Date": None} if path.suffix == ".svg" else {"CreationDate": None}
     metadata = {} if path.suffix == ".png" else undated

@@ -244,7 +244,7 @@ def test_prune_removes_what_kills_left(saved: Path) -> None:
     left = saved / ".checkpoint_1_7.safetensors.tmp"
     left.mkdir()
     (left / ".tmpX1Y2").write_bytes(b"half a file")
-    prune_numbered(saved, keep=1)
+    prune_numbered(saved, keep=1, update=99)
     assert names(saved) == BOTH
 
 

@@ -157,7 +157,9 @@ def test_paired_tests_mark_what_differs_from_the_baseline(
     # the baseline among the systems is not compared with itself
     command = ["score", good, poor, same, "--ref", ref, "--paired", poor, "--paired-test", test]
     command += ["--metrics", "bleu,ser,distinct1"]
-    head, *rows, _, _, _, legend = run_cli(*command).stdout.splitlines()
+    done = run_cli(*command)
+    assert ("those of ser, which count errors" in done.stderr) == (test == "ar")
+    head, *rows, _, _, _, legend = done.stdout.splitlines()
     assert head.split() == ["system", "BLEU", "p", "SER", "p", "distinct-1"]
     assert [row.split()[0] for row in rows] == [str(poor), str(good), str(same)]
     assert "(baseline)" in rows[0] and rows[1].count("*") == 2 and "*" not in rows[0] + rows[2]
@@ -191,7 +193,7 @@ def test_diversity_needs_no_references(tmp_path: Path) -> None:
 
 def test_score_does_not_wait_for_torch(tmp_path: Path) -> None:
     """sacreBLEU itself takes a quarter of a second; torch takes two."""
-    hyp = generated(tmp_path / "hyp", POOR)
+    hyp = generated(tmp_path / "hyp", POOR, summary("fastdiss_tiny", 40, steps=5))
     code = (
         "import sys; from fastdiss_cli.__main__ import app\n"
         "try: app()\n"

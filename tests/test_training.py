@@ -492,3 +492,28 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_older_one(
     with pytest.raises(FastdissError, match="No space left on device"):
         training._save(final=True)
     assert path.read_bytes() == before
+
+
+def test_what_validation_would_refuse_is_refused_before_the_first_update(
+    data_bin: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(FastdissError, match="steps must be from 1 to 100000"):
+        start(data_bin, tmp_path, valid_steps=100_001)
+    with pytest.raises(FastdissError, match="latent_dim must be at least 2"):
+        architecture("difformer_tiny").config({"latent_dim": 1})
+
+
+def test_what_another_training_left_is_not_mixed_in(
+    data_bin: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    start(data_bin, tmp_path, max_update=4, keep_last=1).run()
+    (stale,) = tmp_path.glob("checkpoint_*_4.safetensors")
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    (tmp_path / "checkpoint_last.safetensors").unlink()
+    capsys.readouterr()
+    start(data_bin, tmp_path, max_update=2, keep_last=1).run()
+    said = capsys.readouterr().err
+    assert f"{stale.name}: of another training" in said and "becomes" in said
+    assert stale.exists() and len([*tmp_path.glob("checkpoint_*_2.safetensors")]) == 1
+    assert (tmp_path / "metrics.old.jsonl").read_bytes() == before
+    assert {line["update"] for line in metrics(tmp_path)} == {1, 2}

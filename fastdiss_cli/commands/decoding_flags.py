@@ -33,7 +33,8 @@ def check_usage(given: dict[str, Any]) -> None:
     languages = "source_lang" in given or "target_lang" in given
     told_answers = given.get("self_cond") == "gold"
     for wrong, reason in (
-        (raw == ("data" in given), "give either a dataset folder or --input"),
+        (not raw and "data" not in given, "give either a dataset folder or --input"),
+        (raw and "data" in given, "--input needs no dataset: the checkpoint has its tokenizers"),
         ({"plain", "history"} <= given.keys(), "--plain leaves no room for --print-history"),
         ("plain" in given and given["nbest"] > 1, "--plain writes one answer a line: no --nbest"),
         (raw and languages, "--source-lang and --target-lang are of a dataset, not of --input"),

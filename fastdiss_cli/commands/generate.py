@@ -243,7 +243,10 @@ def generate(
     runs = [Run(decoding_options(model, arch, options | count)) for count in step_counts]
     most = runs[0].options.candidates
     if nbest > most:
-        raise typer.BadParameter(f"--nbest {nbest}: a sentence has {most} candidates")
+        more = "--length-beam or --noise-beam" if hasattr(runs[0].options, "steps") else "--beam"
+        raise typer.BadParameter(
+            f"--nbest {nbest}: a sentence has {most} candidate{'s' * (most > 1)}; raise {more}"
+        )
     choose, said = _selection(given, loaded, most, load)
     computed_in = str(torch_dtype).removeprefix("torch.")
     if torch_dtype != torch.float32:

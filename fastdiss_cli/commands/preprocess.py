@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from concurrent.futures import BrokenExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -100,6 +100,8 @@ def preprocess(
         if text is not None and not all(text.split(",")):
             raise typer.BadParameter(f"{flag} {text!r}: a name is empty")
     prefixes = _splits(trainpref, validpref, testpref)
+    if format == "text" and source_lang == target_lang:
+        raise typer.BadParameter(f"-s and -t are both {source_lang}, which is one file")
     if not prefixes and not verify:
         raise typer.BadParameter("give --trainpref, --validpref or --testpref (or --verify)")
     if prefixes:
@@ -113,7 +115,7 @@ def preprocess(
                 logs.warn(f"--{flag} has no effect: --tokenizer is trained already")
         for prefix in prefixes.values():
             check_files(prefix, source_lang, target_lang, format)
-        _check_destination(destdir)
+        _check_destination(destdir, prefixes)
         final = destdir.resolve()  # so that a link stays one, and "." has a name
         _warn_of_leftovers(final)
         aside = final.with_name(f".{final.name}.tmp-{os.getpid()}")
@@ -178,8 +180,8 @@ def _splits(train: str | None, valid: str | None, test: str | None) -> dict[str,
     return splits
 
 
-def _check_destination(destdir: Path) -> None:
-    """Refuse to replace anything but a dataset."""
+def _check_destination(destdir: Path, prefixes: Collection[str]) -> None:
+    """Refuse to replace anything but a dataset, and one of splits that are not made again."""
     if destdir.exists() and not destdir.is_dir():
         raise FastdissError(f"--destdir {destdir} is a file")
     names = sorted(path.name for path in destdir.iterdir()) if destdir.exists() else []
@@ -189,6 +191,12 @@ def _check_destination(destdir: Path) -> None:
         raise FastdissError(
             f"--destdir {destdir} holds other files ({foreign[0]}); "
             "give a new folder or empty it first"
+        )
+    splits = {name.split(".")[0] for name in names if name.endswith(".bin")}
+    if lost := sorted(splits - set(prefixes)):
+        raise FastdissError(
+            f"--destdir {destdir} holds a dataset whose {' and '.join(lost)} would be lost: give "
+            "the text of all splits again, or a new folder"
         )
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from fastdiss_cli import logs
 from fastdiss_cli.commands.options import drawable
 from fastdiss_cli.errors import FastdissError, suggest
 
@@ -26,6 +27,7 @@ AGAINST_REFERENCES += ("wer", "ser", "repetition")
 DIVERSITY = ("distinct1", "distinct2", "sentence-distinct", "self-bleu")
 GROUPS = {"rouge": ("rouge1", "rouge2", "rougeL"), "distinct": ("distinct1", "distinct2")}
 NAMES = (*AGAINST_REFERENCES, *DIVERSITY, *GROUPS)
+COUNTED = ("wer", "ser", "repetition")
 TESTS = {"bs": "paired bootstrap", "ar": "approximate randomisation"}
 
 
@@ -113,6 +115,12 @@ def score(
         paths = [paired, *(path for path in paths if path != paired)]
         if len(paths) == 1:
             raise typer.BadParameter("--paired needs another system than the baseline itself")
+    if counted := [name for name in wanted if test == "ar" and name in COUNTED]:
+        logs.warn(
+            f"--paired-test ar: sacreBLEU's p-values take a tie for evidence, and those of "
+            f"{', '.join(counted)}, which count errors, are too small where few sentences differ: "
+            "use bs"
+        )
 
     from fastdiss_cli.decoding.output import read_system
 
@@ -265,7 +273,6 @@ def _table(paths: list[Path], rows: list[list[Result]], test: str | None) -> str
 def _plot(
     plot: Path, paths: list[Path], systems: list[Generated], results: list[Result], metric: str
 ) -> None:
-    from fastdiss_cli import logs
     from fastdiss_cli.decoding.report import parse_summary
     from fastdiss_cli.metrics import LOWER_IS_BETTER
     from fastdiss_cli.plots import Point, plot_quality

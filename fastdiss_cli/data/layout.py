@@ -19,8 +19,8 @@ class Layout:
     Attributes:
         pad_mask: bool [N, T], true on padding.
         index: int64 [P], the places of the P tokens in the flattened batch; None: all places.
-        dense: padding counts as tokens, which attention alone leaves out. What a layer then makes
-            of it is never looked at.
+        dense: padding is computed like tokens, and masked in attention only; what comes out for it
+            is not used.
         lengths: int64 [N], tokens of each row.
         attn_mask: bool [N, 1, 1, T], true where to look; None: everywhere.
     """
@@ -60,8 +60,9 @@ class Layout:
 
     def to(self, device: torch.device) -> Layout:
         index = None if self.index is None else self.index.to(device, non_blocking=True)
-        return Layout(self.pad_mask.to(device, non_blocking=True), index)
+        return Layout(self.pad_mask.to(device, non_blocking=True), index, self.dense)
 
     def select(self, rows: Tensor) -> Layout:
         """Return the layout of some rows; int64 indices into N."""
-        return Layout.of(self.pad_mask[rows])
+        mask = self.pad_mask[rows]
+        return Layout(mask, None, dense=True) if self.dense else Layout.of(mask)

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fastdiss_cli import logs
 from fastdiss_cli.data.text import read_lines, read_references
 from fastdiss_cli.errors import FastdissError
 
@@ -143,6 +144,11 @@ def read_system(path: Path) -> Generated:
     missing = next(number for number in itertools.count() if number not in answers)
     if missing < len(answers):
         raise FastdissError(f"{path}: no D-{missing} line; the file is not complete")
+    if not summary:
+        logs.warn(
+            f"{path} has no last line (Generate ...), as if it was cut: it is taken for "
+            f"{len(answers):,} sentences"
+        )
     return Generated(
         [answers[number] for number in sorted(answers)],
         [references[number][0] for number in sorted(answers)]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
-from dataclasses import dataclass, field
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import TextIO
@@ -179,6 +179,8 @@ def open_outputs(stack: ExitStack, runs: list[Run], folder: Path | None, name: s
     for run in runs:
         steps = f".steps{run.options.steps}" if len(runs) > 1 else ""
         path = folder / f"generate-{name}{steps}.txt"
+        if path.exists():
+            logs.warn(f"{path} is there already, and will be replaced")
         aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         stack.callback(aside.unlink, missing_ok=True)
         file = stack.enter_context(aside.open("w", encoding="utf-8", newline="\n"))
@@ -237,7 +239,10 @@ def translate(
     to_terminal = any(output.file is sys.stdout for output in outputs) and logs.stdout_is_terminal()
     colour = to_terminal and logs.wants_colour()
     so_far = Translation([[] for _ in runs])
-    with logs.progress("generating", corpus.total, hidden=to_terminal) as bar:
+    with (
+        _kept_if_it_fails(so_far, outputs),
+        logs.progress("generating", corpus.total, hidden=to_terminal) as bar,
+    ):
         while not so_far.signal and (
             pairs := processes.gather(_read(corpus, stop) if first_rank else [])
         ):
@@ -245,13 +250,16 @@ def translate(
             first = so_far.sentences
             answers = targets if gold else None
             if first == 0 and len(pairs) > 1:  # thread and memory pools fill outside the clock
+                options = runs[0].options
+                quick = replace(options, steps=1) if hasattr(options, "steps") else options
                 with processes.attempt("decoding") as tried:
-                    generator.decode(sources[:16], [Run(runs[0].options)], 0, answers)
+                    generator.decode(sources[:16], [Run(quick)], 0, answers)
                 processes.agree(tried, stop)
             so_far.signal = generator.decode_together(
                 sources, runs, processes, stop, first, answers, done=bar.advance
             )
             lines: list[list[str]] = [[] for _ in outputs]
+            done = 0
             for i, (source, target) in enumerate(pairs):
                 if runs[0].best[i] is None:  # a signal came: what lies behind it is not in order
                     break
@@ -268,11 +276,24 @@ def translate(
                     elif outputs:
                         shown = (first + i, source_text, best, tgt, reference, colour)
                         lines[n].append(format_lines(*shown))
-                so_far.sentences += 1
+                done += 1
             for output, written in zip(outputs, lines, strict=True):
                 output.write("".join(written))
+            so_far.sentences += done
     so_far.signal = so_far.signal or stop.signal
     return so_far
+
+
+@contextmanager
+def _kept_if_it_fails(so_far: Translation, outputs: list[Output]) -> Iterator[None]:
+    """Keep the lines that are written where what comes behind them fails, and say where."""
+    try:
+        yield
+    except Exception:
+        kept = [str(output.keep()) for output in outputs if output.path and so_far.sentences]
+        if kept:
+            logs.warn(f"the first {so_far.sentences:,} sentences are in {', '.join(kept)}")
+        raise
 
 
 def _read(corpus: Input, stop: Stop) -> list[Pair]:

@@ -62,7 +62,8 @@ class DiffusionConfig(NetworkConfig):
         one_of(self, "noise_schedule", tuple(ABAR))
         one_of(self, "self_cond_form", FORMS)
         one_of(self, "logit_scale", LOGIT_SCALES)
-        require(self, "latent_dim", self.latent_dim >= 1, "at least 1")
+        # normalised embeddings of one coordinate are all the same
+        require(self, "latent_dim", self.latent_dim >= 2, "at least 2")
         require(self, "noise_factor", self.noise_factor > 0, "above 0")
         require(self, "self_cond_rate", 0 <= self.self_cond_rate <= 1, "in [0, 1]")
         copied = self.source_copy == 0 or 1e-3 <= self.source_copy < math.inf

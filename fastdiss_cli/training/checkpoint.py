@@ -26,7 +26,7 @@ from fastdiss_cli.data.tokenizer import Tokenizer, make_tokenizer
 from fastdiss_cli.errors import FastdissError
 from fastdiss_cli.models.frozen import freeze
 from fastdiss_cli.models.registry import Architecture, Seq2SeqModel, Vocabulary, architecture
-from fastdiss_cli.training.save_dir import best_of, replacing
+from fastdiss_cli.training.save_dir import best_of, elsewhere, replacing
 
 FORMAT_VERSION = "3"
 
@@ -127,7 +127,8 @@ class Checkpoint:
             FastdissError: no such file, not a checkpoint, damaged, or of another format version.
         """
         if not path.is_file():
-            raise FastdissError(f"{path}: no such checkpoint; `fastdiss train` writes them")
+            hint = elsewhere(path.parent) or "; `fastdiss train` writes them"
+            raise FastdissError(f"{path}: no such checkpoint{hint}")
         if path.suffix == ".pt":
             raise FastdissError(
                 f"{path}: .pt is pickle, as fairseq writes it, and is never read; "

@@ -64,7 +64,8 @@ class MetricsFile:
 
     Args:
         path: the file.
-        after: lines of later updates, which a resumed run will do again, are removed.
+        after: lines of later updates, which a resumed run will do again, are removed. Where none is
+            left, the file is of another training, and gets another name.
         validation_due: a validation after that very update will be done again, too.
         active: whether this process writes; only one of a distributed run does.
     """
@@ -79,6 +80,10 @@ class MetricsFile:
                 for line in path.read_text("utf-8", "replace").splitlines()
                 if _keep(line, *last)
             ]
+            if not kept and path.stat().st_size:
+                before = path.with_suffix(".old.jsonl")
+                logs.warn(f"{path} is of another training, and becomes {before}")
+                os.replace(path, before)
             aside = path.with_name(f".{path.name}.tmp")
             aside.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
             os.replace(aside, path)

@@ -30,9 +30,14 @@ from fastdiss_cli.training.gradient import (
 )
 from fastdiss_cli.training.log import Events, MetricsFile, Window
 from fastdiss_cli.training.optimizer import learning_rate
-from fastdiss_cli.training.save_dir import LAST, warn_of_little_space
+from fastdiss_cli.training.save_dir import LAST, number_of, numbered, warn_of_little_space
 from fastdiss_cli.training.state import TrainState
-from fastdiss_cli.training.validation import judge, validation_bleu, validation_loss
+from fastdiss_cli.training.validation import (
+    judge,
+    quick_decoding,
+    validation_bleu,
+    validation_loss,
+)
 
 
 class Training:
@@ -75,6 +80,8 @@ class Training:
         self.valid_batcher = (
             make_batcher(dataset, "valid", config, processes) if "valid" in dataset.splits else None
         )
+        if self.valid_batcher is not None and config.valid_sentences:
+            quick_decoding(self.state.model, config.valid_steps)  # refuses now, not hours later
         if misfits := self.model.misfits(*self.batcher.sizes):
             logs.warn(f"train: {misfits}")
         self._schedule: tuple[int, list[list[np.ndarray]]] | None = None
@@ -85,6 +92,12 @@ class Training:
             progress.validation_due,
             processes.rank == 0,
         )
+        later = [path for path in numbered(save_dir) if number_of(path) > progress.update]
+        if later:
+            logs.warn(
+                f"{', '.join(map(str, later))}: of another training, which this one leaves there; "
+                "`fastdiss average --last` would take it for the newest"
+            )
         self.events = None
         if config.tensorboard and processes.rank == 0:
             self.events = Events(save_dir / "tensorboard", progress.update)

@@ -29,23 +29,34 @@ def best_of(path: Path) -> Path:
         return path
     found = [path / name for name in (BEST, LAST) if (path / name).exists()]
     if not found:
-        below = sorted({str(file.parent) for file in path.glob(f"*/{LAST}")})
-        hint = f"; there are some in {', '.join(below)}" if below else ""
-        raise FastdissError(f"{path} holds no checkpoint{hint}")
+        raise FastdissError(f"{path} holds no checkpoint{elsewhere(path)}")
     return found[0]
+
+
+def elsewhere(folder: Path) -> str:
+    """Return a hint, as the end of a message, to folders below one that have checkpoints."""
+    below = sorted({str(file.parent) for file in folder.glob(f"*/{LAST}")})
+    return f"; there are some in {', '.join(below)}" if below else ""
 
 
 def numbered(folder: Path) -> list[Path]:
     """Return the numbered checkpoints of a folder, the newest last."""
-    found = [(m, p) for p in folder.iterdir() if (m := _NUMBERED.fullmatch(p.name))]
-    return [path for _, path in sorted(found, key=lambda pair: int(pair[0][1]))]
+    return sorted((p for p in folder.iterdir() if _NUMBERED.fullmatch(p.name)), key=number_of)
 
 
-def prune_numbered(folder: Path, keep: int) -> None:
-    """Delete all but the newest ``keep`` numbered checkpoints, and what killed saves left."""
+def number_of(path: Path) -> int:
+    """Return the update in the name of a numbered checkpoint."""
+    return int(_NUMBERED.fullmatch(path.name)[1])  # type: ignore[index]
+
+
+def prune_numbered(folder: Path, keep: int, update: int) -> None:
+    """Delete all but the newest ``keep`` numbered checkpoints, and what killed saves left.
+
+    Those of later updates than the present one are of another training, and left alone.
+    """
     for left in folder.glob(".checkpoint_*.safetensors.tmp"):
         shutil.rmtree(left, ignore_errors=True)
-    found = numbered(folder)
+    found = [path for path in numbered(folder) if number_of(path) <= update]
     for path in found[: max(len(found) - keep, 0)]:
         path.unlink(missing_ok=True)
 

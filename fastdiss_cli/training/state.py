@@ -126,7 +126,7 @@ class TrainState:
                         link_checkpoint(folder / BEST, folder / name)
                     else:
                         copy_checkpoint(folder / LAST, folder / name)
-                    prune_numbered(folder, self.config.keep_last)
+                    prune_numbered(folder, self.config.keep_last, progress.update)
         failed, lost = self.processes.sum([float(tried.failure is not None), float(lost)])
         if final:
             self.processes.fail_together(tried, failed)
@@ -203,7 +203,15 @@ class TrainState:
             f"beginning with the weights of {path}"
             + (f"; model options that differ: {', '.join(differing)}" if differing else "")
         )
-        load_weights(self.model, checkpoint.averaged(), path)
+        try:
+            load_weights(self.model, checkpoint.averaged(), path)
+        except FastdissError as error:
+            if checkpoint.arch == self.arch.name:
+                raise
+            raise FastdissError(
+                f"{path} is a {checkpoint.arch}, whose weights do not fit a {self.arch.name}: "
+                f"give --arch {checkpoint.arch}"
+            ) from error
 
     def _check_tokenizers(self, checkpoint: Checkpoint, where: str, remedy: str) -> None:
         for side, name in (("src", "source"), ("tgt", "target")):

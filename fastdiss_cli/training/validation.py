@@ -46,8 +46,9 @@ def validation_loss(
         with processes.attempt(f"the validation of {len(batch.src_tokens)} sentences") as tried:
             with autocast(device, dtype):
                 loss = model.loss(batch.to(device), update)
-            for name, value in {"loss": loss.total, **loss.parts}.items():
-                sums[name] = sums.get(name, 0.0) + float(value) * batch.num_tgt_tokens
+            means = {"loss": loss.total, **loss.parts}
+            for name, mean in zip(means, torch.stack([*means.values()]).tolist(), strict=True):
+                sums[name] = sums.get(name, 0.0) + mean * batch.num_tgt_tokens
             tokens += batch.num_tgt_tokens
         if signal := processes.agree(tried, stop):
             raise Stopped(signal)
