@@ -352,3 +352,14 @@ def slow_clock(rank: int) -> None:
             run.seconds = 70.0 if rank else 7.0
 
     SequenceGenerator.decode = decode
+
+
+def test_half_of_torchrun_is_one_line(
+    data_bin: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    line = command(data_bin, tmp_path / "c")
+    monkeypatch.setenv("RANK", "first")
+    one_line_error(run_cli(*line), "RANK is 'first', not a number: use torchrun")
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    one_line_error(run_cli(*line), "WORLD_SIZE is 2, but", "MASTER_ADDR", "torchrun, or unset")

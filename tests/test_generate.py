@@ -199,6 +199,18 @@ def test_a_full_disk_is_told_with_the_name_of_the_file(
     assert not list(tmp_path.iterdir())
 
 
+def test_what_is_written_before_a_failure_is_kept(
+    checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    (tmp_path / "in").write_bytes(b"eins\nzwei\ndrei\n\xff\n")
+    more = ["--path", checkpoints["fastdiss_tiny"], "--buffer-size=2", "--results-path"]
+    done = run_cli("generate", "--input", tmp_path / "in", *more, tmp_path / "out")
+    one_line_error(done, "line 4 is not valid UTF-8")
+    (part,) = (tmp_path / "out").iterdir()
+    assert f"the first 2 sentences are in {part}" in done.stderr
+    assert [line[:3] for line in part.read_text().splitlines() if line[0] == "D"] == ["D-0", "D-1"]
+
+
 @pytest.mark.parametrize("arch", ["fastdiss_tiny", "transformer_tiny"])
 def test_an_empty_line_has_an_empty_answer(checkpoints: dict[str, Path], arch: str) -> None:
     more = ["generate", "--path", checkpoints[arch], "--input=-", "--plain", "--buffer-size=9"]

@@ -227,6 +227,18 @@ def test_several_test_sets(preprocess: Command, corpus: Path, tmp_path: Path, sm
     assert text_of(dataset, "test1") == lines_of(corpus / "valid")
 
 
+def test_a_dataset_is_not_replaced_by_one_of_fewer_splits(
+    preprocess: Command, corpus: Path, tmp_path: Path, small: tuple
+) -> None:
+    out = ("--destdir", tmp_path / "d")
+    assert preprocess(*small, "--validpref", corpus / "valid", *out).code == 0
+    before = contents(tmp_path / "d")
+    given = ("--tokenizer", tmp_path / "d" / "tokenizer.src", "--testpref", corpus / "test")
+    assert_fails(preprocess(*given, *out), "whose train and valid would be lost")
+    assert contents(tmp_path / "d") == before
+    assert preprocess(*small, "--validpref", corpus / "test", *out).code == 0
+
+
 def test_empty_sides_are_kept_and_reported(preprocess: Command, tmp_path: Path) -> None:
     (tmp_path / "x.de").write_text("eins\n\n \nvier\n")
     (tmp_path / "x.en").write_text("one\ntwo\nthree\n\n")

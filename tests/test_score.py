@@ -315,6 +315,24 @@ def test_training_curves_of_several_runs(tmp_path: Path) -> None:
     assert "skipped" not in shown  # nothing but zeros
 
 
+@needs_matplotlib
+def test_a_run_within_the_folder_of_another_has_a_name(tmp_path: Path) -> None:
+    log(tmp_path / "run" / "metrics.jsonl"), log(tmp_path / "run" / "sub" / "metrics.jsonl")
+    out = tmp_path / "curves.svg"
+    done = run_cli("plot", tmp_path / "run", tmp_path / "run" / "sub", "-o", out)
+    assert done.returncode == 0, done.stderr
+    assert ">sub<" in out.read_text()
+
+
+def test_a_cut_generate_file_is_told(tmp_path: Path) -> None:
+    whole = generated(tmp_path / "whole", POOR, summary("fastdiss_tiny", 8, steps=5))
+    assert "as if it was cut" not in run_cli("score", whole).stderr
+    cut = generated(tmp_path / "cut", POOR)
+    assert (
+        f"as if it was cut: it is taken for {len(POOR)} sentences" in run_cli("score", cut).stderr
+    )
+
+
 def test_a_log_before_the_lines_is_passed_over(tmp_path: Path) -> None:
     """As `generate > job.log 2>&1` leaves it."""
     path = generated(tmp_path / "out.txt", POOR, summary("fastdiss_tiny", 8, steps=5))
