@@ -191,7 +191,7 @@ def test_beam_search_through_the_same_command(data_bin: Path, transformer: Path)
         (["--steps", "2,x"], "at least 1"),
         (["--beam", "3"], "--beam does not apply to fastdiss_tiny"),
         (["--select", "best"], "choose from score, mbr, rerank"),
-        (["--input", "-"], "either a dataset folder or --input"),
+        (["--input", "-"], "--input needs no dataset"),
         (["--select", "rerank"], "go together"),
         (["--noise-beam", "2", "--nbest", "3"], "a sentence has 2 candidates"),
         (["--diagnose", "--early-exit"], "without --early-exit"),

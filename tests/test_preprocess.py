@@ -377,12 +377,13 @@ def test_a_file_is_not_replaced(preprocess: Command, tmp_path: Path, small: tupl
 def test_a_dataset_is_replaced_whole(
     preprocess: Command, corpus: Path, tmp_path: Path, small: tuple
 ) -> None:
-    both = (*small, "--testpref", f"{corpus / 'test'},{corpus / 'test'}")
-    assert preprocess(*both, "--destdir", tmp_path / "d").code == 0
+    more = (*small, "--testpref", corpus / "test", "--separate")
     assert preprocess(*small, "--destdir", tmp_path / "d").code == 0
-    assert list(BinarizedDataset(tmp_path / "d", verify=True).splits) == ["train"]
-    assert not list((tmp_path / "d").glob("test*"))
+    assert preprocess(*more, "--destdir", tmp_path / "d").code == 0
+    assert list(BinarizedDataset(tmp_path / "d", verify=True).splits) == ["train", "test"]
     assert [path.name for path in tmp_path.iterdir()] == ["d"]
+    assert preprocess(*more, "--destdir", tmp_path / "new").code == 0
+    assert contents(tmp_path / "d") == contents(tmp_path / "new")
 
 
 def test_a_damaged_dataset_can_be_made_again(
