@@ -84,10 +84,8 @@ class Processes:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.rank, self.world_size = (
-            _from_environment("RANK", 0),
-            _from_environment("WORLD_SIZE", 1),
-        )
+        self.rank = _from_environment("RANK", 0)
+        self.world_size = _from_environment("WORLD_SIZE", 1)
         self.device = device
         if device.type == "cuda" and self.world_size > 1:
             local, count = _from_environment("LOCAL_RANK", 0), torch.cuda.device_count()
