@@ -26,9 +26,15 @@ SECTIONS = ("model", "train")
 _NOT_YAML = (yaml.YAMLError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
 
 
-def option(default: Any, meaning: str) -> Any:
-    """Declare a field of a configuration; `fastdiss models ARCH` prints what it means."""
-    return dataclasses.field(default=default, metadata={"meaning": meaning})
+def option(default: Any, meaning: str, needs: str = "") -> Any:
+    """Declare a field of a configuration; `fastdiss models ARCH` prints what it means.
+
+    Args:
+        default: its value unless one is given.
+        meaning: a few words.
+        needs: another field, without which (false, 0 or empty) this one changes nothing.
+    """
+    return dataclasses.field(default=default, metadata={"meaning": meaning, "needs": needs})
 
 
 @dataclass(frozen=True)
@@ -83,6 +89,12 @@ class TrainConfig:
             self, "warmup_updates", warm, "at least 1 with inverse_sqrt, which falls from there"
         )
         one_of(self, "dtype", ("auto", "float32", "bfloat16"))
+
+
+def idle(config: Any) -> set[str]:
+    """Return the names of the options that change nothing, as what they need is off."""
+    needs = {field.name: field.metadata.get("needs") for field in dataclasses.fields(config)}
+    return {name for name, other in needs.items() if other and not getattr(config, other)}
 
 
 def require(config: object, key: str, holds: bool, what: str) -> None:

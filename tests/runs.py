@@ -36,8 +36,9 @@ OPTIONS = {
 def start(data_bin: Path, save_dir: Path, arch: str = "fastdiss_tiny", **options: object):
     """Return a training in this process, ready to run."""
     accept, begin_with = bool(options.pop("accept_changes", False)), options.pop("begin_with", None)
-    config = build(TrainConfig, {**OPTIONS, **options}, "train")
     network = dict(NETWORK, **({} if arch.startswith("transformer") else {"latent_dim": 8}))
+    network.update(options.pop("model", {}))
+    config = build(TrainConfig, {**OPTIONS, **options}, "train")
     dataset = BinarizedDataset(data_bin)
     where = (dataset, save_dir, Processes(CPU))
     return Training(architecture(arch), network, config, *where, accept, begin_with)

@@ -86,6 +86,24 @@ def test_resuming_otherwise_is_refused_with_the_difference(data_bin: Path, tmp_p
     start(data_bin, tmp_path, max_update=2).run()  # training longer changes no update
 
 
+def test_options_of_what_is_off_do_not_differ(data_bin: Path, tmp_path: Path) -> None:
+    """A recipe may name all options of MANS beside a strength of 0."""
+    change = {"mans_told": "token", "mans_start_update": 9}
+    start(data_bin, tmp_path / "off", "fastdiss_tiny", max_update=1).run()
+    more = {"max_update": 2, "model": change}
+    assert start(data_bin, tmp_path / "off", "fastdiss_tiny", **more).run() == 0
+    on = {"mans_strength": 0.5}
+    start(data_bin, tmp_path / "on", "fastdiss_tiny", max_update=1, model=on).run()
+    with pytest.raises(FastdissError) as refused:
+        start(data_bin, tmp_path / "on", "fastdiss_tiny", model=on | change)
+    assert "model.mans_told was sentence and is now token" in str(refused.value)
+    assert "model.mans_start_update was 0 and is now 9" in str(refused.value)
+    with pytest.raises(
+        FastdissError, match=r"settings: model.mans_strength was 0.0 and is now 0.5\."
+    ):
+        start(data_bin, tmp_path / "off", "fastdiss_tiny", model=on | change)
+
+
 def test_what_befalls_the_last_checkpoint_befalls_no_other(data_bin: Path, tmp_path: Path) -> None:
     start(data_bin, tmp_path, max_update=2, keep_last=3, save_interval_updates=1).run()
     last, best = (tmp_path / f"checkpoint_{name}.safetensors" for name in ("last", "best"))

@@ -42,13 +42,25 @@ class FastDiSSConfig(DiffusionConfig):
     scp_unroll: float = option(0.5, "share of those told an estimate whose z_t is sampling's own")
     # MANS is off: no gain was shown, see docs/method.md
     mans_strength: float = option(0.0, "lambda: how much more noise an easy token gets; 0: no MANS")
-    mans_confidence: str = option("distance", f"what is easy, by {' or '.join(MANS_CONFIDENCES)}")
-    mans_anchors: tuple[float, ...] = option(
-        (), "confidences [easy, hard]; empty: [0.1, 1] by distance, [0.9, 0.1] by probability"
+    mans_confidence: str = option(
+        "distance", f"what is easy, by {' or '.join(MANS_CONFIDENCES)}", needs="mans_strength"
     )
-    mans_start_update: int = option(0, "the update from which on MANS is used")
-    mans_shared_pass: bool = option(False, "take the confidence from SCP's pass, not an own one")
-    mans_told: str = option("token", f"whose time the network is told: {', '.join(MANS_TOLD)}")
+    mans_anchors: tuple[float, ...] = option(
+        (),
+        "confidences [easy, hard]; empty: [0.1, 1] by distance, [0.9, 0.1] by probability",
+        needs="mans_strength",
+    )
+    mans_start_update: int = option(
+        0, "the update from which on MANS is used", needs="mans_strength"
+    )
+    mans_shared_pass: bool = option(
+        False, "take the confidence from SCP's pass, not an own one", needs="mans_strength"
+    )
+    mans_told: str = option(
+        "token",
+        f"whose time the network is told: {', '.join(MANS_TOLD)}",
+        needs="mans_strength",
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

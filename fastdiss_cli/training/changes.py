@@ -8,10 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from fastdiss_cli import logs
-from fastdiss_cli.config import TrainConfig, build
+from fastdiss_cli.config import TrainConfig, build, idle
 from fastdiss_cli.errors import FastdissError
 from fastdiss_cli.models.registry import Architecture
 from fastdiss_cli.training.checkpoint import Checkpoint, Progress
+
+# what may differ: it changes how long or how a training runs, not what an update computes
+HARMLESS = (
+    "max_update", "max_epoch", "patience", "keep_last", "log_interval", "save_interval_updates",
+    "max_skipped", "tensorboard", "compile", "shard",
+)  # fmt: skip
 
 
 def changes(
@@ -24,35 +30,33 @@ def changes(
 ) -> dict[str, tuple[Any, Any]]:
     """Return what was and what is now, by name, as far as it differs and changes the result.
 
-    Options that the checkpoint does not know yet have their defaults there.
+    Options that the checkpoint does not know yet have their defaults there; what an option that is
+    off would need does not differ.
     """
-    may_differ = {
-        "max_update", "max_epoch", "patience", "keep_last", "log_interval",
-        "save_interval_updates", "max_skipped", "tensorboard", "compile", "shard",
-    }  # fmt: skip
-    if config.lr_scheduler == "cosine":
-        may_differ.discard("max_update")
+
+    def options(of_arch: str, model: Any, train: Any, dataset: str, processes: int) -> dict:
+        return {
+            "arch": of_arch,
+            "dataset": dataset[:16],
+            "processes": processes,
+            **{f"model.{k}": v for k, v in (asdict(model) if model else {}).items()},
+            **{f"train.{k}": v for k, v in asdict(train).items()},
+        }
+
     same_arch = before.arch == arch.name
-    old_model = asdict(build(arch.family.Config, before.model_config, "model")) if same_arch else {}
-    old_train = asdict(build(TrainConfig, before.train_config, "train"))
-    now = {
-        "arch": arch.name,
-        "dataset": dataset_hash[:16],
-        "processes": world_size,
-        **{f"model.{k}": v for k, v in asdict(model_config).items()},
-        **{f"train.{k}": v for k, v in asdict(config).items() if k not in may_differ},
-    }
-    then = {
-        "arch": before.arch,
-        "dataset": before.dataset_hash[:16],
-        "processes": before.world_size,
-        **{f"model.{k}": v for k, v in old_model.items()},
-        **{f"train.{k}": v for k, v in old_train.items()},
-    }
+    old_model = build(arch.family.Config, before.model_config, "model") if same_arch else None
+    old_train = build(TrainConfig, before.train_config, "train")
+    then = options(before.arch, old_model, old_train, before.dataset_hash, before.world_size)
+    now = options(arch.name, model_config, config, dataset_hash, world_size)
+    may_differ = {f"train.{name}" for name in HARMLESS}
+    if config.lr_scheduler == "cosine":
+        may_differ.discard("train.max_update")
+    if old_model:
+        may_differ |= {f"model.{name}" for name in idle(old_model) | idle(model_config)}
     return {
         key: (then.get(key), value)
         for key, value in now.items()
-        if json.dumps(then.get(key)) != json.dumps(value)
+        if key not in may_differ and json.dumps(then.get(key)) != json.dumps(value)
     }
 
 
