@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any
@@ -126,14 +127,16 @@ def train(
     from fastdiss_cli.distributed import Processes
     from fastdiss_cli.models.registry import architecture
     from fastdiss_cli.training.loop import Training
-    from fastdiss_cli.training.save_dir import BEST, LAST
+    from fastdiss_cli.training.save_dir import BEST, LAST, occupied
 
     keep_freed_memory()
     recipe, settings = read_recipe(config), parse_settings(set_ or [])
     options = {s: {**recipe[s], **flags[s], **settings[s]} for s in ("model", "train")}
     train_config = build(TrainConfig, options["train"], "train")
     chosen = architecture(train_config.arch, user_module)
-    with Processes(pick_device(device)) as processes:
+    with Processes(pick_device(device)) as processes, ExitStack() as held:
+        if processes.rank == 0:
+            held.enter_context(occupied(save_dir))
         dataset = open_dataset(data, source_lang, target_lang, verify=processes.rank == 0)
         training = Training(
             chosen,
@@ -161,10 +164,13 @@ def train(
         stopped_by = training.run()
         progress = training.progress
         if stopped_by:
-            logs.info(
-                f"stopped by signal {stopped_by} after update {progress.update:,}; saved: "
-                "the same command goes on from there"
-            )
+            saved = training.state.saved
+            if saved == progress.update:
+                what = "saved: the same command goes on from there"
+            else:  # weights that gave no finite loss
+                kept = f"{LAST} is of update {saved:,}" if saved is not None else "nothing is saved"
+                what = f"its loss was not finite, so that it is not saved: {kept}"
+            logs.info(f"stopped by signal {stopped_by} after update {progress.update:,}; {what}")
     if stopped_by:
         raise SystemExit(128 + stopped_by)
     best, file = "", save_dir / LAST

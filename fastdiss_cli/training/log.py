@@ -7,6 +7,7 @@ import math
 import os
 import time
 from contextlib import suppress
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -64,26 +65,23 @@ class MetricsFile:
 
     Args:
         path: the file.
-        after: lines of later updates, which a resumed run will do again, are removed. Where none is
-            left, the file is of another training, and gets another name.
+        after: lines of later updates, which a resumed run will do again, are removed. None: the
+            training begins; a file that is there is of another one, and gets another name.
         validation_due: a validation after that very update will be done again, too.
         active: whether this process writes; only one of a distributed run does.
     """
 
-    def __init__(self, path: Path, after: int, validation_due: bool, active: bool) -> None:
+    def __init__(self, path: Path, after: int | None, validation_due: bool, active: bool) -> None:
         self.path, self.active = path, active
         self._unwritten = ""
-        if active and path.exists():
-            last = (after, validation_due)
-            kept = [
-                line
-                for line in path.read_text("utf-8", "replace").splitlines()
-                if _keep(line, *last)
-            ]
-            if not kept and path.stat().st_size:
-                before = path.with_suffix(".old.jsonl")
-                logs.warn(f"{path} is of another training, and becomes {before}")
-                os.replace(path, before)
+        if active and path.exists() and after is None:
+            names = (f".old{n or ''}.jsonl" for n in count())
+            before = next(p for name in names if not (p := path.with_suffix(name)).exists())
+            logs.warn(f"{path} is of another training, and becomes {before}")
+            os.replace(path, before)
+        elif active and path.exists():
+            lines = path.read_text("utf-8", "replace").splitlines()
+            kept = [line for line in lines if _keep(line, after, validation_due)]
             aside = path.with_name(f".{path.name}.tmp")
             aside.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
             os.replace(aside, path)

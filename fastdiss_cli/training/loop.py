@@ -30,7 +30,13 @@ from fastdiss_cli.training.gradient import (
 )
 from fastdiss_cli.training.log import Events, MetricsFile, Window
 from fastdiss_cli.training.optimizer import learning_rate
-from fastdiss_cli.training.save_dir import LAST, number_of, numbered, warn_of_little_space
+from fastdiss_cli.training.save_dir import (
+    LAST,
+    number_of,
+    numbered,
+    refuse_others,
+    warn_of_little_space,
+)
 from fastdiss_cli.training.state import TrainState
 from fastdiss_cli.training.validation import (
     judge,
@@ -70,6 +76,8 @@ class Training:
         resolved = str(self.dtype).removeprefix("torch.")  # what `auto` means differs by machine
         self.config = config = dataclasses.replace(config, dtype=resolved)
         resumed = (save_dir / LAST).exists()
+        if not resumed:
+            refuse_others(save_dir)
         weights = None if resumed else begin_with
         self.state = TrainState(arch, model_overrides, config, dataset, processes, weights)
         if resumed:
@@ -88,15 +96,15 @@ class Training:
         progress = self.progress
         self.metrics = MetricsFile(
             save_dir / "metrics.jsonl",
-            progress.update,
+            progress.update if resumed else None,
             progress.validation_due,
             processes.rank == 0,
         )
         later = [path for path in numbered(save_dir) if number_of(path) > progress.update]
         if later:
             logs.warn(
-                f"{', '.join(map(str, later))}: of another training, which this one leaves there; "
-                "`fastdiss average --last` would take it for the newest"
+                f"{', '.join(map(str, later))}: of later updates than {LAST}; they stay "
+                "until training is as far, and `fastdiss average --last` takes them for the newest"
             )
         self.events = None
         if config.tensorboard and processes.rank == 0:
@@ -133,7 +141,7 @@ class Training:
             if not (stopped or self._finished()):
                 stopped = self._try_largest_batch()
                 if stopped:
-                    self._save(final=True)
+                    self._save_stopped()
                 self.window.restart_clock()
             while not (stopped or self._finished()):
                 micro_batches, tokens = self._next_batches()
@@ -149,7 +157,7 @@ class Training:
 
                 progress.validation_due = progress.validation_due or self._validation_is_due()
                 if stopped:
-                    self._save(final=True)
+                    self._save_stopped()
                 elif self._must_wait():
                     continue
                 elif progress.validation_due:
@@ -278,7 +286,7 @@ class Training:
             if self.valid_batcher is not None:
                 self._validate(self.valid_batcher)
         except Stopped as stopped:  # it stays due, and a resumed run begins with it
-            self._save(final=True)
+            self._save_stopped()
             return stopped.signal
         self.progress.validation_due = False
         if not self._save(numbered=True, final=self._finished()):
@@ -310,6 +318,11 @@ class Training:
         self.metrics.write({"update": progress.update, "epoch": progress.epoch, **figures})
         if self.events:
             self.events.write(progress.update, figures)
+
+    def _save_stopped(self) -> None:
+        """Save because a signal came, unless the weights may be broken: then the file stays."""
+        if not self._must_wait():
+            self._save(final=True)
 
     def _save(self, numbered: bool = False, final: bool = False) -> bool:
         """Save, with the line of the log that is not full yet (see `TrainState.save`)."""

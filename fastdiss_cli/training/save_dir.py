@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -49,10 +51,52 @@ def number_of(path: Path) -> int:
     return int(_NUMBERED.fullmatch(path.name)[1])  # type: ignore[index]
 
 
+def refuse_others(folder: Path) -> None:
+    """Refuse to begin where another training has left checkpoints, which would be replaced.
+
+    Raises:
+        FastdissError: there are some.
+    """
+    found = [*folder.glob(BEST), *(numbered(folder) if folder.is_dir() else [])]
+    if found:
+        raise FastdissError(
+            f"--save-dir {folder} holds {found[0].name} of another training, but no {LAST} to go "
+            "on from: train into another folder, or move what is there"
+        )
+
+
+@contextmanager
+def occupied(folder: Path) -> Iterator[None]:
+    """Keep other processes from training in a folder, which is made where there is none.
+
+    Where the file system has no locks, nobody is kept from it.
+
+    Raises:
+        FastdissError: another process is training there.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / ".lock"
+    with open(path, "a", encoding="utf-8") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                raise FastdissError(
+                    f"--save-dir {folder}: another training is at work there: give another folder, "
+                    "or wait for its end"
+                ) from None
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+            with suppress(OSError):  # other files are there
+                folder.rmdir()
+
+
 def prune_numbered(folder: Path, keep: int, update: int) -> None:
     """Delete all but the newest ``keep`` numbered checkpoints, and what killed saves left.
 
-    Those of later updates than the present one are of another training, and left alone.
+    Those of later updates than the present one, which a training that was set back has left, stay.
     """
     for left in folder.glob(".checkpoint_*.safetensors.tmp"):
         shutil.rmtree(left, ignore_errors=True)

@@ -74,6 +74,7 @@ class TrainState:
         self.optimizer = make_optimizer(self.model, config)
         self.ema = EMA(self.model, config.ema_decay) if config.ema_decay else None
         self.progress = Progress()
+        self.saved: int | None = None  # the update of checkpoint_last
 
     @contextmanager
     def averaged(self) -> Iterator[Seq2SeqModel]:
@@ -117,6 +118,7 @@ class TrainState:
         with self.processes.attempt("saving") as tried:
             if first:
                 checkpoint.save(folder / LAST)
+                self.saved = progress.update
                 if progress.is_best:
                     copy_checkpoint(folder / LAST, folder / BEST)
                 lost = False
@@ -167,7 +169,7 @@ class TrainState:
             for name, value in (checkpoint.group("ema") or checkpoint.group("model")).items():
                 self.ema.weights[name].copy_(value)
         unpack_optimizer(self.model, self.optimizer, checkpoint.group("optimizer"))
-        self.progress = checkpoint.progress
+        self.progress, self.saved = checkpoint.progress, checkpoint.progress.update
         forget_changed(self.progress, differing)
         if self.progress.is_best and self.processes.rank == 0:
             best = folder / BEST
