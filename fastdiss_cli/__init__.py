@@ -14,6 +14,10 @@ __version__ = "0.1.0"
 __all__ = ["__version__", "load", "score"]
 
 
+def __dir__() -> list[str]:
+    return __all__
+
+
 def __getattr__(name: str) -> object:
     # torch takes seconds to import: `fastdiss --help` must not wait for it
     if name in ("load", "score"):

@@ -192,8 +192,8 @@ class Translator:
 
 def load(
     path: str | Path,
-    device: str = "auto",
-    dtype: str = "auto",
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "auto",
     user_module: str | Path | None = None,
 ) -> Translator:
     """Load a checkpoint; it needs no other file.

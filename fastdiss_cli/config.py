@@ -26,13 +26,14 @@ SECTIONS = ("model", "train")
 _NOT_YAML = (yaml.YAMLError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
 
 
-def option(default: Any, meaning: str, needs: str = "") -> Any:
+def option(default: Any, meaning: str, needs: tuple[str, object] | None = None) -> Any:
     """Declare a field of a configuration; `fastdiss models ARCH` prints what it means.
 
     Args:
         default: its value unless one is given.
         meaning: a few words.
-        needs: another field, without which (false, 0 or empty) this one changes nothing.
+        needs: another field and the value without which this one changes nothing; True: any value
+            but 0, false or empty.
     """
     return dataclasses.field(default=default, metadata={"meaning": meaning, "needs": needs})
 
@@ -93,8 +94,15 @@ class TrainConfig:
 
 def idle(config: Any) -> set[str]:
     """Return the names of the options that change nothing, as what they need is off."""
-    needs = {field.name: field.metadata.get("needs") for field in dataclasses.fields(config)}
-    return {name for name, other in needs.items() if other and not getattr(config, other)}
+
+    def is_idle(field: dataclasses.Field) -> bool:
+        if field.metadata.get("needs") is None:
+            return False
+        other, wanted = field.metadata["needs"]
+        value = getattr(config, other)
+        return not value if wanted is True else value != wanted
+
+    return {field.name for field in dataclasses.fields(config) if is_idle(field)}
 
 
 def require(config: object, key: str, holds: bool, what: str) -> None:
@@ -184,6 +192,8 @@ def _convert(value: Any, hint: Any, name: str) -> Any:
             number = math.nan
         if math.isfinite(number):
             return number
+    elif hint is int and isinstance(value, int) and abs(value) >= 2**63:
+        pass  # no machine counts as far
     elif isinstance(value, hint) and (hint is bool or not isinstance(value, bool)):
         return value
     what = {float: "a number", int: "a whole number", bool: "true or false", str: "a word"}[hint]

@@ -39,12 +39,13 @@ def keep_freed_memory() -> None:
     mallopt(_M_TOP_PAD, 64 << 20)
 
 
-def pick_device(name: str) -> torch.device:
+def pick_device(name: str | torch.device) -> torch.device:
     """Return the device of a ``--device`` value; ``auto`` is a GPU where there is one.
 
     Raises:
         FastdissError: no such device.
     """
+    name = str(name)
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -57,12 +58,13 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+def pick_dtype(name: str | torch.dtype, device: torch.device) -> torch.dtype:
     """Return the autocast type of ``--dtype``; ``auto`` is bfloat16 on GPUs that have it.
 
     Raises:
         FastdissError: no such type.
     """
+    name = str(name).removeprefix("torch.")
     if name not in DTYPES:
         raise FastdissError(f"--dtype {name}: choose from {', '.join(DTYPES)}")
     if name == "auto":

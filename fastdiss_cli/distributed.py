@@ -86,6 +86,11 @@ class Processes:
     def __init__(self, device: torch.device) -> None:
         self.rank = _from_environment("RANK", 0)
         self.world_size = _from_environment("WORLD_SIZE", 1)
+        if self.rank >= self.world_size:
+            raise FastdissError(
+                f"RANK is {self.rank} and WORLD_SIZE {self.world_size}: start the processes with "
+                "torchrun, or unset both"
+            )
         self.device = device
         if device.type == "cuda" and self.world_size > 1:
             local, count = _from_environment("LOCAL_RANK", 0), torch.cuda.device_count()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import os
 import shutil
@@ -521,17 +522,87 @@ def test_what_validation_would_refuse_is_refused_before_the_first_update(
         architecture("difformer_tiny").config({"latent_dim": 1})
 
 
-def test_what_another_training_left_is_not_mixed_in(
+def test_checkpoints_of_another_training_are_not_replaced(
     data_bin: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     start(data_bin, tmp_path, max_update=4, keep_last=1).run()
-    (stale,) = tmp_path.glob("checkpoint_*_4.safetensors")
+    (numbered,) = tmp_path.glob("checkpoint_*_4.safetensors")
+    best, last = (tmp_path / f"checkpoint_{name}.safetensors" for name in ("best", "last"))
     before = (tmp_path / "metrics.jsonl").read_bytes()
-    (tmp_path / "checkpoint_last.safetensors").unlink()
-    capsys.readouterr()
-    start(data_bin, tmp_path, max_update=2, keep_last=1).run()
-    said = capsys.readouterr().err
-    assert f"{stale.name}: of another training" in said and "becomes" in said
-    assert stale.exists() and len([*tmp_path.glob("checkpoint_*_2.safetensors")]) == 1
+    last.unlink()
+    with pytest.raises(FastdissError, match=r"checkpoint_best\.safetensors of another"):
+        start(data_bin, tmp_path, max_update=2)
+    best.unlink()
+    with pytest.raises(FastdissError, match=f"{numbered.name} of another training"):
+        start(data_bin, tmp_path, max_update=2)
+    numbered.unlink()
+    for name in ("metrics.old.jsonl", "metrics.old1.jsonl"):
+        capsys.readouterr()
+        start(data_bin, tmp_path, max_update=2).run()
+        assert f"becomes {tmp_path / name}" in capsys.readouterr().err
+        for path in tmp_path.glob("checkpoint_*"):
+            path.unlink()
     assert (tmp_path / "metrics.old.jsonl").read_bytes() == before
     assert {line["update"] for line in metrics(tmp_path)} == {1, 2}
+
+
+def test_a_training_that_is_set_back_keeps_what_was_later(
+    data_bin: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    often = {"keep_last": 9, "validate_interval_updates": 2}
+    start(data_bin, tmp_path, max_update=6, **often).run()
+    (early,) = tmp_path.glob("checkpoint_*_2.safetensors")
+    (later,) = tmp_path.glob("checkpoint_*_6.safetensors")
+    shutil.copyfile(early, tmp_path / "checkpoint_last.safetensors")
+    capsys.readouterr()
+    start(data_bin, tmp_path, max_update=4, **often | {"keep_last": 1}).run()
+    assert f"{later.name}: of later updates" in capsys.readouterr().err
+    assert later.exists() and not early.exists()
+
+
+def test_a_log_that_was_killed_before_a_save_is_of_the_same_training(
+    data_bin: Path, tmp_path: Path
+) -> None:
+    start(data_bin, tmp_path, max_update=2, log_interval=5).run()
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(json.dumps({"update": 5, "epoch": 1, "split": "train"}) + "\n")
+    start(data_bin, tmp_path, max_update=3, log_interval=5).run()
+    assert not [*tmp_path.glob("metrics.old*")]
+
+
+def test_a_signal_saves_no_weights_that_may_be_broken(
+    data_bin: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    start(data_bin, tmp_path, max_update=2).run()
+    before = (tmp_path / "checkpoint_last.safetensors").read_bytes()
+    training = start(data_bin, tmp_path, max_update=9, max_skipped=3)
+    right = training.model.loss
+
+    def wrong(batch, update):
+        training.stop.signal = signal.SIGTERM if update == 4 else 0
+        return Loss(right(batch, update).total * math.nan)
+
+    training.model.loss = wrong
+    assert training.run() == signal.SIGTERM
+    assert (training.progress.update, training.state.saved) == (4, 2)
+    assert (tmp_path / "checkpoint_last.safetensors").read_bytes() == before
+
+
+def test_one_training_at_a_time_in_a_folder(data_bin: Path, tmp_path: Path) -> None:
+    command = [
+        sys.executable, "-m", "fastdiss_cli", "train", str(data_bin), "--arch", "difformer_tiny",
+        "--save-dir", str(tmp_path / "c"), "--max-update", "100000",
+    ]  # fmt: skip
+    first = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    try:
+        assert any("go to" in line for line in first.stderr)  # it is at work
+        second = run_cli(*command[3:])
+        assert second.returncode == 1
+        assert "another training is at work there" in second.stderr
+    finally:
+        first.send_signal(signal.SIGTERM)
+        first.communicate(timeout=60)
+    assert first.returncode == 143
+    assert not (tmp_path / "c" / ".lock").exists()
+    again = run_cli(*command[3:-1], "1")
+    assert again.returncode == 0, again.stderr

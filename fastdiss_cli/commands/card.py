@@ -12,7 +12,7 @@ def card(
     checkpoint: Annotated[
         Path,
         typer.Argument(metavar="[CHECKPOINT]", help="A release, a checkpoint or its folder."),
-    ] = Path("checkpoints/checkpoint_best.safetensors"),
+    ] = Path("checkpoints"),
 ) -> None:
     """Show what a checkpoint is: architecture, sizes, data, training, licence.
 

@@ -43,7 +43,7 @@ def generate(
     path: Annotated[
         Path,
         typer.Option(metavar="CHECKPOINT", help="As written by `fastdiss train`; or its folder."),
-    ] = Path("checkpoints/checkpoint_best.safetensors"),
+    ] = Path("checkpoints"),
     gen_subset: Annotated[
         str | None, typer.Option(help="The split to generate. (default: test)", **INPUT)
     ] = None,
@@ -333,6 +333,8 @@ def _selection(
         check_reranker(own, loaded.languages, (theirs.src, theirs.tgt), theirs.languages)
         reranker = theirs.model
     method = "rerank" if reranker else given.get("select", loaded.model.default_select)
+    if candidates == 1 and (reranker or "select" in given):
+        logs.warn(f"--select {method} has no effect: there is one candidate")
     if "mbr_metric" in given and method != "mbr":
         raise typer.BadParameter(f"--mbr-metric is of --select mbr, not of {method}")
     metric = given.get("mbr_metric", "bleu")

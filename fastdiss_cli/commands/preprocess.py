@@ -93,6 +93,9 @@ def preprocess(
     from fastdiss_cli.data.fairseq import open_dataset
     from fastdiss_cli.data.files import replace_folder
 
+    def given(name: str) -> bool:
+        return "DEFAULT" not in context.get_parameter_source(name).name
+
     _check_choice("--format", format, FORMATS)
     _check_choice("--model-type", model_type, MODEL_TYPES)
     texts = {"--trainpref": trainpref, "--validpref": validpref, "--testpref": testpref}
@@ -109,9 +112,9 @@ def preprocess(
             raise typer.BadParameter("without --trainpref a --tokenizer is needed")
         if tokenizer is not None and tokenizer.count(",") > 1:
             raise typer.BadParameter("--tokenizer takes one model, or two with a comma")
-        for name in ("vocab_size", "model_type") if tokenizer else ():
-            if "DEFAULT" not in context.get_parameter_source(name).name:
-                flag = name.replace("_", "-")
+        for name in ("vocab_size", "model_type", "joined") if tokenizer else ():
+            if given(name):
+                flag = {"joined": "joined/--separate"}.get(name, name.replace("_", "-"))
                 logs.warn(f"--{flag} has no effect: --tokenizer is trained already")
         for prefix in prefixes.values():
             check_files(prefix, source_lang, target_lang, format)
@@ -140,7 +143,11 @@ def preprocess(
             shutil.rmtree(aside, ignore_errors=True)
         logs.info(f"wrote {destdir}")
     if verify:
-        dataset = open_dataset(destdir, verify=True)
+        languages = [
+            language if given(name) else None
+            for name, language in (("source_lang", source_lang), ("target_lang", target_lang))
+        ]
+        dataset = open_dataset(destdir, *languages, verify=True)
         pairs = sum(len(sides["src"]) for sides in dataset.splits.values())
         logs.info(f"{destdir}: {pairs:,} sentence pairs intact")
 
@@ -198,6 +205,8 @@ def _check_destination(destdir: Path, prefixes: Collection[str]) -> None:
             f"--destdir {destdir} holds a dataset whose {' and '.join(lost)} would be lost: give "
             "the text of all splits again, or a new folder"
         )
+    if is_dataset:
+        logs.warn(f"{destdir} is there already, and will be replaced")
 
 
 def _warn_of_leftovers(final: Path) -> None:
@@ -215,15 +224,16 @@ def _tokenizers(
         paths = [Path(name) for name in given.split(",")]
         return load_tokenizer(paths[0]), load_tokenizer(paths[-1])
     logs.info(f"training {'one' if joined else 'a source and a target'} {model_type} tokenizer ...")
+    pairs = corpus.lines("train")
     if joined:
         both = (side for pair in corpus.pairs("train") for side in pair)
-        tokenizer = train_tokenizer(both, model_type, vocab_size)
+        tokenizer = train_tokenizer(both, model_type, vocab_size, 2 * pairs)
         return tokenizer, tokenizer
     sources = (source for source, _ in corpus.pairs("train"))
     targets = (target for _, target in corpus.pairs("train"))
     return (
-        train_tokenizer(sources, model_type, vocab_size),
-        train_tokenizer(targets, model_type, vocab_size),
+        train_tokenizer(sources, model_type, vocab_size, pairs),
+        train_tokenizer(targets, model_type, vocab_size, pairs),
     )
 
 

@@ -235,7 +235,8 @@ def _say(paths: list[Path], rows: list[list[Result]], test: str | None, as_json:
             for r in results:
                 common = {"system": str(path), "name": r.name, "score": r.score}
                 tested = {} if test is None else {"p_value": r.p_value}
-                shown.append({**common, "signature": r.signature, **r.details, **tested})
+                # sacreBLEU's own JSON rounds the score
+                shown.append(r.details | common | {"signature": r.signature} | tested)
         print(json.dumps(shown, indent=1))
     elif len(rows) == 1:
         print("\n".join(result.said for result in rows[0]))

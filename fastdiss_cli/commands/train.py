@@ -164,12 +164,10 @@ def train(
         stopped_by = training.run()
         progress = training.progress
         if stopped_by:
-            saved = training.state.saved
-            if saved == progress.update:
+            if training.state.saved == progress.update:
                 what = "saved: the same command goes on from there"
-            else:  # weights that gave no finite loss
-                kept = f"{LAST} is of update {saved:,}" if saved is not None else "nothing is saved"
-                what = f"its loss was not finite, so that it is not saved: {kept}"
+            else:
+                what = f"its loss was not finite, and {training.state.last_saved(save_dir)}"
             logs.info(f"stopped by signal {stopped_by} after update {progress.update:,}; {what}")
     if stopped_by:
         raise SystemExit(128 + stopped_by)

@@ -93,8 +93,9 @@ class Manifest:
                 }
                 manifest._check_fields()
                 return manifest
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             hint = "make it with `fastdiss preprocess`" if folder.is_dir() else "no such folder"
+            hint = "it is a file" if folder.is_file() else hint
             raise FastdissError(f"{folder} is not a fastdiss dataset: {hint}") from None
         except (
             OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import random
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
@@ -187,7 +188,9 @@ def load_tokenizer(path: Path) -> Tokenizer:
         raise FastdissError(f"{path}: cannot read the tokenizer: {error.strerror}") from None
 
 
-def train_tokenizer(lines: Iterable[str], model_type: str, vocab_size: int) -> Tokenizer:
+def train_tokenizer(
+    lines: Iterable[str], model_type: str, vocab_size: int, total: int = 0
+) -> Tokenizer:
     """Train a SentencePiece model that gives every text back unchanged.
 
     Nothing is normalised, blanks are kept, and characters that are not in the vocabulary fall
@@ -197,11 +200,14 @@ def train_tokenizer(lines: Iterable[str], model_type: str, vocab_size: int) -> T
         lines: the text, one sentence an item; empty ones are passed over.
         model_type: one of `MODEL_TYPES`.
         vocab_size: the largest number of pieces; a small corpus gets fewer.
+        total: how many lines there are; of very many a sample is taken, always the same.
 
     Raises:
         FastdissError: the vocabulary does not fit the text.
     """
-    counted = _CountedLines(lines)
+    if total > _TRAINING_LINES:
+        logs.info(f"... on a sample of about {_TRAINING_LINES:,} of {total:,} lines")
+    counted = _CountedLines(lines, _TRAINING_LINES / max(total, 1))
     model = io.BytesIO()
     try:
         spm.SentencePieceTrainer.train(
@@ -213,7 +219,6 @@ def train_tokenizer(lines: Iterable[str], model_type: str, vocab_size: int) -> T
             byte_fallback=True,
             normalization_rule_name="identity",
             remove_extra_whitespaces=False,
-            input_sentence_size=_TRAINING_LINES,
             max_sentence_length=_LONGEST_LINE,
             bos_id=0,
             pad_id=1,
@@ -236,16 +241,21 @@ def train_tokenizer(lines: Iterable[str], model_type: str, vocab_size: int) -> T
 
 
 class _CountedLines:
-    """Non-empty lines, counted as they pass; what goes wrong in reading them is kept."""
+    """Non-empty lines, or a share of them, counted as they pass.
 
-    def __init__(self, lines: Iterable[str]) -> None:
-        self.lines, self.count, self.long = lines, 0, 0
+    What goes wrong in reading them is kept. SentencePiece would draw another sample in every run.
+    """
+
+    def __init__(self, lines: Iterable[str], share: float) -> None:
+        self.lines, self.share = lines, share
+        self.count = self.long = 0
         self.failure: BaseException | None = None
 
     def __iter__(self) -> Iterator[str]:
+        draw = random.Random(1)
         try:
             for line in self.lines:
-                if line:
+                if line and (self.share >= 1 or draw.random() < self.share):
                     self.count += 1
                     # a character has at most 4 bytes
                     self.long += 4 * len(line) > _LONGEST_LINE < len(line.encode())

@@ -51,7 +51,7 @@ class Summary:
         quality = f"{self.bleu.format(signature=self.signature)} | " if self.bleu else ""
         return (
             f"Generate {name} with {arch} {how}: {quality}{self.run.sentences:,} sentences in "
-            f"{self.run.seconds:.1f} s, {self.speed:.1f} sentences/s, NFE {self.nfe:.1f}"
+            f"{self.run.seconds:.1f} s, {_digits(self.speed)} sentences/s, NFE {self.nfe:.1f}"
         )
 
 
@@ -114,13 +114,18 @@ def summarise(
     return summaries
 
 
+def _digits(speed: float) -> str:
+    """Return a speed with one decimal, or with three digits where it is low."""
+    return f"{speed:.1f}" if speed >= 10 or not speed else f"{speed:#.3g}"
+
+
 def table(summaries: Sequence[Summary]) -> str:
     """Return the table of quality and speed by step count."""
     lines = [f"{'steps':>5}  {'NFE':>6}  {'BLEU':>6}  {'sentences/s':>11}"]
     for summary in summaries:
         bleu = f"{summary.bleu.score:.2f}" if summary.bleu else "-"
         steps = summary.run.options.steps
-        lines.append(f"{steps:>5}  {summary.nfe:>6.1f}  {bleu:>6}  {summary.speed:>11.1f}")
+        lines.append(f"{steps:>5}  {summary.nfe:>6.1f}  {bleu:>6}  {_digits(summary.speed):>11}")
     if summaries[0].bleu:
         lines.append(f"BLEU signature: {summaries[0].signature}")
     return "\n".join(lines)

@@ -168,6 +168,7 @@ class Output:
         os.fsync(self.file.fileno())
         self.file.close()
         os.replace(self.file.name, self.path)
+        self.path.with_name(f"{self.path.name}.part").unlink(missing_ok=True)
 
 
 def open_outputs(stack: ExitStack, runs: list[Run], folder: Path | None, name: str) -> list[Output]:
@@ -261,8 +262,10 @@ def translate(
             lines: list[list[str]] = [[] for _ in outputs]
             done = 0
             for i, (source, target) in enumerate(pairs):
-                if runs[0].best[i] is None:  # a signal came: what lies behind it is not in order
-                    break
+                if runs[0].best[i] is None:  # a signal came: long sentences are done, not the first
+                    if plain:  # whose lines have no numbers
+                        break
+                    continue
                 source_text = src.decode(source)
                 reference = None if target is None else tgt.decode(target)
                 if keep and reference is not None:

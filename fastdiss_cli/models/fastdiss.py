@@ -26,6 +26,8 @@ from fastdiss_cli.models.denoiser import Denoiser
 from fastdiss_cli.models.difformer import Difformer, DiffusionConfig, register_sizes
 from fastdiss_cli.models.registry import Vocabulary
 
+MANS_ON = ("mans_strength", True)
+STEP_MATCHED = ("scp_offset", "step-matched")
 DEFAULT_ANCHORS = {"distance": (0.1, 1.0), "probability": (0.9, 0.1)}
 
 
@@ -36,30 +38,32 @@ class FastDiSSConfig(DiffusionConfig):
     self_cond_rate: float = option(1.0, "share of batches with a first pass at t' > t")
     scp_offset: str = option("step-matched", f"how t' is drawn: {', '.join(SCP_OFFSETS)}")
     scp_coupling: str = option("markov", f"of z_t' and z_t: {', '.join(SCP_COUPLINGS)}")
-    scp_gap: float = option(0.2, "t' - t where scp_offset is fixed")
-    scp_step_counts: tuple[int, ...] = option((2, 3, 5, 10, 20), "that step-matched draws from")
-    scp_grid: str = option("uniform", f"time grid of step-matched: {', '.join(TIME_GRIDS)}")
+    scp_gap: float = option(0.2, "t' - t where scp_offset is fixed", needs=("scp_offset", "fixed"))
+    scp_step_counts: tuple[int, ...] = option(
+        (2, 3, 5, 10, 20), "that step-matched draws from", needs=STEP_MATCHED
+    )
+    scp_grid: str = option(
+        "uniform", f"time grid of step-matched: {', '.join(TIME_GRIDS)}", needs=STEP_MATCHED
+    )
     scp_unroll: float = option(0.5, "share of those told an estimate whose z_t is sampling's own")
     # MANS is off: no gain was shown, see docs/method.md
     mans_strength: float = option(0.0, "lambda: how much more noise an easy token gets; 0: no MANS")
     mans_confidence: str = option(
-        "distance", f"what is easy, by {' or '.join(MANS_CONFIDENCES)}", needs="mans_strength"
+        "distance", f"what is easy, by {' or '.join(MANS_CONFIDENCES)}", needs=MANS_ON
     )
     mans_anchors: tuple[float, ...] = option(
         (),
         "confidences [easy, hard]; empty: [0.1, 1] by distance, [0.9, 0.1] by probability",
-        needs="mans_strength",
+        needs=MANS_ON,
     )
-    mans_start_update: int = option(
-        0, "the update from which on MANS is used", needs="mans_strength"
-    )
+    mans_start_update: int = option(0, "the update from which on MANS is used", needs=MANS_ON)
     mans_shared_pass: bool = option(
-        False, "take the confidence from SCP's pass, not an own one", needs="mans_strength"
+        False, "take the confidence from SCP's pass, not an own one", needs=MANS_ON
     )
     mans_told: str = option(
         "token",
         f"whose time the network is told: {', '.join(MANS_TOLD)}",
-        needs="mans_strength",
+        needs=MANS_ON,
     )
 
     def __post_init__(self) -> None:

@@ -79,18 +79,24 @@ def forget_changed(progress: Progress, differing: dict[str, tuple[Any, Any]]) ->
         logs.info(f"the batches are others than before: epoch {progress.epoch} begins")
 
 
-def refuse_changes(path: Path, differing: dict[str, tuple[Any, Any]]) -> None:
-    """Refuse to resume.
-
-    Raises:
-        FastdissError: what differs.
-    """
+def describe(differing: dict[str, tuple[Any, Any]]) -> str:
+    """Say what differs, or the first few of it."""
     if "arch" in differing:  # then all options may differ, which says nothing
         differing = {"arch": differing["arch"]}
     said = [f"{name} was {was} and is now {now}" for name, (was, now) in differing.items()]
     named = "; ".join(said[:4])
     if len(said) > 4:
         named += f"; and {len(said) - 4} more (a forgotten --config?)"
+    return named
+
+
+def refuse_changes(path: Path, differing: dict[str, tuple[Any, Any]]) -> None:
+    """Refuse to resume.
+
+    Raises:
+        FastdissError: what differs.
+    """
+    named = describe(differing)
     if "train.max_update" in list(differing)[:4]:
         named += " (where the cosine ends, so that all learning rates differ)"
     raise FastdissError(

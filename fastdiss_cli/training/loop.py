@@ -276,7 +276,7 @@ class Training:
             raise CommonError(
                 f"loss or gradient of {progress.skipped_in_a_row} updates in a row was not finite: "
                 "lower --lr, lengthen --warmup-updates or use --dtype float32; "
-                f"the last checkpoint in {self.save_dir} is of before"
+                + self.state.last_saved(self.save_dir)
             )
 
     def _validate_and_save(self) -> int:

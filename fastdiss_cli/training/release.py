@@ -57,22 +57,23 @@ def release(paths: Sequence[Path], license: str | None, text: str | None) -> Che
 
     Args:
         paths: checkpoints of one architecture with the same options and tokenizers; the facts of
-            the card are those of the last one.
+            the card are those of the one with the most updates.
         license, text: of the card; None: those of an earlier release, if it was one.
 
     Raises:
         FastdissError: a file cannot be read, or does not fit the first one.
     """
-    first = newest = Checkpoint.load(paths[0])
+    first = newest = Checkpoint.load(paths[0])  # newest: of the most updates
     sums = {name: value.double() for name, value in first.averaged().items()}
     updates, seeds = [first.progress.update], {first.train_config.get("seed")}
     for path in paths[1:]:
-        newest = Checkpoint.load(path)
-        _check_same(first, newest, paths[0], path)
-        for name, value in newest.averaged().items():
+        other = Checkpoint.load(path)
+        _check_same(first, other, paths[0], path)
+        for name, value in other.averaged().items():
             sums[name] += value
-        updates.append(newest.progress.update)
-        seeds.add(newest.train_config.get("seed"))
+        updates.append(other.progress.update)
+        seeds.add(other.train_config.get("seed"))
+        newest = max(newest, other, key=lambda checkpoint: checkpoint.progress.update)
     if len(seeds) > 1:  # which is right where both began with the weights of one training
         logs.warn(
             f"averaging trainings of the seeds {', '.join(map(str, sorted(seeds, key=str)))}: "
@@ -86,7 +87,7 @@ def release(paths: Sequence[Path], license: str | None, text: str | None) -> Che
     progress = newest.progress
     card = model_card(newest)
     if len(paths) > 1:
-        card["training"]["averaged_updates"] = updates
+        card["training"]["averaged_updates"] = sorted(updates)
     card |= {"toolkit": f"fastdiss {__version__}", "license": license or card["license"]}
     card["text"] = card["text"] if text is None else text
     return Checkpoint(

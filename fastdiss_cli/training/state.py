@@ -21,7 +21,12 @@ from fastdiss_cli.errors import FastdissError
 from fastdiss_cli.models.registry import Architecture, Seq2SeqModel
 from fastdiss_cli.randomness import seed_everything
 from fastdiss_cli.training import sharding
-from fastdiss_cli.training.changes import changes, forget_changed, refuse_changes
+from fastdiss_cli.training.changes import (
+    changes,
+    describe,
+    forget_changed,
+    refuse_changes,
+)
 from fastdiss_cli.training.checkpoint import (
     Checkpoint,
     Progress,
@@ -75,6 +80,12 @@ class TrainState:
         self.ema = EMA(self.model, config.ema_decay) if config.ema_decay else None
         self.progress = Progress()
         self.saved: int | None = None  # the update of checkpoint_last
+
+    def last_saved(self, folder: Path) -> str:
+        """Say, as the end of a message, which update is on the disk."""
+        if self.saved is None:
+            return "nothing is saved"
+        return f"{folder / LAST} is of update {self.saved:,}"
 
     @contextmanager
     def averaged(self) -> Iterator[Seq2SeqModel]:
@@ -163,6 +174,8 @@ class TrainState:
         )
         if differing and not accept_changes:
             refuse_changes(path, differing)
+        if differing:
+            logs.warn(f"resuming although {describe(differing)}")
         checkpoint.tensors = sharding.divide(checkpoint.tensors, self.model)
         load_weights(self.model, checkpoint.group("model"), path)
         if self.ema:  # one that is switched on now begins with the weights

@@ -174,7 +174,9 @@ def sample(data: Path, checkpoint: Path, split: str, results: Path, flags: list[
     """Generate a split unless its files are there."""
     counts = flags[flags.index("--steps") + 1].split(",") if "--steps" in flags else [""]
     ends = [f".steps{count}" if len(counts) > 1 else "" for count in counts]
-    if not all((results / f"generate-{split}{end}.txt").exists() for end in ends):
+    kinds = [".txt", ".diagnosis.json"] if "--diagnose" in flags else [".txt"]
+    files = [results / f"generate-{split}{end}{kind}" for end in ends for kind in kinds]
+    if not all(file.exists() for file in files):
         fastdiss(
             checkpoint.parent, "generate", data, "--path", checkpoint, "--gen-subset", split,
             "--results-path", results, *flags,
