@@ -23,6 +23,7 @@ def test_values_of_yaml_become_the_types_of_the_fields() -> None:
         ("train.lr=.inf", "train.lr must be a number"),
         ("train.max_update=1.5", "train.max_update must be a whole number"),
         ("train.max_update=true", "train.max_update must be a whole number"),
+        ("train.max_update=9223372036854775808", "train.max_update must be a whole number"),
         ("train.compile=2", "train.compile must be true or false"),
         ("train.adam_betas=0.9", "train.adam_betas must be a list of 2"),
         ("train.adam_betas=[1.5, 1]", "adam_betas must be two in"),

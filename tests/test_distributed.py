@@ -339,7 +339,7 @@ def test_a_signal_to_any_rank_ends_generate(data_bin: Path, trained: Path) -> No
 def test_the_time_of_a_run_is_that_of_its_slowest_rank(data_bin: Path, trained: Path) -> None:
     generate = ["generate", data_bin, "--path", trained, "--device=cpu"]
     first, _ = run_ranks(2, *generate, prepare=slow_clock)
-    assert " 20 sentences in 70.0 s, 0.3 sentences/s" in first.stdout
+    assert " 20 sentences in 70.0 s, 0.286 sentences/s" in first.stdout
 
 
 def slow_clock(rank: int) -> None:
@@ -360,6 +360,10 @@ def test_half_of_torchrun_is_one_line(
     line = command(data_bin, tmp_path / "c")
     monkeypatch.setenv("RANK", "first")
     one_line_error(run_cli(*line), "RANK is 'first', not a number: use torchrun")
+    monkeypatch.setenv("RANK", "1")
+    one_line_error(run_cli(*line), "RANK is 1 and WORLD_SIZE 1: start the processes with torchrun")
     monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "0")
+    one_line_error(run_cli(*line), "RANK is 0 and WORLD_SIZE 0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     one_line_error(run_cli(*line), "WORLD_SIZE is 2, but", "MASTER_ADDR", "torchrun, or unset")

@@ -148,6 +148,26 @@ def test_a_signal_leaves_whole_files_and_what_was_done(
         assert (tmp_path / name).read_text().splitlines()[-1].startswith("I-11\t")
 
 
+def test_a_signal_in_a_window_leaves_what_was_done_in_files(
+    data_bin: Path, checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    """The longest sentences are decoded first, wherever they are in the corpus."""
+    more = ["generate", data_bin, "--path", checkpoints["fastdiss_tiny"], "--device=cpu"]
+    more += ["--max-tokens", "60", "--results-path", tmp_path]
+    wound = partial(signalled_in_batch, on=0, number=17, signals=(signal.SIGTERM,))
+    (done,) = Ranks(1, *more, prepare=wound).results()
+    assert done.returncode == 128 + signal.SIGTERM
+    part = tmp_path / "generate-test.txt.part"
+    lines = part.read_text().splitlines()
+    numbers = [int(line.split("\t")[0][2:]) for line in lines if line.startswith("D-")]
+    assert numbers == sorted(numbers) and 0 < len(numbers) < 20
+    assert f"{len(numbers)} of 20 sentences are in {part}" in done.stderr
+    whole = run_cli(*more)
+    assert not part.exists()  # all of it is in the file that is complete
+    complete = set((tmp_path / "generate-test.txt").read_text().splitlines())
+    assert whole.returncode == 0 and complete > set(lines)
+
+
 def test_a_second_signal_ends_generate_at_once(
     data_bin: Path, checkpoints: dict[str, Path], tmp_path: Path
 ) -> None:

@@ -260,6 +260,7 @@ def test_verify_alone_checks_what_is_there(
     outcome = preprocess("--destdir", tmp_path / "d", "--verify")
     assert outcome.code == 0 and "200 sentence pairs intact" in outcome.err
     assert contents(tmp_path / "d") == before
+    assert_fails(preprocess("--destdir", tmp_path / "d", "--verify", "-s", "fr"), "for another")
     path = tmp_path / "d" / "train.src.bin"
     path.write_bytes(b"\x05" + path.read_bytes()[1:])
     assert_fails(preprocess("--destdir", tmp_path / "d", "--verify"), "train.src.bin", "sha256")

@@ -96,7 +96,11 @@ def test_several_are_averaged(trained: Path, files: list[Path], tmp_path: Path) 
     for name, weight in mean.group("model").items():
         expected = (one.group("ema")[name].double() + two.group("ema")[name].double()) / 2
         assert torch.equal(weight, expected.float())
-    assert facts_of(by_name)["training"]["averaged_updates"] == [8, 12]
+    facts = facts_of(by_name)["training"]
+    assert (facts["averaged_updates"], facts["updates"]) == ([8, 12], 12)
+    backwards = tmp_path / "backwards.safetensors"  # as a shell sorts 12 before 4 and 8
+    assert run_cli("average", files[2], files[1], "--output", backwards).returncode == 0
+    assert facts_of(backwards)["training"] == facts
     # the mean of a release and a checkpoint: of what each would generate with
     assert run_cli("average", by_name, files[0], "-o", by_count).returncode == 0
     assert fastdiss_cli.load(by_count).generate(["drei"], steps=1)
@@ -187,7 +191,7 @@ def test_what_is_missing_is_named(
     monkeypatch.chdir(tmp_path)
     one_line_error(run_cli("export"), "checkpoints: no such checkpoint")
     for line in (["card"], ["generate", "--input=-"]):
-        one_line_error(run_cli(*line), "checkpoints/checkpoint_best.safetensors: no such")
+        one_line_error(run_cli(*line), "checkpoints: no such checkpoint")
     one_line_error(run_cli("average", trained, "--last=4"), "3 numbered", "--keep-last 4")
     one_line_error(run_cli("export", trained, "--card=none.md"), "none.md")
     for wrong in (["--last=2", trained / "checkpoint_best.safetensors"], [trained, "--last=-1"]):

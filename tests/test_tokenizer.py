@@ -179,6 +179,16 @@ def test_training_is_repeatable(model_type: str) -> None:
     assert again.hash == trained(model_type).hash
 
 
+def test_training_on_a_sample_is_repeatable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastdiss_cli.data.tokenizer._TRAINING_LINES", 300)
+    lines = [f"{word} {i}" for i in range(2000) for word in ("eins", "Haus")]
+    found = [train_tokenizer(lines, "char", 300, total).hash for total in (4000, 4000, 0)]
+    assert found[0] == found[1]
+    # characters are those of lines all over the text, and not those of its beginning alone
+    late = [*lines, *["ü" * 20] * 1000]
+    assert "ü" in train_tokenizer(late, "char", 300, len(late)).pieces([*range(260, 290)])
+
+
 @pytest.mark.parametrize(
     "data",
     [b"", b"\0", b"# fairseq dictionary\nthe 100\n", b"\xff" * 64, bytes(range(256)), b"\x0a" * 9],

@@ -239,6 +239,8 @@ def translate(
     first_rank = processes.rank == 0
     to_terminal = any(output.file is sys.stdout for output in outputs) and logs.stdout_is_terminal()
     colour = to_terminal and logs.wants_colour()
+    # who reads a stream, or lines without numbers, relies on their order
+    gapless = plain or any(output.path is None for output in outputs)
     so_far = Translation([[] for _ in runs])
     with (
         _kept_if_it_fails(so_far, outputs),
@@ -262,8 +264,8 @@ def translate(
             lines: list[list[str]] = [[] for _ in outputs]
             done = 0
             for i, (source, target) in enumerate(pairs):
-                if runs[0].best[i] is None:  # a signal came: long sentences are done, not the first
-                    if plain:  # whose lines have no numbers
+                if runs[0].best[i] is None:  # a signal came: of a window the longest are done first
+                    if gapless:
                         break
                     continue
                 source_text = src.decode(source)
