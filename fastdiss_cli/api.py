@@ -86,7 +86,8 @@ class Candidate:
 
     Attributes:
         text: the answer.
-        score: the model's mean log-probability of a token; higher is better.
+        score: the model's mean log-probability of a token (with ``lenpen``: the sum, divided by
+            length ** lenpen); higher is better.
     """
 
     text: str

@@ -6,10 +6,8 @@ import atexit
 import os
 import re
 import sys
-import traceback
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -19,7 +17,7 @@ from torch import Tensor
 
 from fastdiss_cli import logs
 from fastdiss_cli.device import out_of_memory
-from fastdiss_cli.errors import FastdissError
+from fastdiss_cli.errors import FastdissError, describe_bug
 from fastdiss_cli.signals import Stop, elected
 
 
@@ -51,7 +49,7 @@ class Attempt:
         self,
         kind: type[BaseException] | None,
         error: BaseException | None,
-        trace: TracebackType | None,
+        _: TracebackType | None,
     ) -> bool:
         if not isinstance(error, Exception):  # nothing, or somebody wants to leave
             return False
@@ -64,13 +62,7 @@ class Attempt:
         elif isinstance(error, dist.DistError) or "/gloo/" in str(error):
             self.failure = f"{self._where}{_gone(error)}"
         else:
-            frames = traceback.extract_tb(trace)
-            own = [frame for frame in frames if f"{os.sep}torch{os.sep}" not in frame.filename]
-            at = f"{Path(own[-1].filename).name}:{own[-1].lineno}"
-            if os.environ.get("FASTDISS_TRACEBACK"):
-                traceback.print_exception(error)
-            said = " ".join(str(error).split())
-            self.failure = f"{self._where}{self.what}: {type(error).__name__}: {said} ({at})"
+            self.failure = f"{self._where}{self.what}: {describe_bug(error)}"
         if self._alone:
             raise FastdissError(self.failure) from None
         return True

@@ -64,6 +64,10 @@ def prepare(name: str, text: Path, local: Path | None, cut: bool) -> None:
         shutil.rmtree(unfinished)
         raise
     made = {path.name: _facts(path) for path in sorted(written.iterdir())}
+    without = [split for split in SPLITS if not any(file.split(".")[0] == split for file in made)]
+    if without:
+        shutil.rmtree(unfinished)
+        raise FastdissError(f"{local} gives no pairs for {' and '.join(without)}: it is too small")
     for file in made:
         os.replace(written / file, text / file)
     record = {"corpus": name, "cut": cut, "originals": originals.sha256, "text": made}

@@ -11,7 +11,8 @@
 #   MAX_UPDATE  updates of each training (that of config.yaml)
 #   LAUNCH      what starts train and generate (fastdiss), such as
 #               "torchrun --nproc-per-node 8 -m fastdiss_cli"
-# Run again, every step goes on where it was stopped, or is passed over where it is done.
+# Run again, preprocess, distil and train go on where they were stopped, or are passed over where they
+# are done; average, generate and score are done again.
 
 recipe=$(cd "$(dirname "$0")" && pwd)
 work=${WORK:-$work} arch=${ARCH:-$arch} teacher=${TEACHER:-$teacher}

@@ -293,7 +293,9 @@ register("loud_tiny", Loud, "a model of one's own", model_dim=16, ffn_dim=32, he
 """
 
 
-def test_a_model_of_ones_own(data_bin: Path, tmp_path: Path) -> None:
+def test_a_model_of_ones_own(
+    data_bin: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     module = tmp_path / "loud.py"
     module.write_text(USER_MODULE)
     assert "loud_tiny" in run_process("models", "--user-module", module).stdout
@@ -303,8 +305,15 @@ def test_a_model_of_ones_own(data_bin: Path, tmp_path: Path) -> None:
     path = ["--path", tmp_path / "c" / "checkpoint_last.safetensors"]
     assert run_process("generate", data_bin, *path, "--user-module", module).returncode == 0
     assert "--user-module" in one_line_error(run_process("generate", data_bin, *path))
-    module.write_text("raise RuntimeError('no')")
-    assert "RuntimeError" in one_line_error(run_process("models", "--user-module", module))
+    begin = ["train", data_bin, *options[:-1], tmp_path / "new", *mine]
+    module.write_text(USER_MODULE.replace("    pass", "    def __init__(self, *_):\n        1 / 0"))
+    told = "making loud_tiny: ZeroDivisionError: division by zero (loud.py:10)"
+    one_line_error(run_process(*begin), told)
+    module.write_text("\nraise RuntimeError('no')")
+    said = one_line_error(run_process("models", "--user-module", module))
+    assert said.endswith("loud.py: RuntimeError: no (loud.py:2)")
+    monkeypatch.setenv("FASTDISS_TRACEBACK", "1")
+    assert "Traceback" in run_process("models", "--user-module", module).stderr
 
 
 def test_models_lists_the_registry() -> None:

@@ -284,6 +284,14 @@ def test_without_a_test_set_half_of_valid_becomes_one(tmp_path: Path) -> None:
     assert [line.split("\t")[0] for line in valid + test] == column(1, 2 * HELD_OUT, 300)
 
 
+def test_too_little_text_for_all_splits_is_one_line(tmp_path: Path) -> None:
+    local = originals_of("tatoeba_deen", tmp_path / "local")
+    for path in local.rglob("valid*"):
+        path.write_text("".join(path.read_text().splitlines(keepends=True)[:1]))
+    one_line_error(prepared("tatoeba_deen", tmp_path, "--cut"), "no pairs for test: it is too")
+    assert list((tmp_path / "text").iterdir()) == []
+
+
 @pytest.mark.parametrize("name", ["multi30k_de_en", "iwslt14_de_en", "qqp"])
 def test_a_wrong_number_of_pairs_is_refused(tmp_path: Path, name: str) -> None:
     originals_of(name, tmp_path / "local")

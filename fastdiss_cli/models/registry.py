@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from fastdiss_cli.config import build
 from fastdiss_cli.data.batching import Batch
 from fastdiss_cli.data.layout import Layout
-from fastdiss_cli.errors import FastdissError, suggest
+from fastdiss_cli.device import out_of_memory
+from fastdiss_cli.errors import FastdissError, describe_bug, suggest
 from fastdiss_cli.models import FAMILIES
 
 
@@ -72,7 +73,8 @@ class Hypothesis:
 
     Attributes:
         tokens: ids without eos.
-        score: mean log-probability of the tokens; higher is better.
+        score: mean log-probability of the tokens; higher is better. Of beam search it is divided
+            by length ** lenpen, not by length.
         token_scores: log-probability of each token.
         nfe: decoder evaluations that it took.
         history: the steps of sampling, where they were asked for.
@@ -163,6 +165,19 @@ class Architecture:
         """Return the model configuration: the family's defaults < sizes < overrides."""
         return build(self.family.Config, {**self.sizes, **overrides}, "model")
 
+    def model(self, config: Any, src: Vocabulary, tgt: Vocabulary) -> Seq2SeqModel:
+        """Return a new model.
+
+        Raises:
+            FastdissError: a family of the user's own has failed, and where.
+        """
+        try:
+            return self.family(config, src, tgt)
+        except Exception as error:
+            if isinstance(error, FastdissError) or out_of_memory(error):
+                raise
+            raise FastdissError(f"making {self.name}: {describe_bug(error)}") from error
+
 
 _ARCHITECTURES: dict[str, Architecture] = {}
 
@@ -224,6 +239,4 @@ def _import_user_module(path: Path) -> None:
         del sys.modules[name]
         if isinstance(error, FastdissError):
             raise
-        raise FastdissError(
-            f"--user-module {path}: {type(error).__name__} while importing it: {error}"
-        ) from error
+        raise FastdissError(f"--user-module {path}: {describe_bug(error)}") from error

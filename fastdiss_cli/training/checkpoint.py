@@ -223,7 +223,7 @@ def load_model(
     # an option that the file does not know has its family's default: what was before the option
     config = build(arch.family.Config, checkpoint.model_config, "model")
     with torch.random.fork_rng(devices=[]):  # initial weights, which are replaced, are drawn
-        model = arch.family(config, vocabulary(src), vocabulary(tgt))
+        model = arch.model(config, vocabulary(src), vocabulary(tgt))
     load_weights(model, checkpoint.averaged(), path)
     model = model.to(device).eval()
     freeze(model, dtype)

@@ -192,7 +192,7 @@ class TrainState:
 
     def _new_model(self) -> Seq2SeqModel:
         tokenizers = (self.dataset.src_tokenizer, self.dataset.tgt_tokenizer)
-        model = self.arch.family(self.model_config, *map(vocabulary, tokenizers))
+        model = self.arch.model(self.model_config, *map(vocabulary, tokenizers))
         return model.to(self.processes.device)
 
     def _begin_with(self, path: Path) -> None:
