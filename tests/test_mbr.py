@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sacrebleu import BLEU, CHRF
 
-from fastdiss_cli.decoding.mbr import expected_utility, pairwise_utility
+from fastdiss_cli.decoding.mbr import TOGETHER, expected_utilities, pairwise_utilities
 from fastdiss_cli.errors import FastdissError
 
 SCORERS = {"bleu": BLEU(effective_order=True), "chrf": CHRF()}
@@ -27,6 +27,16 @@ candidate_lists = st.lists(st.one_of(sentences, jumbles, anything), min_size=1, 
 def pairwise(candidates: list[str], metric: str) -> np.ndarray:
     score = SCORERS[metric].sentence_score
     return np.array([[score(hyp, [ref]).score for ref in candidates] for hyp in candidates])
+
+
+def pairwise_utility(texts: list[str], metric: str = "bleu") -> np.ndarray:
+    (found,) = pairwise_utilities([texts], metric)
+    return found
+
+
+def expected_utility(candidates: list[str], metric: str = "bleu") -> np.ndarray:
+    (found,) = expected_utilities([candidates], metric)
+    return found
 
 
 def check(candidates: list[str], metric: str) -> None:
@@ -99,7 +109,25 @@ def test_single_candidate_is_scored_against_itself(text: str, utility: float) ->
     assert expected_utility([text]) == pytest.approx([utility])
 
 
+@pytest.mark.parametrize("metric", SCORERS)
+@settings(max_examples=60, derandomize=True, deadline=None)
+@given(batch=st.lists(candidate_lists, max_size=5))
+def test_sentences_do_not_know_of_each_other(metric: str, batch: list[list[str]]) -> None:
+    """Alone or in a batch, of other lengths and numbers of candidates: the same to the last bit."""
+    found = expected_utilities(batch, metric)
+    assert len(found) == len(batch)
+    for values, candidates in zip(found, batch, strict=True):
+        assert values.tolist() == expected_utility(candidates, metric).tolist()
+
+
+def test_more_sentences_than_are_counted_at_once() -> None:
+    batch = [[f"a b {i}", f"a b {i % 7} c", "x"] for i in range(2 * TOGETHER + 1)]
+    for values, candidates in zip(expected_utilities(batch), batch, strict=True):
+        assert values.tolist() == expected_utility(candidates).tolist()
+
+
 def test_no_candidates() -> None:
+    assert expected_utilities([]) == []
     assert pairwise_utility([]).shape == (0, 0)
     assert expected_utility([], "chrf").shape == (0,)
 

@@ -1,9 +1,9 @@
-"""Minimum-Bayes-risk selection among the candidate translations of one sentence.
+"""Minimum-Bayes-risk selection among the candidate translations of a sentence.
 
 The utilities are sacreBLEU's sentence scores (version 2, default settings), computed for all
-pairs of candidates at once.
+pairs of candidates of all sentences of a batch at once.
 """
-# C candidates, U different texts among them, N tokens in those, G different n-grams of any order
+# B sentences, C candidates of one, U different texts among them
 
 from __future__ import annotations
 
@@ -24,34 +24,43 @@ BLEU_ORDER = 4
 SMOOTHING = np.exp2([-m * (m + 1) / 2 for m in range(BLEU_ORDER + 1)])
 CHRF_ORDER = 6
 CHRF_BETA = 2
+TOGETHER = 16  # sentences whose n-grams are counted at once: more need memory and save no time
 
 _tokenizer_13a = BLEU(effective_order=True).tokenizer
 
 
-def expected_utility(candidates: Sequence[str], metric: str = "bleu") -> np.ndarray:
-    """Average each candidate's utility over the C - 1 other candidates.
+def expected_utilities(
+    sentences: Sequence[Sequence[str]], metric: str = "bleu"
+) -> list[np.ndarray]:
+    """Average the utility of each candidate of a sentence over the C - 1 other candidates.
 
     A repeated text counts once for each time that it occurs, and equal texts get equal values,
-    to the last bit. A single candidate is scored against itself.
+    to the last bit. A single candidate is scored against itself. The values of a sentence do not
+    depend on the other sentences, which share the calls.
 
     Args:
-        candidates: C texts, detokenised; empty texts are allowed.
+        sentences: the C candidates of each, detokenised; empty texts are allowed.
         metric: "bleu" or "chrf".
 
     Returns:
-        Mean utilities in 0..100, float64 [C]; the largest marks the candidate to choose.
+        Mean utilities in 0..100 for each sentence, float64 [C]; the largest marks the candidate
+        to choose.
 
     Raises:
         FastdissError: the metric is unknown.
 
     Source: Kumar and Byrne 2004 (minimum Bayes risk), all samples with one weight.
     """
-    texts, index = _different(candidates)
-    utilities = pairwise_utility(texts, metric)
-    if len(candidates) > 1:
-        others = np.bincount(index) - np.eye(len(texts))
-        utilities = utilities * others / (len(candidates) - 1)
-    return utilities.sum(axis=1)[index]
+    found = []
+    for start in range(0, len(sentences), TOGETHER):
+        different = [_different(candidates) for candidates in sentences[start : start + TOGETHER]]
+        pairs = pairwise_utilities([texts for texts, _ in different], metric)
+        for utilities, (texts, index) in zip(pairs, different, strict=True):
+            if len(index) > 1:
+                others = np.bincount(index) - np.eye(len(texts))
+                utilities = utilities * others / (len(index) - 1)
+            found.append(utilities.sum(axis=1)[index])
+    return found
 
 
 def _different(candidates: Sequence[str]) -> tuple[list[str], np.ndarray]:
@@ -61,19 +70,21 @@ def _different(candidates: Sequence[str]) -> tuple[list[str], np.ndarray]:
     return list(places), np.array(index, dtype=np.int64)
 
 
-def pairwise_utility(texts: Sequence[str], metric: str = "bleu") -> np.ndarray:
-    """Score every text as hypothesis against every text as its only reference.
+def pairwise_utilities(
+    sentences: Sequence[Sequence[str]], metric: str = "bleu"
+) -> list[np.ndarray]:
+    """Score every text of a sentence as hypothesis against every one as its only reference.
 
     Entry [i, j] is sacreBLEU's sentence score of text i against text j, by
     ``BLEU(effective_order=True)`` (13a tokens, exponential smoothing) or by ``CHRF()``
     (characters without white space, beta 2).
 
     Args:
-        texts: U texts, detokenised; empty texts are allowed.
+        sentences: the U texts of each, detokenised; empty texts are allowed.
         metric: "bleu" or "chrf".
 
     Returns:
-        Utilities in 0..100, float64 [U, U]; not symmetric.
+        Utilities in 0..100 for each sentence, float64 [U, U]; not symmetric.
 
     Raises:
         FastdissError: the metric is unknown.
@@ -81,11 +92,15 @@ def pairwise_utility(texts: Sequence[str], metric: str = "bleu") -> np.ndarray:
     Source: Papineni et al. 2002 (BLEU); Chen and Cherry 2014, method 3 (smoothing); Popović
     2015 (chrF); Post 2018 (sacreBLEU).
     """
+    if metric not in METRICS:
+        raise FastdissError(f"unknown MBR metric {metric!r}: choose one of {', '.join(METRICS)}")
     if metric == "bleu":
-        return _bleu(*_match_ngrams([_split_13a(text) for text in texts], BLEU_ORDER))
-    if metric == "chrf":
-        return _chrf(*_match_ngrams(["".join(text.split()) for text in texts], CHRF_ORDER))
-    raise FastdissError(f"unknown MBR metric {metric!r}: choose one of {', '.join(METRICS)}")
+        lines = [[_split_13a(text) for text in texts] for texts in sentences]
+        utilities = _bleu(*_match_ngrams(lines, BLEU_ORDER))
+    else:
+        lines = [["".join(text.split()) for text in texts] for texts in sentences]
+        utilities = _chrf(*_match_ngrams(lines, CHRF_ORDER))
+    return [utilities[b, : len(texts), : len(texts)] for b, texts in enumerate(sentences)]
 
 
 def _split_13a(text: str) -> list[str]:
@@ -101,24 +116,31 @@ def _split_word(word: str) -> list[str]:
     return _tokenizer_13a(word).split()
 
 
-def _match_ngrams(lines: Sequence[Sequence[str]], order: int) -> tuple[np.ndarray, np.ndarray]:
-    """Count clipped n-gram matches between all pairs of token sequences, for n = 1..order.
+def _match_ngrams(
+    sentences: Sequence[Sequence[Sequence[str]]], order: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Count clipped n-gram matches between all pairs of lines of a sentence, for n = 1..order.
 
-    Returns sum_g min(count_ig, count_jg) [order, U, U] and each line's n-grams [order, U]. The
-    largest temporary is [U, G]; G is at most order * N.
+    Returns sum_g min(count_ig, count_jg), float32 [order, B, U, U], and each line's n-grams, int64
+    [order, B, U]; U is that of the sentence with the most lines, others have zeros there.
     """
-    lengths = np.array([len(line) for line in lines], dtype=np.int64)
-    totals = np.maximum(lengths - np.arange(order)[:, None], 0)
-    matches = np.zeros((order, len(lines), len(lines)))
+    B, U = len(sentences), max(map(len, sentences), default=0)
+    lengths = np.zeros((B, U), dtype=np.int64)
+    for b, lines in enumerate(sentences):
+        lengths[b, : len(lines)] = [len(line) for line in lines]
+    totals = np.maximum(lengths - np.arange(order)[:, None, None], 0)
     if not lengths.any():
-        return matches, totals
+        return np.zeros((order, B, U, U), dtype=np.float32), totals
 
-    # Row n - 1 holds the n-th token from each position on, 0 beyond the end of the line.
-    ids: defaultdict[str, int] = defaultdict(count(1).__next__)
-    tokens = list(map(ids.__getitem__, chain.from_iterable(lines)))
-    owner = np.repeat(np.arange(len(lines)), lengths)
+    # Row n - 1 holds the n-th token from each position on, 0 beyond the end of the line. Equal
+    # tokens of different sentences are different ids, in the order of the sentences.
+    fresh, tokens = count(1), []
+    for lines in sentences:
+        ids: defaultdict[str, int] = defaultdict(fresh.__next__)
+        tokens += map(ids.__getitem__, chain.from_iterable(lines))
+    owner = np.repeat(np.arange(B * U), lengths.ravel())  # b * U + the line's number
     position = np.arange(owner.size) + owner * order
-    padded = np.zeros(owner.size + len(lines) * order, np.min_scalar_type(len(ids)))
+    padded = np.zeros(owner.size + B * U * order, np.min_scalar_type(next(fresh)))
     padded[position] = tokens
     window = padded[position + np.arange(order)[:, None]]
 
@@ -129,42 +151,47 @@ def _match_ngrams(lines: Sequence[Sequence[str]], order: int) -> tuple[np.ndarra
     np.not_equal(window[:, 1:], window[:, :-1], out=is_new[:, 1:])
     for n in range(1, order):
         is_new[n] |= is_new[n - 1]
-    gram = np.cumsum(is_new).reshape(window.shape) - 1  # distinct across the orders too
-    n_grams = int(gram[-1, -1]) + 1
-    cells = (owner * n_grams + gram)[window > 0]
-    counts = np.bincount(cells, minlength=len(lines) * n_grams).reshape(len(lines), n_grams)
+    gram = np.cumsum(is_new).reshape(window.shape) - 1  # distinct across orders and sentences
+    occurs = window > 0
 
     # min(a, b) = sum_{k >= 1} [a >= k][b >= k]: products of 0/1 matrices clip and sum, exactly
-    # (float32 up to 2^24). A column stands for one n-gram and one k.
-    counts = counts.astype(np.min_scalar_type(lengths.max()))
-    most = counts.max(axis=0)
-    column = np.repeat(np.arange(n_grams), most)
-    ends = np.cumsum(most)
-    k = np.arange(1, column.size + 1) - (ends - most)[column]
-    reached = (counts.take(column, axis=1) >= k.astype(counts.dtype)).astype(np.float32)
-    bounds = [0, *ends[gram[:, -1]]]
-    for n in range(order):
-        part = reached[:, bounds[n] : bounds[n + 1]]
-        matches[n] = part @ part.T
-    return matches, totals
+    # (float32 up to 2^24). A column stands for the k-th occurrence of one n-gram in a line. The
+    # cells are nearly sorted, which numpy's stable sort makes use of.
+    cells = np.sort((gram * (B * U) + owner)[occurs], kind="stable")
+    first = np.flatnonzero(np.concatenate([[True], cells[1:] != cells[:-1]]))
+    k = np.arange(cells.size) - np.repeat(first, np.diff(first, append=cells.size))
+    gram, owner = np.divmod(cells, B * U)
+    starts = np.flatnonzero(np.concatenate([[True], gram[1:] != gram[:-1]]))
+    most = np.maximum.reduceat(k, starts) + 1
+    columns = np.repeat(np.cumsum(most) - most, np.diff(starts, append=cells.size)) + k
+
+    # A block of columns for each order and sentence
+    block = np.repeat(np.arange(order), occurs.sum(axis=1)) * B + owner // U
+    begin = np.flatnonzero(np.concatenate([[True], block[1:] != block[:-1]]))
+    within = columns - np.repeat(columns[begin], np.diff(begin, append=cells.size))
+    reached = np.zeros((order * B, U, int(within.max()) + 1), dtype=np.float32)
+    reached[block, owner % U, within] = 1
+    return (reached @ reached.transpose(0, 2, 1)).reshape(order, B, U, U), totals
 
 
 def _bleu(matches: np.ndarray, totals: np.ndarray) -> np.ndarray:
-    """Return sentence BLEU [U, U] over the orders that the hypothesis (row) has n-grams of."""
+    """Return sentence BLEU [B, U, U] over the orders that the hypothesis (row) has n-grams of."""
     orders = (totals > 0).sum(axis=0)
-    missed = orders[:, None] - (matches > 0).sum(axis=0)
-    product = np.maximum(matches, 1).prod(axis=0) * SMOOTHING[missed]
-    product /= np.maximum(totals, 1.0).prod(axis=0)[:, None]
-    brevity = np.exp(np.minimum(1 - totals[0] / np.maximum(totals[0], 1)[:, None], 0))
-    mean = product ** (1 / np.maximum(orders, 1))[:, None]
+    missed = orders[:, :, None] - (matches > 0).sum(axis=0)
+    product = np.maximum(matches, 1, dtype=np.float64).prod(axis=0)
+    product *= SMOOTHING[missed]
+    product /= np.maximum(totals, 1.0).prod(axis=0)[:, :, None]
+    length = totals[0]
+    brevity = np.exp(np.minimum(1 - length[:, None, :] / np.maximum(length, 1)[:, :, None], 0))
+    mean = product ** (1 / np.maximum(orders, 1))[:, :, None]
     return 100 * brevity * mean * (matches[0] > 0)
 
 
 def _chrf(matches: np.ndarray, totals: np.ndarray) -> np.ndarray:
-    """Return sentence chrF [U, U], averaging over the orders that both texts have n-grams of."""
-    used = np.maximum(((totals[:, :, None] > 0) & (totals[:, None, :] > 0)).sum(axis=0), 1)
-    share = matches / np.maximum(totals, 1)[:, :, None]
-    precision = share.sum(axis=0) / used
-    recall = (matches / np.maximum(totals, 1)[:, None, :]).sum(axis=0) / used
+    """Return sentence chrF [B, U, U], averaging over the orders that both texts have n-grams of."""
+    hypothesis, reference = totals[:, :, :, None], totals[:, :, None, :]
+    used = np.maximum(((hypothesis > 0) & (reference > 0)).sum(axis=0), 1)
+    precision = (matches / np.maximum(hypothesis, 1)).sum(axis=0) / used
+    recall = (matches / np.maximum(reference, 1)).sum(axis=0) / used
     weighted = CHRF_BETA**2 * precision + recall
     return 100 * (1 + CHRF_BETA**2) * precision * recall / np.where(weighted > 0, weighted, 1)

@@ -9,7 +9,7 @@ import numpy as np
 
 from fastdiss_cli.data.batching import pad
 from fastdiss_cli.data.tokenizer import Tokenizer, check_same
-from fastdiss_cli.decoding.mbr import METRICS, expected_utility
+from fastdiss_cli.decoding.mbr import METRICS, expected_utilities
 from fastdiss_cli.errors import FastdissError
 from fastdiss_cli.models.registry import Hypothesis, Seq2SeqModel
 
@@ -96,14 +96,10 @@ def by_mbr(tokenizer: Tokenizer, metric: str) -> Select:
     def select(
         sources: Sequence[Sequence[int]], candidates: list[list[Hypothesis]]
     ) -> list[Hypothesis]:
-        chosen = []
-        for row in candidates:
-            if len(row) == 1:
-                chosen += row
-                continue
-            texts = [tokenizer.decode(h.tokens) for h in row]
-            chosen.append(row[int(np.argmax(expected_utility(texts, metric)))])
-        return chosen
+        several = [row for row in candidates if len(row) > 1]
+        texts = [[tokenizer.decode(h.tokens) for h in row] for row in several]
+        best = iter([int(np.argmax(values)) for values in expected_utilities(texts, metric)])
+        return [row[next(best)] if len(row) > 1 else row[0] for row in candidates]
 
     return select
 

@@ -83,7 +83,7 @@ class SelfBLEU(Diversity):
         return {"case": "mixed", "eff": "yes", "tok": "13a", "smooth": "exp"}
 
     def measure(self, candidates: Sequence[Sequence[str]]) -> float:
-        from fastdiss_cli.decoding.mbr import expected_utility  # numpy is slow to import
+        from fastdiss_cli.decoding.mbr import expected_utilities  # numpy is slow to import
 
         rows = [row for row in candidates if list(row) != [""]]  # that of an empty source is alone
         if not rows or any(len(row) == 1 for row in rows):
@@ -91,7 +91,7 @@ class SelfBLEU(Diversity):
                 "self-bleu needs several candidates of each sentence: "
                 "`fastdiss generate --noise-beam 5 --nbest 5` writes five"
             )
-        return fmean(expected_utility(row).mean() for row in rows) / 100
+        return fmean(values.mean() for values in expected_utilities(rows)) / 100
 
 
 def _ngrams(text: str, order: int) -> list[tuple[str, ...]]:
