@@ -350,6 +350,16 @@ def test_the_best_of_equal_bleu_has_the_lower_loss() -> None:
     assert is_best(0.0, 9.0) and not is_best(math.nan, 1.0)
 
 
+def test_a_validation_says_how_far_it_is(
+    data_bin: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(logs, "PLAIN_EVERY", 0.0)
+    start(data_bin, tmp_path, max_update=1).run()
+    said = capsys.readouterr().err
+    assert "validating 0/" in said and " batches\n" in said
+    assert "validating 0/4 sentences\n" in said
+
+
 def test_validation_bleu_of_answers_under_four_words(
     data_bin: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -364,7 +374,7 @@ def test_validation_bleu_of_answers_under_four_words(
     monkeypatch.setattr(SequenceGenerator, "decode_together", answer)
     pairs = {side: [np.array(short)] * 4 for side in ("src", "tgt")}
     monkeypatch.setattr(training.dataset, "splits", {"valid": pairs})
-    how = (training.config, training.processes, training.stop, training.dtype)
+    how = (training.config, training.processes, training.stop, training.dtype, print)
     assert validation.validation_bleu(training.model, training.dataset, *how) == pytest.approx(100)
 
 

@@ -134,7 +134,7 @@ class Training:
             )
         with (
             stop_on_signal(self.stop, "saving after this update"),
-            logs.progress("training", config.max_update, progress.update) as bar,
+            logs.progress("training", config.max_update, progress.update) as self.bar,
         ):
             due = progress.validation_due and not self._must_wait()
             stopped = self._validate_and_save() if due else 0
@@ -148,7 +148,7 @@ class Training:
                 figures, stopped = self._update(micro_batches, tokens)
                 window = self.window
                 window.add(figures, tokens)
-                bar.advance(loss=f"{window.loss:.3f}", **{"tok/s": f"{window.speed:,.0f}"})
+                self.bar.advance(loss=f"{window.loss:.3f}", **{"tok/s": f"{window.speed:,.0f}"})
                 if progress.update % config.log_interval == 0:
                     rate = learning_rate(progress.update, config)
                     now = {"lr": rate, "skipped": progress.skipped}
@@ -298,6 +298,7 @@ class Training:
         """Score the averaged weights on the validation split."""
         config, progress = self.config, self.progress
         how = (config, self.processes, self.stop, self.dtype)
+        how += (lambda far: self.bar.advance(0, validating=far),)
         # decoding, whose caches grow with every position, would be compiled at every length
         eager = torch.compiler.set_stance("force_eager") if config.compile else nullcontext()
         with self.state.averaged() as model, eager:

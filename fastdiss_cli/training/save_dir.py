@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -58,6 +58,7 @@ def refuse_others(folder: Path) -> None:
         FastdissError: there are some.
     """
     found = [*folder.glob(BEST), *(numbered(folder) if folder.is_dir() else [])]
+    found = [path for path in found if path.is_file()]
     if found:
         raise FastdissError(
             f"--save-dir {folder} holds {found[0].name} of another training, but no {LAST} to go "
@@ -74,6 +75,7 @@ def occupied(folder: Path) -> Iterator[None]:
     Raises:
         FastdissError: another process is training there.
     """
+    is_new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / ".lock"
     with open(path, "a", encoding="utf-8") as file:
@@ -89,7 +91,7 @@ def occupied(folder: Path) -> Iterator[None]:
             yield
         finally:
             path.unlink(missing_ok=True)
-            with suppress(OSError):  # other files are there
+            if is_new and not any(folder.iterdir()):
                 folder.rmdir()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 
 import torch
 from sacrebleu import BLEU
@@ -20,6 +21,7 @@ from fastdiss_cli.randomness import seed_everything
 from fastdiss_cli.signals import Stop, Stopped
 from fastdiss_cli.training.checkpoint import Progress
 
+Show = Callable[[str], None]  # told how far it is
 CHUNK = 64  # sentences, about, that a rank decodes before it asks whether to stop
 
 
@@ -32,6 +34,7 @@ def validation_loss(
     processes: Processes,
     stop: Stop,
     dtype: torch.dtype,
+    show: Show,
 ) -> dict[str, float]:
     """Return the mean loss of a token and its parts; every call draws the same noise.
 
@@ -40,8 +43,9 @@ def validation_loss(
     """
     sums: dict[str, float] = {}
     tokens = 0
-    device = processes.device
+    device, batches = processes.device, len(batcher.rounds(epoch=0))
     for number, batch in enumerate(batcher.batches(epoch=0)):
+        show(f"{number:,}/{batches:,} batches")
         seed_everything(config.seed, "valid", processes.rank, number)
         with processes.attempt(f"the validation of {len(batch.src_tokens)} sentences") as tried:
             with autocast(device, dtype):
@@ -63,6 +67,7 @@ def validation_bleu(
     processes: Processes,
     stop: Stop,
     dtype: torch.dtype,
+    show: Show,
 ) -> float:
     """Return sacreBLEU of the first ``valid_sentences`` sentences, decoded without beams.
 
@@ -75,6 +80,7 @@ def validation_bleu(
     text = dataset.tgt_tokenizer.decode
     hypotheses: list[str] = []
     for first in range(0, count, CHUNK * processes.world_size):
+        show(f"{first:,}/{count:,} sentences")
         end = min(first + CHUNK * processes.world_size, count)
         sources = [split["src"][i].tolist() for i in range(first, end)]
         max_tokens = min(config.max_tokens, CHUNK * max(map(len, sources)))  # a batch for each rank
