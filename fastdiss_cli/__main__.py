@@ -62,6 +62,9 @@ def main() -> None:
         if isinstance(stream, io.TextIOWrapper):  # whatever the locale says, text is UTF-8
             # the name of a file may be no text at all, and is told all the same
             stream.reconfigure(encoding="utf-8", errors="backslashreplace")
+    if "" in sys.argv[1:]:
+        logs.error("an argument is empty, as of a variable that is not set")
+        sys.exit(2)
     try:
         try:
             # the same name whether or not it was started by `python -m`

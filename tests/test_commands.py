@@ -254,6 +254,9 @@ def test_train_names_what_it_does_not_know(data_bin: Path, tmp_path: Path) -> No
     assert "train.lr must be a number" in said("--set", "train.lr=fast")
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("modle: {dropout: 0.1}\n")
+    assert f"--save-dir {recipe} is a file" in said("--save-dir", str(recipe))
+    unset = run_process("train", data_bin, "--save-dir", "")
+    assert unset.returncode == 2 and "an argument is empty" in unset.stderr
     assert "unknown section 'modle'; did you mean 'model'" in said("--config", str(recipe))
 
 

@@ -201,3 +201,7 @@ def test_what_is_missing_is_named(
     pickled = run_cli("export", tmp_path, "--output", tmp_path / "model.pt")
     assert pickled.returncode == 2 and "must end in .safetensors" in pickled.stderr
     assert not list(tmp_path.iterdir())
+    (tmp_path / "m.safetensors").mkdir()
+    folder = run_cli("export", trained, "--output", tmp_path / "m.safetensors")
+    assert folder.returncode == 2 and "is a folder" in folder.stderr
+    assert not list((tmp_path / "m.safetensors").iterdir())

@@ -97,6 +97,7 @@ def test_names_are_those_of_the_metrics() -> None:
         (["--metrics", "bleu,ruge"], "ruge: choose from bleu, chrf, ter, rouge1"),
         (["--metrics", "destinct"], "did you mean 'distinct'?"),
         (["--paired-test", "bs"], "--paired-test needs --paired BASELINE"),
+        (["--bertscore-model", "x"], "--bertscore-model is of --metrics bertscore"),
         (["--plot", "out.gif"], "must end in .png, .svg, .pdf"),
     ],
 )

@@ -47,6 +47,8 @@ def export(
         raise typer.BadParameter("--last needs a folder, not files")
     if _OF_TRAINING.fullmatch(output.name):
         raise typer.BadParameter(f"--output {output}: the name belongs to `fastdiss train`")
+    if output.is_dir():
+        raise typer.BadParameter(f"--output {output} is a folder")
     if output.suffix != ".safetensors":
         raise typer.BadParameter(f"--output {output}: the name must end in .safetensors")
     text = None if card is None else _read(card)

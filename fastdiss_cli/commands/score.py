@@ -28,6 +28,7 @@ DIVERSITY = ("distinct1", "distinct2", "sentence-distinct", "self-bleu")
 GROUPS = {"rouge": ("rouge1", "rouge2", "rougeL"), "distinct": ("distinct1", "distinct2")}
 NAMES = (*AGAINST_REFERENCES, *DIVERSITY, *GROUPS)
 COUNTED = ("wer", "ser", "repetition")
+BERTSCORE_MODEL = "roberta-large"
 TESTS = {"bs": "paired bootstrap", "ar": "approximate randomisation"}
 
 
@@ -82,7 +83,7 @@ def score(
     bertscore_model: Annotated[
         str,
         typer.Option(metavar="NAME|FOLDER", help="The model of BERTScore; English needs no other."),
-    ] = "roberta-large",
+    ] = BERTSCORE_MODEL,
     paired: Annotated[
         Path | None,
         typer.Option(metavar="BASELINE", help="Test whether the systems differ from this one."),
@@ -110,6 +111,8 @@ def score(
         raise typer.BadParameter("--paired-test needs --paired BASELINE")
     if paired_test not in (None, *TESTS):
         raise typer.BadParameter(f"--paired-test {paired_test}: choose from {', '.join(TESTS)}")
+    if bertscore_model != BERTSCORE_MODEL and "bertscore" not in wanted:
+        raise typer.BadParameter("--bertscore-model is of --metrics bertscore")
     test = (paired_test or "bs") if paired else None
     if paired is not None:
         paths = [paired, *(path for path in paths if path != paired)]

@@ -175,6 +175,8 @@ def open_outputs(stack: ExitStack, runs: list[Run], folder: Path | None, name: s
     """Open a file for each run in a folder, or stdout where there is none."""
     if folder is None:
         return [Output(sys.stdout)]
+    if folder.is_file():
+        raise FastdissError(f"--results-path {folder} is a file")
     folder.mkdir(parents=True, exist_ok=True)
     outputs = []
     for run in runs:

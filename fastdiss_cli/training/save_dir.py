@@ -75,6 +75,8 @@ def occupied(folder: Path) -> Iterator[None]:
     Raises:
         FastdissError: another process is training there.
     """
+    if folder.is_file():
+        raise FastdissError(f"--save-dir {folder} is a file")
     is_new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / ".lock"
