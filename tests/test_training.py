@@ -606,7 +606,7 @@ def test_one_training_at_a_time_in_a_folder(data_bin: Path, tmp_path: Path) -> N
     first = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     try:
         assert any("go to" in line for line in first.stderr)  # it is at work
-        second = run_cli(*command[3:])
+        second = run_cli(*command[3:-1], "1")
         assert second.returncode == 1
         assert "another training is at work there" in second.stderr
     finally:
