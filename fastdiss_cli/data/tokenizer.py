@@ -217,6 +217,7 @@ def train_tokenizer(
             vocab_size=vocab_size,
             hard_vocab_limit=False,
             byte_fallback=True,
+            input_sentence_size=_TRAINING_LINES,
             normalization_rule_name="identity",
             remove_extra_whitespaces=False,
             max_sentence_length=_LONGEST_LINE,
@@ -255,7 +256,8 @@ class _CountedLines:
         draw = random.Random(1)
         try:
             for line in self.lines:
-                if line and (self.share >= 1 or draw.random() < self.share):
+                drawn = self.share >= 1 or draw.random() < self.share
+                if line and drawn and self.count < _TRAINING_LINES:
                     self.count += 1
                     # a character has at most 4 bytes
                     self.long += 4 * len(line) > _LONGEST_LINE < len(line.encode())
