@@ -58,7 +58,7 @@ def open_dataset(
         if source not in (None, manifest.source) or target not in (None, manifest.target):
             raise FastdissError(
                 f"{folder} goes from {manifest.source} to {manifest.target}; for another direction "
-                "make a dataset with `fastdiss preprocess -s {source or manifest.source} -t "
+                f"make a dataset with `fastdiss preprocess -s {source or manifest.source} -t "
                 f"{target or manifest.target}`"
             )
         return dataset

@@ -200,7 +200,8 @@ def train_tokenizer(
         lines: the text, one sentence an item; empty ones are passed over.
         model_type: one of `MODEL_TYPES`.
         vocab_size: the largest number of pieces; a small corpus gets fewer.
-        total: how many lines there are; of very many a sample is taken, always the same.
+        total: how many lines there are: of very many a sample is taken, always the same. 0: they
+            are few; of very many the first are taken.
 
     Raises:
         FastdissError: the vocabulary does not fit the text.
@@ -217,9 +218,9 @@ def train_tokenizer(
             vocab_size=vocab_size,
             hard_vocab_limit=False,
             byte_fallback=True,
-            input_sentence_size=_TRAINING_LINES,
             normalization_rule_name="identity",
             remove_extra_whitespaces=False,
+            input_sentence_size=_TRAINING_LINES,
             max_sentence_length=_LONGEST_LINE,
             bos_id=0,
             pad_id=1,

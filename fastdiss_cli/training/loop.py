@@ -297,8 +297,11 @@ class Training:
     def _validate(self, batcher: TokenBatcher) -> None:
         """Score the averaged weights on the validation split."""
         config, progress = self.config, self.progress
-        how = (config, self.processes, self.stop, self.dtype)
-        how += (lambda far: self.bar.advance(0, validating=far),)
+
+        def show(far: str) -> None:
+            self.bar.advance(0, validating=far)
+
+        how = (config, self.processes, self.stop, self.dtype, show)
         # decoding, whose caches grow with every position, would be compiled at every length
         eager = torch.compiler.set_stance("force_eager") if config.compile else nullcontext()
         with self.state.averaged() as model, eager:
