@@ -73,6 +73,8 @@ def test_the_answers_are_those_of_the_command(diffusion: Path) -> None:
     said = [line.split("\t")[2] for line in done.stdout.splitlines() if line.startswith("D-")]
     options = {"steps": 2, "length_beam": 2, "noise_beam": 3, "seed": 7}
     assert fastdiss_cli.load(diffusion, "cpu").generate(SENTENCES, **options) == said
+    typed = fastdiss_cli.load(diffusion, torch.device("cpu"), torch.float32)
+    assert typed.generate(SENTENCES, **options) == said
 
 
 def test_candidates_are_all_with_the_chosen_one_first(

@@ -15,6 +15,8 @@ import torch
 from conftest import Ranks, one_line_error, run_cli
 from runs import command, signalled_in_batch
 
+from fastdiss_cli.errors import FastdissError
+from fastdiss_cli.models.transformer import BeamDecoding
 from fastdiss_cli.training.checkpoint import Checkpoint, load_model
 
 TYPES = ["transformer_tiny", "difformer_tiny", "fastdiss_tiny"]
@@ -321,3 +323,16 @@ def test_options_that_could_not_count_are_wrong_usage(
 ) -> None:
     done = run_cli("generate", "--path", checkpoints["fastdiss_tiny"], *more, stdin="eins\n")
     assert done.returncode == 2 and said in " ".join(done.stderr.replace("│", "").split())
+
+
+def test_one_candidate_leaves_nothing_to_select(checkpoints: dict[str, Path]) -> None:
+    line = ["generate", "--path", checkpoints["fastdiss_tiny"], "--input=-", "--select", "mbr"]
+    done = run_cli(*line, stdin="eins\n")
+    assert done.returncode == 0 and "--select mbr has no effect" in done.stderr
+    assert "has no effect" not in run_cli(*line, "--noise-beam", "2", stdin="eins\n").stderr
+
+
+def test_the_least_length_is_at_most_the_largest() -> None:
+    assert BeamDecoding(min_len=5, max_len_b=5).min_len == 5
+    with pytest.raises(FastdissError, match="min_len must be at most max_len_b"):
+        BeamDecoding(min_len=6, max_len_b=5)

@@ -143,8 +143,10 @@ def test_given_tokenizers(preprocess: Command, corpus: Path, tmp_path: Path) -> 
     german, both = tmp_path / "de.model", f"{tmp_path}/de.model,{tmp_path}/en.model"
     given = ("--testpref", corpus / "test", "--destdir", tmp_path / "d")
     for names, expected in ((german, [models[0]] * 2), (both, models)):
-        done = preprocess(*given, "--tokenizer", names, "--vocab-size", 400)
+        done = preprocess(*given, "--tokenizer", names, "--vocab-size", 400, "--separate")
         assert done.code == 0 and "--vocab-size has no effect" in done.err
+        assert "--joined/--separate has no effect" in done.err
+        assert ("will be replaced" in done.err) == (names == both)
         assert "--model-type" not in done.err
         dataset = BinarizedDataset(tmp_path / "d", verify=True)
         used = [dataset.src_tokenizer.hash, dataset.tgt_tokenizer.hash]

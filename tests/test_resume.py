@@ -104,6 +104,7 @@ def test_what_changes_the_result_is_refused_or_accepted(
     data_bin: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
     change: dict[str, object],
     told: str,
 ) -> None:
@@ -119,7 +120,9 @@ def test_what_changes_the_result_is_refused_or_accepted(
         start(data_bin, tmp_path / "c", **change)
     assert told in str(refused.value) and "--accept-changes" in str(refused.value)
     assert "\n" not in str(refused.value)
+    capsys.readouterr()
     resumed = start(data_bin, tmp_path / "c", **change, max_update=2, accept_changes=True)
+    assert told in capsys.readouterr().err
     assert resumed.progress.update == 1
     others = bool({"data", "processes", "seed", "max_tokens"} & given)
     assert (resumed.progress.epoch, resumed.progress.batch) == ((2, 0) if others else (1, 1))
