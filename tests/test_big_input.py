@@ -94,8 +94,9 @@ def test_generate_in_flat_memory(checkpoint: Path, tmp_path: Path) -> None:
         ))  # fmt: skip
     print(f"peak: {peaks[0]:,} and {peaks[1]:,} kB")
     assert (tmp_path / "generate-input.txt").read_text("utf-8").count("\nD-") == 16_000
-    # 25,000 more were measured for 40,000 lines; read all at once they took 380,000 more
-    assert peaks[1] - peaks[0] < 48_000
+    # -4,000 to 50,000 more were measured, as glibc takes 64,000 at a time (`keep_freed_memory`);
+    # with --buffer-size 16000 it is 143,000 more
+    assert peaks[1] - peaks[0] < 96_000
 
 
 def test_a_line_in_is_a_line_out(checkpoint: Path) -> None:
