@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sacrebleu import BLEU, CHRF
 
+from fastdiss_cli.decoding import mbr
 from fastdiss_cli.decoding.mbr import TOGETHER, expected_utilities, pairwise_utilities
 from fastdiss_cli.errors import FastdissError
 
@@ -122,8 +123,17 @@ def test_sentences_do_not_know_of_each_other(metric: str, batch: list[list[str]]
 
 def test_more_sentences_than_are_counted_at_once() -> None:
     batch = [[f"a b {i}", f"a b {i % 7} c", "x"] for i in range(2 * TOGETHER + 1)]
+    batch[3:5] = [["a a a a a", "a a"], ["a a a", "a a a a a a", "a"]]  # nothing else between
     for values, candidates in zip(expected_utilities(batch), batch, strict=True):
         assert values.tolist() == expected_utility(candidates).tolist()
+
+
+def test_words_are_forgotten_when_they_are_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stream of text without end does not fill the memory, and no value changes."""
+    monkeypatch.setattr(mbr, "WORDS_KEPT", 4)
+    for number in range(4):
+        check([f"x{number} y{number}, z", f"x{number} y z{number}", f"x y{number}."], "bleu")
+        assert len(mbr._words) <= 4 + 7
 
 
 def test_no_candidates() -> None:

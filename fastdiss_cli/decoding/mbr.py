@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from functools import lru_cache
 from itertools import chain, count
 
 import numpy as np
@@ -25,6 +24,7 @@ SMOOTHING = np.exp2([-m * (m + 1) / 2 for m in range(BLEU_ORDER + 1)])
 CHRF_ORDER = 6
 CHRF_BETA = 2
 TOGETHER = 16  # sentences whose n-grams are counted at once: more need memory and save no time
+WORDS_KEPT = 2**16
 
 _tokenizer_13a = BLEU(effective_order=True).tokenizer
 
@@ -95,29 +95,47 @@ def pairwise_utilities(
     if metric not in METRICS:
         raise FastdissError(f"unknown MBR metric {metric!r}: choose one of {', '.join(METRICS)}")
     if metric == "bleu":
-        lines = [[_split_13a(text) for text in texts] for texts in sentences]
+        words = _known_words()
+        lines = [[_ids_13a(text, words) for text in texts] for texts in sentences]
         utilities = _bleu(*_match_ngrams(lines, BLEU_ORDER))
     else:
-        lines = [["".join(text.split()) for text in texts] for texts in sentences]
+        lines = [[list(map(ord, "".join(text.split()))) for text in texts] for texts in sentences]
         utilities = _chrf(*_match_ngrams(lines, CHRF_ORDER))
     return [utilities[b, : len(texts), : len(texts)] for b, texts in enumerate(sentences)]
 
 
-def _split_13a(text: str) -> list[str]:
-    """Tokenise as sacreBLEU's 13a does, word by word: candidates share most of their words."""
+class _Words(dict[str, list[int]]):
+    """The 13a tokens of a word, as numbers; looked up once, as candidates share their words."""
+
+    def __init__(self) -> None:
+        self.tokens: defaultdict[str, int] = defaultdict(count().__next__)
+
+    def __missing__(self, word: str) -> list[int]:
+        ids = self[word] = [self.tokens[token] for token in _tokenizer_13a(word).split()]
+        return ids
+
+
+_words = _Words()
+
+
+def _known_words() -> _Words:
+    """Return the words of earlier calls, or begin anew where they have become many."""
+    global _words
+    if len(_words) > WORDS_KEPT:
+        _words = _Words()
+    return _words
+
+
+def _ids_13a(text: str, words: _Words) -> list[int]:
+    """Tokenise as sacreBLEU's 13a does, and return the numbers of the tokens."""
     text = text.rstrip()
     if "-\n" in text or "<skipped>" in text:  # only here does 13a look beyond a single word
-        return _tokenizer_13a(text).split()
-    return list(chain.from_iterable(map(_split_word, text.split())))
-
-
-@lru_cache(maxsize=2**16)
-def _split_word(word: str) -> list[str]:
-    return _tokenizer_13a(word).split()
+        return [words.tokens[token] for token in _tokenizer_13a(text).split()]
+    return list(chain.from_iterable(map(words.__getitem__, text.split())))
 
 
 def _match_ngrams(
-    sentences: Sequence[Sequence[Sequence[str]]], order: int
+    sentences: Sequence[Sequence[Sequence[int]]], order: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Count clipped n-gram matches between all pairs of lines of a sentence, for n = 1..order.
 
@@ -132,46 +150,52 @@ def _match_ngrams(
     if not lengths.any():
         return np.zeros((order, B, U, U), dtype=np.float32), totals
 
-    # Row n - 1 holds the n-th token from each position on, 0 beyond the end of the line. Equal
-    # tokens of different sentences are different ids, in the order of the sentences.
-    fresh, tokens = count(1), []
-    for lines in sentences:
-        ids: defaultdict[str, int] = defaultdict(fresh.__next__)
-        tokens += map(ids.__getitem__, chain.from_iterable(lines))
+    # Row n - 1 holds the n-th token from each position on, 0 beyond the end of the line.
+    flat = chain.from_iterable(chain.from_iterable(sentences))
+    tokens = np.fromiter(flat, np.int64, lengths.sum()) + 1
     owner = np.repeat(np.arange(B * U), lengths.ravel())  # b * U + the line's number
     position = np.arange(owner.size) + owner * order
-    padded = np.zeros(owner.size + B * U * order, np.min_scalar_type(next(fresh)))
+    padded = np.zeros(owner.size + B * U * order, np.min_scalar_type(tokens.max()))
     padded[position] = tokens
     window = padded[position + np.arange(order)[:, None]]
 
-    # Sorted by their longest n-grams, positions with equal n-grams of any order are neighbours.
-    ranking = np.lexsort(window[::-1])
+    # Sorted by sentence and by their longest n-grams, positions with equal n-grams of any order
+    # are neighbours.
+    sentence = np.repeat(np.arange(B, dtype=np.min_scalar_type(B)), lengths.sum(axis=1))
+    ranking = np.lexsort((*window[::-1], sentence))
     window, owner = window.take(ranking, axis=1), owner[ranking]
     is_new = np.ones(window.shape, dtype=bool)
     np.not_equal(window[:, 1:], window[:, :-1], out=is_new[:, 1:])
     for n in range(1, order):
         is_new[n] |= is_new[n - 1]
-    gram = np.cumsum(is_new).reshape(window.shape) - 1  # distinct across orders and sentences
-    occurs = window > 0
+    # distinct across orders; neighbouring sentences may share one, as their owners differ
+    gram = np.cumsum(is_new).reshape(window.shape) - 1
 
     # min(a, b) = sum_{k >= 1} [a >= k][b >= k]: products of 0/1 matrices clip and sum, exactly
     # (float32 up to 2^24). A column stands for the k-th occurrence of one n-gram in a line. The
     # cells are nearly sorted, which numpy's stable sort makes use of.
-    cells = np.sort((gram * (B * U) + owner)[occurs], kind="stable")
-    first = np.flatnonzero(np.concatenate([[True], cells[1:] != cells[:-1]]))
-    k = np.arange(cells.size) - np.repeat(first, np.diff(first, append=cells.size))
+    cells = np.sort((gram * (B * U) + owner)[window > 0], kind="stable")
     gram, owner = np.divmod(cells, B * U)
-    starts = np.flatnonzero(np.concatenate([[True], gram[1:] != gram[:-1]]))
-    most = np.maximum.reduceat(k, starts) + 1
-    columns = np.repeat(np.cumsum(most) - most, np.diff(starts, append=cells.size)) + k
+    place = np.arange(cells.size)
+    k = place - np.maximum.accumulate(np.where(_is_new(cells), place, 0))
+    is_new = _is_new(gram)
+    most = np.maximum.reduceat(k, np.flatnonzero(is_new)) + 1
+    columns = (np.cumsum(most) - most)[np.cumsum(is_new) - 1] + k
 
     # A block of columns for each order and sentence
-    block = np.repeat(np.arange(order), occurs.sum(axis=1)) * B + owner // U
-    begin = np.flatnonzero(np.concatenate([[True], block[1:] != block[:-1]]))
-    within = columns - np.repeat(columns[begin], np.diff(begin, append=cells.size))
-    reached = np.zeros((order * B, U, int(within.max()) + 1), dtype=np.float32)
-    reached[block, owner % U, within] = 1
+    sizes = totals.sum(axis=2).ravel()
+    block = np.repeat(np.arange(order * B), sizes)
+    begin = np.minimum(np.cumsum(sizes) - sizes, cells.size - 1)
+    within = columns - columns[begin][block]
+    width = int(within.max()) + 1
+    reached = np.zeros((order * B, U, width), dtype=np.float32)
+    reached.ravel()[(block * U + owner % U) * width + within] = 1
     return (reached @ reached.transpose(0, 2, 1)).reshape(order, B, U, U), totals
+
+
+def _is_new(values: np.ndarray) -> np.ndarray:
+    """Return whether each of some sorted values differs from the one before it."""
+    return np.concatenate([[True], values[1:] != values[:-1]])
 
 
 def _bleu(matches: np.ndarray, totals: np.ndarray) -> np.ndarray:
