@@ -428,8 +428,8 @@ def test_python_api(fastdiss: Path) -> None:
 def test_help_is_there_without_torch(command: str) -> None:
     """Help must come at once, so it may not import what takes long to import."""
     code = (
-        "import sys; from fastdiss_cli.__main__ import app\n"
-        "try: app()\n"
+        "import sys; from fastdiss_cli.__main__ import command_line\n"
+        "try: command_line(*sys.argv[1:2])()\n"
         "except SystemExit: pass\n"
         "print(*(name in sys.modules for name in ('torch', 'sacrebleu', 'numpy')))"
     )

@@ -25,7 +25,7 @@ import typer.main
 from conftest import SIZES, one_line_error, run_cli
 from runs import NETWORK
 
-from fastdiss_cli.__main__ import app
+from fastdiss_cli.__main__ import command_line
 from fastdiss_cli.commands.fairseq_flags import OLD_FLAGS, NoEquivalent, translate
 from fastdiss_cli.data.dictionary import Dictionary
 from fastdiss_cli.data.fairseq import open_dataset
@@ -553,7 +553,7 @@ def test_what_has_no_equivalent_exits_with_2(line: str, parts: list[str]) -> Non
 
 def test_old_and_new_flags_meet_nowhere() -> None:
     """Every old flag becomes flags that the command has, and hides none of them."""
-    root = typer.main.get_command(app)
+    root = typer.main.get_command(command_line())
     for command, table in OLD_FLAGS.items():
         known = {
             name for p in root.commands[command].params for name in (*p.opts, *p.secondary_opts)

@@ -196,8 +196,8 @@ def test_score_does_not_wait_for_torch(tmp_path: Path) -> None:
     """sacreBLEU itself takes a quarter of a second; torch takes two."""
     hyp = generated(tmp_path / "hyp", POOR, summary("fastdiss_tiny", 40, steps=5))
     code = (
-        "import sys; from fastdiss_cli.__main__ import app\n"
-        "try: app()\n"
+        "import sys; from fastdiss_cli.__main__ import command_line\n"
+        "try: command_line(*sys.argv[1:2])()\n"
         "except SystemExit: pass\n"
         "print(*(name in sys.modules for name in ('torch', 'numpy', 'rich', 'matplotlib')))"
     )
