@@ -64,6 +64,31 @@ def test_score_is_sacrebleu(tmp_path: Path) -> None:
     assert plain.startswith("BLEU|nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp|version:")
 
 
+def test_bleu_of_tokenised_and_of_lower_case_text(tmp_path: Path) -> None:
+    """sacreBLEU's -tok and -lc; and --ignore-case of fairseq-score."""
+    hypotheses, references = (
+        ["The cat sat, on a mat .", "it rains-today"],
+        ["the cat sat , on a mat."],
+    )
+    references.append("It rains - today")
+    hyp, ref = write(tmp_path / "hyp", hypotheses), write(tmp_path / "ref", references)
+    command = ["score", "--sys", hyp, "--ref", ref, "--metrics", "bleu", "--json"]
+    for flags, options in (
+        (["--tokenize", "none"], {"tokenize": "none"}),
+        (["-tok", "intl", "-lc"], {"tokenize": "intl", "lowercase": True}),
+        (["--ignore-case"], {"lowercase": True}),
+    ):
+        (row,) = json.loads(run_cli(*command, *flags).stdout)
+        expected = sacrebleu.corpus_bleu(hypotheses, [references], **options)
+        assert row["score"] == pytest.approx(expected.score, abs=1e-9)
+        assert f"tok:{options.get('tokenize', '13a')}" in row["signature"]
+        assert ("case:lc" in row["signature"]) == ("lowercase" in options)
+    said = one_line_error(run_cli(*command, "--tokenize", "intll"))
+    assert "--tokenize intll: sacreBLEU knows" in said and "did you mean 'intl'?" in said
+    tested = run_cli(*command[:5], "--paired", write(tmp_path / "other", hypotheses), "-lc").stdout
+    assert "case:lc" in tested
+
+
 def test_any_of_several_references_is_right(tmp_path: Path) -> None:
     (tmp_path / "hyp").write_text("on August the third\nat half past three in the morning\n")
     (tmp_path / "refs.tsv").write_text(
@@ -97,6 +122,8 @@ def test_names_are_those_of_the_metrics() -> None:
         (["--metrics", "bleu,ruge"], "ruge: choose from bleu, chrf, ter, rouge1"),
         (["--metrics", "destinct"], "did you mean 'distinct'?"),
         (["--paired-test", "bs"], "--paired-test needs --paired BASELINE"),
+        (["--metrics", "chrf", "--tokenize", "none"], "--tokenize is of --metrics bleu"),
+        (["--metrics", "chrf", "-lc"], "--lowercase is of --metrics bleu"),
         (["--bertscore-model", "x"], "--bertscore-model is of --metrics bertscore"),
         (["--plot", "out.gif"], "must end in .png, .svg, .pdf"),
     ],

@@ -281,7 +281,7 @@ _SCORE = {
     "-s": renamed("--sys"),
     "-r": renamed("--ref"),
     "--sacrebleu": needless("BLEU is always sacreBLEU's"),
-    "--ignore-case": without("lower-case both files first", "none"),
+    "--ignore-case": means("--lowercase"),
     "--sentence-bleu": without("scores are of the corpus", "none"),
 }
 OLD_FLAGS: dict[str, dict[str, OldFlag]] = {

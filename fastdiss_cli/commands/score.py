@@ -8,7 +8,6 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -28,7 +27,6 @@ DIVERSITY = ("distinct1", "distinct2", "sentence-distinct", "self-bleu")
 GROUPS = {"rouge": ("rouge1", "rouge2", "rougeL"), "distinct": ("distinct1", "distinct2")}
 NAMES = (*AGAINST_REFERENCES, *DIVERSITY, *GROUPS)
 COUNTED = ("wer", "ser", "repetition")
-BERTSCORE_MODEL = "roberta-large"
 TESTS = {"bs": "paired bootstrap", "ar": "approximate randomisation"}
 
 
@@ -80,10 +78,26 @@ def score(
             "sentence-distinct, self-bleu (over the candidates of `generate --nbest`)."
         ),
     ] = "bleu,chrf,ter",
+    tokenize: Annotated[
+        str | None,
+        typer.Option(
+            "--tokenize",
+            "-tok",
+            metavar="NAME",
+            help="sacreBLEU's tokenizer of BLEU: 13a, intl, zh, ja-mecab, ko-mecab, char, none "
+            "(for text that is tokenised) and others. (default: 13a)",
+        ),
+    ] = None,
+    lowercase: Annotated[
+        bool, typer.Option("--lowercase", "-lc", help="Lower-case the text for BLEU.")
+    ] = False,
     bertscore_model: Annotated[
-        str,
-        typer.Option(metavar="NAME|FOLDER", help="The model of BERTScore; English needs no other."),
-    ] = BERTSCORE_MODEL,
+        str | None,
+        typer.Option(
+            metavar="NAME|FOLDER",
+            help="The model of BERTScore; English needs no other. (default: roberta-large)",
+        ),
+    ] = None,
     paired: Annotated[
         Path | None,
         typer.Option(metavar="BASELINE", help="Test whether the systems differ from this one."),
@@ -111,8 +125,16 @@ def score(
         raise typer.BadParameter("--paired-test needs --paired BASELINE")
     if paired_test not in (None, *TESTS):
         raise typer.BadParameter(f"--paired-test {paired_test}: choose from {', '.join(TESTS)}")
-    if bertscore_model != BERTSCORE_MODEL and "bertscore" not in wanted:
-        raise typer.BadParameter("--bertscore-model is of --metrics bertscore")
+    options: dict[str, dict[str, Any]] = {}
+    for flag, value, metric, name in (
+        ("--tokenize", tokenize, "bleu", "tokenize"),
+        ("--lowercase", lowercase or None, "bleu", "lowercase"),
+        ("--bertscore-model", bertscore_model, "bertscore", "model"),
+    ):
+        if value is not None:
+            if metric not in wanted:
+                raise typer.BadParameter(f"{flag} is of --metrics {metric}")
+            options.setdefault(metric, {})[name] = value
     test = (paired_test or "bs") if paired else None
     if paired is not None:
         paths = [paired, *(path for path in paths if path != paired)]
@@ -141,7 +163,7 @@ def score(
         )
     streams = _streams(paths, read, ref) if needed else []
     with _gc_paused():
-        rows = _score(read, streams, wanted, bertscore_model, test)
+        rows = _score(read, streams, wanted, options, test)
     _say(paths, rows, test, as_json)
     if plot is not None:
         _plot(plot, paths, read, [results[0] for results in rows], wanted[0])
@@ -198,15 +220,22 @@ def _score(
     systems: list[Generated],
     streams: list[list[str | None]],
     wanted: list[str],
-    bertscore_model: str,
+    options: dict[str, dict[str, Any]],
     test: str | None,
 ) -> list[list[Result]]:
-    """Return the results of each system, in the order of the metrics."""
+    """Return the results of each system, in the order of the metrics.
+
+    Args:
+        options: those of metrics against references, by name.
+    """
     from fastdiss_cli import metrics
 
     columns: dict[str, list[Result]] = {}
-    known = metrics.METRICS | {"bertscore": partial(metrics.BERTScore, bertscore_model)}
-    used = {name: known[name]() for name in wanted if name in AGAINST_REFERENCES}
+    used = {
+        name: metrics.METRICS[name](**options.get(name, {}))
+        for name in wanted
+        if name in AGAINST_REFERENCES
+    }
     if test is not None and used:
         hypotheses = [system.hypotheses for system in systems]
         tested = metrics.paired_test(hypotheses, streams, used, test)

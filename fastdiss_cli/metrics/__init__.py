@@ -7,13 +7,36 @@ from collections.abc import Callable, Sequence
 from sacrebleu.metrics import BLEU, CHRF, TER
 from sacrebleu.metrics.base import Metric
 
+from fastdiss_cli.errors import FastdissError, suggest
 from fastdiss_cli.metrics.diversity import Distinct, Diversity, SelfBLEU, SentenceDistinct
 from fastdiss_cli.metrics.rates import SER, WER, Repetition
 from fastdiss_cli.metrics.similarity import ROUGES, BERTScore
 
+
+def bleu(tokenize: str = "13a", lowercase: bool = False) -> BLEU:
+    """Return sacreBLEU's BLEU.
+
+    Args:
+        tokenize: the name of a tokenizer that sacreBLEU knows.
+
+    Raises:
+        FastdissError: it knows none of this name, or the tokenizer's package is not installed.
+    """
+    if tokenize not in BLEU.TOKENIZERS:
+        raise FastdissError(
+            f"--tokenize {tokenize}: sacreBLEU knows {', '.join(BLEU.TOKENIZERS)}"
+            f"{suggest(tokenize, BLEU.TOKENIZERS)}"
+        )
+    try:
+        return BLEU(tokenize=tokenize, lowercase=lowercase)
+    except (RuntimeError, ImportError, OSError) as error:  # a package, or a model to download
+        reason = " ".join(str(error).split())
+        raise FastdissError(f"--tokenize {tokenize}: {reason}") from None
+
+
 # against references
-METRICS: dict[str, Callable[[], Metric]] = {
-    "bleu": BLEU,
+METRICS: dict[str, Callable[..., Metric]] = {
+    "bleu": bleu,
     "chrf": CHRF,
     "ter": TER,
     **ROUGES,
