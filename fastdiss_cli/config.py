@@ -130,7 +130,12 @@ def build(cls: type[C], values: Mapping[str, Any], section: str) -> C:
     typed = {}
     for key, value in values.items():
         if key not in known:
-            hint = suggest(str(key), known) or f"; there are {', '.join(known)}"
+            hint = suggest(str(key), known)
+            if section == "model" and key in TrainConfig.__dataclass_fields__:
+                hint = f"; it is train.{key}"
+            if not hint:
+                network = ", and under `model` those of the network" if section == "train" else ""
+                hint = f"; there are {', '.join(known)}{network}"
             raise FastdissError(f"unknown option {section}.{key}{hint}")
         typed[key] = _convert(value, hints[key], f"{section}.{key}")
     return cls(**typed)

@@ -8,6 +8,7 @@ import pytest
 
 from fastdiss_cli.config import TrainConfig, build, parse_settings, read_recipe
 from fastdiss_cli.errors import FastdissError
+from fastdiss_cli.models.registry import architecture
 
 
 def test_values_of_yaml_become_the_types_of_the_fields() -> None:
@@ -29,6 +30,10 @@ def test_values_of_yaml_become_the_types_of_the_fields() -> None:
         ("train.adam_betas=[1.5, 1]", "adam_betas must be two in"),
         ("train.max_updat=3", "did you mean 'max_update'"),
         ("train.1=3", "unknown option train.1"),
+        (
+            "train.heads=3",
+            "train.heads; there are arch, seed, .*, and under `model` those of the n",
+        ),
         ("train.warmup_updates=0", "warmup_updates must be at least 1 with inverse_sqrt"),
         ("train.lr_scheduler=cosin", "did you mean 'cosine'"),
         ("train.save_interval_updates=0", "at least 1"),
@@ -39,6 +44,11 @@ def test_values_of_yaml_become_the_types_of_the_fields() -> None:
 def test_what_is_wrong_is_named(item: str, message: str) -> None:
     with pytest.raises(FastdissError, match=message):
         build(TrainConfig, parse_settings([item])["train"], "train")
+
+
+def test_an_option_in_the_wrong_section_is_told() -> None:
+    with pytest.raises(FastdissError, match=r"unknown option model.lr; it is train.lr$"):
+        architecture("fastdiss_tiny").config({"lr": 1})
 
 
 @pytest.mark.parametrize("item", ["lr=3", "train.lr", "optim.lr=3", "train.lr=[1"])

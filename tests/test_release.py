@@ -67,6 +67,7 @@ def test_a_release_generates_what_the_checkpoint_does(files: list[Path], tmp_pat
     done = run_cli("export", files[1], "--output", tmp_path / "model.safetensors")
     assert done.returncode == 0 and done.stdout == ""
     assert f"wrote {tmp_path / 'model.safetensors'}: fastdiss_tiny" in done.stderr
+    assert f"reading {files[1]}; to average, name several, or --last N" in done.stderr
     before, after = Checkpoint.load(files[1]), Checkpoint.load(tmp_path / "model.safetensors")
     assert {name.split(".")[0] for name in after.tensors} == {"model", "tokenizer"}
     for name, weight in before.group("ema").items():

@@ -386,5 +386,11 @@ def test_no_training_curves_without_a_log(tmp_path: Path) -> None:
     said = one_line_error(run_cli("plot", generated(tmp_path / "out.txt", POOR)))
     assert "line 1 is not a record of metrics.jsonl" in said and "score --plot" in said
     assert "is empty" in one_line_error(run_cli("plot", write(tmp_path / "metrics.jsonl", [])))
-    (tmp_path / "metrics.jsonl").write_text('{"update": 1, "split": "train"}\n')
+    path = log(tmp_path / "metrics.jsonl")
+    path.write_text(path.read_text() + '{"update": 4, "spl')  # the disk was full, or it was killed
+    done = run_cli("plot", tmp_path, "-o", tmp_path / "curves.png")
+    assert done.returncode == 0 and "its last line is not complete" in done.stderr
+    path.write_text("{\n" + path.read_text())
+    one_line_error(run_cli("plot", tmp_path), "line 1 is not a record")
+    path.write_text('{"update": 1, "split": "train"}\n')
     one_line_error(run_cli("plot", tmp_path), "metrics.jsonl has no figures to draw yet")

@@ -59,7 +59,10 @@ def export(
     paths = chosen_checkpoints(given, last)
     if output.exists():
         logs.warn(f"{output} is there already, and is replaced")
-    logs.info(f"{'reading' if len(paths) == 1 else 'averaging'} {', '.join(map(str, paths))}")
+    if len(paths) > 1:
+        logs.info(f"averaging {', '.join(map(str, paths))}")
+    else:
+        logs.info(f"reading {paths[0]}; to average, name several, or --last N of a folder")
     result = release(paths, license, text)
     result.save(output)
     logs.info(f"wrote {output}: {result.arch}, {output.stat().st_size / 1e6:.1f} MB")

@@ -48,19 +48,24 @@ def read_curves(path: Path) -> Curves:
         path: the file, or the folder that it is in.
 
     Raises:
-        FastdissError: it is missing or empty, or a line is not one of its records.
+        FastdissError: it is missing or empty, or a line, unless it is a half one at the end, is
+            not one of its records.
     """
     from fastdiss_cli.data.text import read_lines
     from fastdiss_cli.plots import Curves
 
     path = path / "metrics.jsonl" if path.is_dir() else path
     rows = []
-    for number, line in enumerate(read_lines(path), start=1):
+    lines = list(read_lines(path))
+    for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)
             known = isinstance(row["update"], int) and row["split"] in ("train", "valid")
         except (ValueError, KeyError, TypeError, RecursionError):
             known = False
+        if not known and rows and number == len(lines):
+            logs.warn(f"{path}: its last line is not complete, and is left out")
+            break
         if not known:
             raise FastdissError(
                 f"{path}: line {number} is not a record of metrics.jsonl; generate files are "
