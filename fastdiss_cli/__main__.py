@@ -25,6 +25,7 @@ COMMANDS = {
     "models": "models",
     "average": "export",
 }
+UsageError: type[Exception] = typer.BadParameter.__base__  # of the click that this typer has
 HELP = {"average": "Average checkpoints into one file (the same as export)."}
 
 
@@ -34,7 +35,6 @@ def command_line(name: str = "") -> typer.Typer:
     One alone is a tenth of a second quicker: the others are not imported.
     """
     app = typer.Typer(
-        no_args_is_help=True,
         pretty_exceptions_enable=False,
         context_settings={"help_option_names": ["-h", "--help"]},
     )
@@ -69,7 +69,7 @@ def _drop_output() -> None:
 
 
 def main() -> None:
-    """Run the command line; every expected failure ends here, as one line and exit code 1."""
+    """Run the command line; every expected failure ends here, as one line and exit code 1 or 2."""
     for name in ("stdin", "stdout", "stderr"):
         if getattr(sys, name) is None:  # closed, as for a daemon
             setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115
@@ -82,11 +82,18 @@ def main() -> None:
         sys.exit(2)
     try:
         try:
-            words = translate(sys.argv[1:])
+            words = translate(sys.argv[1:]) or ["--help"]
             # the same name whether or not it was started by `python -m`
-            command_line(*words[:1])(words, prog_name="fastdiss")
+            code = command_line(words[0])(words, prog_name="fastdiss", standalone_mode=False)
+            if code == 130:  # typer has caught it
+                raise KeyboardInterrupt
         finally:
             sys.stdout.flush()  # a full disk is told here, not by the interpreter as it ends
+    except UsageError as error:
+        of = error.ctx.command_path if error.ctx else "fastdiss"
+        said = " ".join(error.format_message().removeprefix("Invalid value: ").split())
+        logs.error(f"{said.removesuffix('.')} (see `{of} --help`)")
+        sys.exit(2)
     except FastdissError as error:
         logs.error(str(error))
         sys.exit(1)
@@ -103,9 +110,10 @@ def main() -> None:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         logs.error(f"out of memory: lower --max-tokens or choose a smaller model ({reason})")
         sys.exit(1)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, typer.Abort):
         logs.error("interrupted")
         sys.exit(130)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

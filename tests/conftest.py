@@ -121,9 +121,13 @@ def run_ranks(count: int, *args: str | Path, **more) -> list[subprocess.Complete
     return Ranks(count, *args, **more).results()
 
 
-def one_line_error(done: subprocess.CompletedProcess[str], *parts: str) -> str:
-    """Return the one line that says why a command failed, after a look for its parts."""
-    assert done.returncode == 1, (done.returncode, done.stderr)
+def one_line_error(done: subprocess.CompletedProcess[str], *parts: str, code: int = 1) -> str:
+    """Return the one line that says why a command failed, after a look for its parts.
+
+    Args:
+        code: the exit code that is expected; 2 is for wrong usage.
+    """
+    assert done.returncode == code, (done.returncode, done.stderr)
     assert "Traceback" not in done.stderr
     (line,) = [line for line in done.stderr.splitlines() if "error" in line]
     assert line.startswith("fastdiss: error: ")

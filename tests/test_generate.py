@@ -322,7 +322,7 @@ def test_options_that_could_not_count_are_wrong_usage(
     checkpoints: dict[str, Path], more: list[str], said: str
 ) -> None:
     done = run_cli("generate", "--path", checkpoints["fastdiss_tiny"], *more, stdin="eins\n")
-    assert done.returncode == 2 and said in " ".join(done.stderr.replace("│", "").split())
+    one_line_error(done, said, code=2)
 
 
 def test_one_candidate_leaves_nothing_to_select(checkpoints: dict[str, Path]) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from conftest import run_process, write_pairs
+from conftest import one_line_error, run_process, write_pairs
 from sentencepiece import SentencePieceTrainer
 
 from fastdiss_cli.__main__ import main
@@ -429,7 +429,7 @@ def test_in_a_process_of_its_own(corpus: Path, tmp_path: Path, small: tuple) -> 
         (["--tokenizer", ""], "an argument is empty"),
     ):
         done = run_process("preprocess", "--destdir", tmp_path / "d", *wrong)
-        assert done.returncode == 2 and told in done.stderr
+        one_line_error(done, told, code=2)
 
 
 def test_a_missing_file_is_told_before_a_tokenizer_is_trained(

@@ -198,11 +198,11 @@ def test_what_is_missing_is_named(
     for wrong in (["--last=2", trained / "checkpoint_best.safetensors"], [trained, "--last=-1"]):
         assert run_cli("average", *wrong).returncode == 2
     taken = run_cli("export", trained, "-o", trained / "checkpoint_last.safetensors")
-    assert taken.returncode == 2 and "belongs to" in taken.stderr
+    one_line_error(taken, "belongs to", code=2)
     pickled = run_cli("export", tmp_path, "--output", tmp_path / "model.pt")
-    assert pickled.returncode == 2 and "must end in .safetensors" in pickled.stderr
+    one_line_error(pickled, "must end in .safetensors", code=2)
     assert not list(tmp_path.iterdir())
     (tmp_path / "m.safetensors").mkdir()
     folder = run_cli("export", trained, "--output", tmp_path / "m.safetensors")
-    assert folder.returncode == 2 and "is a folder" in folder.stderr
+    one_line_error(folder, "is a folder", code=2)
     assert not list((tmp_path / "m.safetensors").iterdir())

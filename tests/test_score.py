@@ -130,13 +130,11 @@ def test_names_are_those_of_the_metrics() -> None:
 )
 def test_wrong_usage_exits_with_2(tmp_path: Path, options: list[str], message: str) -> None:
     done = run_cli("score", "--sys", write(tmp_path / "hyp", ["a"]), *options)
-    assert done.returncode == 2
-    assert message in " ".join(done.stderr.replace("│", " ").split())
+    one_line_error(done, message, "(see `fastdiss score --help`)", code=2)
 
 
 def test_a_system_is_needed() -> None:
-    done = run_cli("score")
-    assert done.returncode == 2 and "give --sys FILE" in done.stderr
+    one_line_error(run_cli("score"), "error: give --sys FILE, or several files (see", code=2)
 
 
 # several systems
@@ -203,7 +201,7 @@ def test_paired_tests_mark_what_differs_from_the_baseline(
     equal = run_cli("score", *others, "--ref", ref, "--paired", others[0], "--metrics=bleu,ser")
     assert equal.stdout.count("1.0000") == 2  # as wrong, with other words
     alone = run_cli("score", poor, "--ref", ref, "--paired", poor)
-    assert alone.returncode == 2 and "needs another system" in alone.stderr
+    one_line_error(alone, "needs another system", code=2)
 
 
 def test_pieces_are_not_scored_as_text(tmp_path: Path) -> None:
