@@ -466,10 +466,12 @@ def test_no_words_ask_for_help() -> None:
 def test_an_interrupted_command_says_so(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "fifo")
     command = [sys.executable, "-m", "fastdiss_cli", "score", "--sys", tmp_path / "fifo"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
-        with open(tmp_path / "fifo", "w"):  # waits for the reader, which waits for a line
-            process.send_signal(signal.SIGINT)
-            said = process.stderr.read()
+    with (
+        subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process,
+        open(tmp_path / "fifo", "w"),  # waits for the reader, which waits for a line
+    ):
+        process.send_signal(signal.SIGINT)
+        said = process.stderr.read()
     assert process.returncode == 130 and said == "fastdiss: error: interrupted\n"
 
 
