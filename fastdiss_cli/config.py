@@ -26,6 +26,19 @@ SECTIONS = ("model", "train")
 _NOT_YAML = (yaml.YAMLError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
 
 
+class _Recipe(yaml.SafeLoader):
+    """YAML in which a key that is there twice is an error, and not the later one of them."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                line = key.start_mark.line + 1
+                raise yaml.YAMLError(f"{key.value!r} is there twice, again in line {line}")
+            seen.add(str(key.value))
+        return super().construct_mapping(node, deep)
+
+
 def option(default: Any, meaning: str, needs: tuple[str, object] | None = None) -> Any:
     """Declare a field of a configuration; `fastdiss models ARCH` prints what it means.
 
@@ -146,11 +159,11 @@ def read_recipe(path: Path | None) -> dict[str, dict[str, Any]]:
     if path is None:
         return {section: {} for section in SECTIONS}
     try:
-        recipe = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        recipe = yaml.load(path.read_text(encoding="utf-8"), _Recipe) or {}
     except OSError as error:
         raise FastdissError(f"{path}: {error.strerror}") from None
     except _NOT_YAML as error:
-        raise FastdissError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+        raise FastdissError(f"{path} is no recipe: {' '.join(str(error).split())}") from None
     if not isinstance(recipe, dict):
         raise FastdissError(f"{path}: a recipe is a mapping with the sections model and train")
     for section, values in recipe.items():

@@ -46,6 +46,13 @@ def test_what_is_wrong_is_named(item: str, message: str) -> None:
         build(TrainConfig, parse_settings([item])["train"], "train")
 
 
+def test_an_option_that_is_there_twice_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text("train:\n  lr: 1\n  patience: 3\n  lr: 2\n")
+    with pytest.raises(FastdissError, match=r"no recipe: 'lr' is there twice, again in line 4"):
+        read_recipe(path)
+
+
 def test_an_option_in_the_wrong_section_is_told() -> None:
     with pytest.raises(FastdissError, match=r"unknown option model.lr; it is train.lr$"):
         architecture("fastdiss_tiny").config({"lr": 1})
@@ -58,7 +65,8 @@ def test_settings_have_a_form(item: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "content", ["train: [1, 2]", "- train", "trian: {}", "train: {lr: [", "\x00"]
+    "content",
+    ["train: [1, 2]", "- train", "trian: {}", "train: {lr: [", "\x00", "train: {}\ntrain: {}"],
 )
 def test_a_recipe_that_is_none_is_one_line(tmp_path: Path, content: str) -> None:
     path = tmp_path / "recipe.yaml"

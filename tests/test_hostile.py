@@ -344,7 +344,7 @@ def test_a_recipe_is_data(data_bin: Path, tmp_path: Path) -> None:
         recipe = tmp_path / "Rezept ü.yaml"
         for text in (call, f"train: {{seed: {call}}}", f"model:\n  {call}: 1\n"):
             recipe.write_text(text, encoding="utf-8")
-            assert "is not YAML" in one_line_error(*train, "--config", recipe)
+            assert "is no recipe" in one_line_error(*train, "--config", recipe)
         assert "cannot read the value" in one_line_error(*train, f"--set=train.seed={call}")
     assert not mark.exists() and not (tmp_path / "c").exists()
 

@@ -120,6 +120,7 @@ def test_names_are_those_of_the_metrics() -> None:
     ("options", "message"),
     [
         (["--metrics", "bleu,ruge"], "ruge: choose from bleu, chrf, ter, rouge1"),
+        (["--metrics", "bleu", "chrf"], "have commas between them: --metrics bleu,chrf"),
         (["--metrics", "destinct"], "did you mean 'distinct'?"),
         (["--paired-test", "bs"], "--paired-test needs --paired BASELINE"),
         (["--metrics", "chrf", "--tokenize", "none"], "--tokenize is of --metrics bleu"),
@@ -143,7 +144,7 @@ def test_a_system_is_needed() -> None:
 def test_systems_are_shown_side_by_side(tmp_path: Path) -> None:
     good, poor = write(tmp_path / "good", REFERENCES), write(tmp_path / "poor", POOR)
     ref = write(tmp_path / "ref", REFERENCES)
-    command = ["score", "--sys", good, "--sys", poor, "--ref", ref, "--metrics", "bleu,ser"]
+    command = ["score", "--sys", good, "--sys", poor, "--ref", ref, "--metrics", "BLEU,ser"]
     head, first, second, *signatures = run_cli(*command).stdout.splitlines()
     alone = run_cli("score", "--sys", poor, "--ref", ref, "--metrics", "bleu").stdout
     bleu = alone.split(" = ")[1].split()[0]
@@ -380,9 +381,11 @@ def test_files_of_a_run_come_in_the_order_of_their_steps(tmp_path: Path) -> None
 @needs_matplotlib
 def test_no_training_curves_without_a_log(tmp_path: Path) -> None:
     said = one_line_error(run_cli("plot", tmp_path))
-    assert "metrics.jsonl: No such file" in said
+    assert said.endswith(f"{tmp_path}: no metrics.jsonl")
     said = one_line_error(run_cli("plot", generated(tmp_path / "out.txt", POOR)))
     assert "line 1 is not a record of metrics.jsonl" in said and "score --plot" in said
+    log(tmp_path / "a" / "metrics.jsonl")
+    one_line_error(run_cli("plot", tmp_path), f"no metrics.jsonl; there is one in {tmp_path / 'a'}")
     assert "is empty" in one_line_error(run_cli("plot", write(tmp_path / "metrics.jsonl", [])))
     path = log(tmp_path / "metrics.jsonl")
     path.write_text(path.read_text() + '{"update": 4, "spl')  # the disk was full, or it was killed

@@ -152,6 +152,7 @@ _SIZES = {
 }
 _RESET = "to begin anew with trained weights give --finetune-from-model and a new --save-dir"
 _TRAIN = {
+    "-a": renamed("--arch"),
     "--decoding-steps": renamed("--valid-steps"),
     "--keep-last-epochs": renamed("--keep-last"),
     "--keep-interval-updates": renamed("--keep-last"),

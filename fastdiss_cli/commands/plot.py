@@ -54,6 +54,10 @@ def read_curves(path: Path) -> Curves:
     from fastdiss_cli.data.text import read_lines
     from fastdiss_cli.plots import Curves
 
+    if path.is_dir() and not (path / "metrics.jsonl").exists():
+        below = sorted(str(file.parent) for file in path.glob("*/metrics.jsonl"))
+        hint = f"; there is one in {', '.join(below[:4])}" if below else ""
+        raise FastdissError(f"{path}: no metrics.jsonl{hint}")
     path = path / "metrics.jsonl" if path.is_dir() else path
     rows = []
     lines = list(read_lines(path))

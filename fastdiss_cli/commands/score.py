@@ -120,6 +120,10 @@ def score(
     paths = _by_steps([*(sys or []), *(systems or [])])
     if not paths:
         raise typer.BadParameter("give --sys FILE, or several files")
+    if apart := [path for path in paths if str(path) in NAMES and not path.exists()]:
+        raise typer.BadParameter(
+            f"metrics have commas between them: --metrics {metrics},{apart[0]}"
+        )
     wanted = _names(metrics)
     if paired_test is not None and paired is None:
         raise typer.BadParameter("--paired-test needs --paired BASELINE")
@@ -180,7 +184,9 @@ def _by_steps(paths: list[Path]) -> list[Path]:
 def _names(metrics: str) -> list[str]:
     """Return the metrics by name, those of a group one by one."""
     names: list[str] = []
-    for name in map(str.strip, metrics.split(",")):
+    spelt = {name.lower(): name for name in NAMES}  # the field writes BLEU and chrF
+    for given in map(str.strip, metrics.split(",")):
+        name = spelt.get(given.lower(), given)
         if name not in NAMES:
             raise typer.BadParameter(
                 f"--metrics {name}: choose from {', '.join(NAMES)}{suggest(name, NAMES)}"
