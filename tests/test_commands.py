@@ -6,7 +6,6 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +17,7 @@ from conftest import one_line_error, run_cli, run_process
 import fastdiss_cli
 from fastdiss_cli import logs
 from fastdiss_cli.config import TrainConfig, build, read_recipe
+from fastdiss_cli.decoding import output
 from fastdiss_cli.errors import FastdissError
 from fastdiss_cli.models.registry import architecture
 
@@ -463,16 +463,12 @@ def test_no_words_ask_for_help() -> None:
     assert run_cli("--version").stdout.startswith("fastdiss ")
 
 
-def test_an_interrupted_command_says_so(tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "fifo")
-    command = [sys.executable, "-m", "fastdiss_cli", "score", "--sys", tmp_path / "fifo"]
-    with (
-        subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process,
-        open(tmp_path / "fifo", "w"),  # waits for the reader, which waits for a line
-    ):
-        process.send_signal(signal.SIGINT)
-        said = process.stderr.read()
-    assert process.returncode == 130 and said == "fastdiss: error: interrupted\n"
+def test_an_interrupted_command_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(path: Path) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(output, "read_system", interrupted)
+    one_line_error(run_cli("score", "--sys", tmp_path), "error: interrupted", code=130)
 
 
 def test_a_closed_pipe_is_no_crash(data_bin: Path, fastdiss: Path) -> None:
