@@ -159,7 +159,7 @@ def read_recipe(path: Path | None) -> dict[str, dict[str, Any]]:
     if path is None:
         return {section: {} for section in SECTIONS}
     try:
-        recipe = yaml.load(path.read_text(encoding="utf-8"), _Recipe) or {}
+        recipe = _Recipe(path.read_text(encoding="utf-8")).get_single_data() or {}
     except OSError as error:
         raise FastdissError(f"{path}: {error.strerror}") from None
     except _NOT_YAML as error:
