@@ -17,8 +17,14 @@ from conftest import one_line_error, run_cli, run_process
 import fastdiss_cli
 from fastdiss_cli import logs
 from fastdiss_cli.config import TrainConfig, build, read_recipe
-from fastdiss_cli.decoding import output
+from fastdiss_cli.decoding import mbr, output
+from fastdiss_cli.decoding.selection import METHODS
+from fastdiss_cli.device import DTYPES
+from fastdiss_cli.diffusion.sampler import SELF_COND_MODES
+from fastdiss_cli.diffusion.schedule import TIME_GRIDS
+from fastdiss_cli.diffusion.solvers import SOLVERS
 from fastdiss_cli.errors import FastdissError
+from fastdiss_cli.models.embedding import FORMS
 from fastdiss_cli.models.registry import architecture
 
 NETWORK = {"model_dim": 16, "ffn_dim": 32, "heads": 2, "encoder_layers": 1, "decoder_layers": 1}
@@ -505,3 +511,12 @@ def test_help_names_the_defaults_of_decoding(family: str) -> None:
             entry = shown.split(f"--{name.replace('_', '-')} ")[1]
             told = re.search(r"\(default: (.*?)\)", entry)[1]
             assert told == (f"{default:g}" if isinstance(default, float) else str(default)), name
+
+
+def test_help_names_all_choices() -> None:
+    shown = " ".join(run_cli("generate", "--help").stdout.replace("│", " ").split())
+    for flag, words in {
+        "solver": tuple(SOLVERS), "time-grid": TIME_GRIDS, "clamp": FORMS, "dtype": DTYPES,
+        "self-cond": SELF_COND_MODES, "select": METHODS, "mbr-metric": mbr.METRICS,
+    }.items():  # fmt: skip
+        assert f"{', '.join(words[:-1])} or {words[-1]}" in shown.split(f"--{flag} ")[1][:120]

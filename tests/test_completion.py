@@ -40,7 +40,10 @@ def fastdiss(tmp_path: Path) -> Path:
         (["fastdiss", "ex"], ["export"]),
         (["fastdiss", "train", "--arch", "fastdiss_s"], ["fastdiss_small"]),
         (["fastdiss", "train", "--arch", ""], sorted(architectures())),
+        (["fastdiss", "models", "transformer_t"], ["transformer_tiny"]),
         (["fastdiss", "generate", "--noise"], ["--noise-beam"]),
+        (["fastdiss", "generate", "--solver", "dd"], ["ddim", "ddpm"]),
+        (["fastdiss", "preprocess", "--model-type", "u"], ["unigram"]),
     ],
 )
 def test_bash_completes(fastdiss: Path, words: list[str], expected: list[str]) -> None:

@@ -19,7 +19,7 @@ from fastdiss_cli.commands.decoding_flags import (
     decoding_options,
     step_options,
 )
-from fastdiss_cli.commands.options import SourceLang, TargetLang, UserModule
+from fastdiss_cli.commands.options import SourceLang, TargetLang, UserModule, choice
 from fastdiss_cli.errors import FastdissError
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ def generate(
     ] = None,
     solver: Annotated[
         str | None,
-        typer.Option(help="ddpm, ddim or dpm-solver++. (default: ddpm)", **SAMPLING),
+        choice(("ddpm", "ddim", "dpm-solver++"), "{}. (default: ddpm)", SAMPLING),
     ] = None,
     temperature: Annotated[
         float | None,
@@ -117,21 +117,22 @@ def generate(
     ] = None,
     time_grid: Annotated[
         str | None,
-        typer.Option(help="uniform, quadratic or log-snr. (default: log-snr)", **SAMPLING),
+        choice(("uniform", "quadratic", "log-snr"), "{}. (default: log-snr)", SAMPLING),
     ] = None,
     clamp: Annotated[
         str | None,
-        typer.Option(
-            help="What the solver takes for z_0: raw, nearest or expected embedding. "
-            "(default: expected)",
-            **SAMPLING,
+        choice(
+            ("raw", "nearest", "expected"),
+            "What the solver takes for z_0: {} embedding. (default: expected)",
+            SAMPLING,
         ),
     ] = None,
     self_cond: Annotated[
         str | None,
-        typer.Option(
-            help="reuse, none, recompute (2 NFE per step) or gold. (default: reuse)",
-            **SAMPLING,
+        choice(
+            ("reuse", "none", "recompute", "gold"),
+            "{}; recompute takes 2 NFE a step. (default: reuse)",
+            SAMPLING,
         ),
     ] = None,
     length_beam: Annotated[
@@ -171,12 +172,14 @@ def generate(
     ] = None,
     select: Annotated[
         str | None,
-        typer.Option(
-            help="score, mbr or rerank. (default: mbr; score after beam search)", **SELECTION
+        choice(
+            ("score", "mbr", "rerank"),
+            "{}. (default: mbr; score after beam search)",
+            SELECTION,
         ),
     ] = None,
     mbr_metric: Annotated[
-        str | None, typer.Option(help="bleu or chrf. (default: bleu)", **SELECTION)
+        str | None, choice(("bleu", "chrf"), "{}. (default: bleu)", SELECTION)
     ] = None,
     rerank_path: Annotated[
         Path | None,
@@ -201,7 +204,7 @@ def generate(
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.", **MACHINE)] = "auto",
     dtype: Annotated[
-        str, typer.Option(help="auto, float32 or bfloat16 (autocast).", **MACHINE)
+        str, choice(("auto", "float32", "bfloat16"), "{} (autocast).", MACHINE)
     ] = "auto",
     user_module: UserModule = None,
 ) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fastdiss_cli.commands.options import UserModule
+from fastdiss_cli.commands.options import UserModule, complete_architecture
 
 if TYPE_CHECKING:
     from fastdiss_cli.models.registry import Architecture
@@ -17,7 +17,10 @@ if TYPE_CHECKING:
 def models(
     arch: Annotated[
         str | None,
-        typer.Argument(help="Print all options of this one, as a recipe for `train --config`."),
+        typer.Argument(
+            help="Print all options of this one, as a recipe for `train --config`.",
+            autocompletion=complete_architecture,
+        ),
     ] = None,
     user_module: UserModule = None,
 ) -> None:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated
+from types import MappingProxyType
+from typing import Annotated, Any
 
 import typer
+
+from fastdiss_cli.models import FAMILIES, SIZES
 
 PICTURE_FORMATS = (".png", ".svg", ".pdf")
 
@@ -29,6 +33,27 @@ UserModule = Annotated[
     Path | None,
     typer.Option(metavar="FILE.py", help="A Python file that registers models of your own."),
 ]
+
+
+def choice(words: Sequence[str], help: str, panel: Mapping[str, str] = MappingProxyType({})) -> Any:
+    """Return an option that takes one of some words, which a shell completes.
+
+    Args:
+        words: at least two.
+        help: ``{}`` in it names them.
+        panel: of the help.
+    """
+    named = f"{', '.join(words[:-1])} or {words[-1]}"
+    return typer.Option(help=help.format(named), autocompletion=_completer(words), **panel)
+
+
+def complete_architecture(incomplete: str) -> list[str]:
+    """Complete the name of an architecture; a user's own are not known here."""
+    return _completer([f"{family}_{size}" for family in FAMILIES for size in SIZES])(incomplete)
+
+
+def _completer(words: Sequence[str]) -> Callable[[str], list[str]]:
+    return lambda incomplete: [word for word in words if word.startswith(incomplete)]
 
 
 def drawable(path: Path | None) -> Path | None:

@@ -16,6 +16,7 @@ from typing import Annotated
 import typer
 
 from fastdiss_cli import logs
+from fastdiss_cli.commands.options import choice
 from fastdiss_cli.data.text import (
     FORMATS,
     Block,
@@ -55,7 +56,7 @@ def preprocess(
     ] = None,
     format: Annotated[
         str,
-        typer.Option(help="text (parallel files), jsonl or tsv; each also as .gz.", **TEXT),
+        choice(FORMATS, "{}; text is parallel files. Each also as .gz.", TEXT),
     ] = "text",
     vocab_size: Annotated[
         int,
@@ -66,9 +67,7 @@ def preprocess(
             **TOKENIZER,
         ),
     ] = 8000,
-    model_type: Annotated[
-        str, typer.Option(help=f"{', '.join(MODEL_TYPES)} (SentencePiece).", **TOKENIZER)
-    ] = "unigram",
+    model_type: Annotated[str, choice(MODEL_TYPES, "{} (SentencePiece).", TOKENIZER)] = "unigram",
     joined: Annotated[
         bool,
         typer.Option("--joined/--separate", help="One tokenizer for both sides.", **TOKENIZER),

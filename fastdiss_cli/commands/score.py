@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fastdiss_cli import logs
-from fastdiss_cli.commands.options import drawable
+from fastdiss_cli.commands.options import choice, drawable
 from fastdiss_cli.errors import FastdissError, suggest
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ def score(
     ] = None,
     paired_test: Annotated[
         str | None,
-        typer.Option(help="bs (paired bootstrap) or ar (approximate randomisation). (default: bs)"),
+        choice(tuple(TESTS), "{}: paired bootstrap, or approximate randomisation. (default: bs)"),
     ] = None,
     plot: Annotated[
         Path | None,

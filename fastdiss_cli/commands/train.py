@@ -11,9 +11,13 @@ from typing import Annotated, Any
 
 import typer
 
-from fastdiss_cli.commands.options import SourceLang, TargetLang, UserModule
+from fastdiss_cli.commands.options import (
+    SourceLang,
+    TargetLang,
+    UserModule,
+    complete_architecture,
+)
 from fastdiss_cli.config import TrainConfig, build, parse_settings, read_recipe
-from fastdiss_cli.models import FAMILIES, SIZES
 
 TRAIN_FIELDS = {field.name: field for field in dataclasses.fields(TrainConfig)}
 OPTIMISATION = {"rich_help_panel": "Optimisation (a recipe changes the defaults)"}
@@ -30,12 +34,6 @@ def flag(name: str, panel: Mapping[str, str] = MappingProxyType({})) -> Any:
     )
 
 
-def _architectures(incomplete: str) -> list[str]:
-    """Complete the name of an architecture; a user's own are not known here."""
-    names = (f"{family}_{size}" for family in FAMILIES for size in SIZES)
-    return [name for name in names if name.startswith(incomplete)]
-
-
 def train(
     data: Annotated[
         Path,
@@ -47,7 +45,8 @@ def train(
     arch: Annotated[
         str | None,
         typer.Option(
-            help="See `fastdiss models`. (default: fastdiss_small)", autocompletion=_architectures
+            help="See `fastdiss models`. (default: fastdiss_small)",
+            autocompletion=complete_architecture,
         ),
     ] = None,
     config: Annotated[
