@@ -90,7 +90,7 @@ def main() -> None:
         finally:
             sys.stdout.flush()  # a full disk is told here, not by the interpreter as it ends
     except UsageError as error:
-        of = error.ctx.command_path if error.ctx else "fastdiss"
+        of = " ".join(["fastdiss", *(word for word in words[:1] if word in COMMANDS)])
         said = " ".join(error.format_message().removeprefix("Invalid value: ").split())
         logs.error(f"{said.removesuffix('.')} (see `{of} --help`)")
         sys.exit(2)
