@@ -121,7 +121,7 @@ _words = _Words()
 def _known_words() -> _Words:
     """Return the words of earlier calls, or begin anew where they have become many."""
     global _words
-    if len(_words) > WORDS_KEPT:
+    if len(_words) + len(_words.tokens) > WORDS_KEPT:
         _words = _Words()
     return _words
 
