@@ -89,6 +89,9 @@ def main() -> None:
                 raise KeyboardInterrupt
         finally:
             sys.stdout.flush()  # a full disk is told here, not by the interpreter as it ends
+    except (KeyboardInterrupt, typer.Abort):  # Abort is a RuntimeError
+        logs.error("interrupted")
+        sys.exit(130)
     except UsageError as error:
         of = " ".join(["fastdiss", *(word for word in words[:1] if word in COMMANDS)])
         said = " ".join(error.format_message().removeprefix("Invalid value: ").split())
@@ -110,9 +113,6 @@ def main() -> None:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         logs.error(f"out of memory: lower --max-tokens or choose a smaller model ({reason})")
         sys.exit(1)
-    except (KeyboardInterrupt, typer.Abort):
-        logs.error("interrupted")
-        sys.exit(130)
     sys.exit(code)
 
 

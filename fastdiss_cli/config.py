@@ -29,14 +29,15 @@ _NOT_YAML = (yaml.YAMLError, ValueError, KeyError, TypeError, AttributeError, Re
 class _Recipe(yaml.SafeLoader):
     """YAML in which a key that is there twice is an error, and not the later one of them."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
         seen = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
                 line = key.start_mark.line + 1
                 raise yaml.YAMLError(f"{key.value!r} is there twice, again in line {line}")
-            seen.add(str(key.value))
-        return super().construct_mapping(node, deep)
+            seen.add(key.value)
+        return node
 
 
 def option(default: Any, meaning: str, needs: tuple[str, object] | None = None) -> Any:

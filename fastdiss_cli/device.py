@@ -54,7 +54,8 @@ def pick_device(name: str | torch.device) -> torch.device:
     except (RuntimeError, AssertionError, TypeError):
         device = None
     if device is None or (name != "cpu" and device.type != "cuda"):
-        raise FastdissError(f"--device {name}: no such device here; use cpu, cuda or auto")
+        others = "cpu, cuda or auto" if torch.cuda.is_available() else "cpu or auto"
+        raise FastdissError(f"--device {name}: no such device here; use {others}")
     return device
 
 

@@ -28,7 +28,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import run_cli, write_pairs
+from conftest import one_line_error, run_cli, write_pairs
 
 from fastdiss_cli.data import encoding
 from fastdiss_cli.data.binarized import BinarizedDataset, TokenWriter
@@ -500,6 +500,11 @@ def test_a_dataset_is_synced_before_it_takes_its_name(
 def test_what_a_killed_run_left_is_named(tmp_path: Path, text: tuple[str | Path, ...]) -> None:
     (tmp_path / ".d.tmp-1").mkdir()
     assert ".d.tmp-1 is there: remove it" in run_cli(*text, "--destdir", tmp_path / "d").stderr
+    own = tmp_path / f".d.tmp-{os.getpid()}"  # of another machine that shares the disk
+    own.mkdir()
+    (own / "train.src.bin").write_bytes(b"of another run")
+    one_line_error(run_cli(*text, "--destdir", tmp_path / "d"), "File exists")
+    assert (own / "train.src.bin").read_bytes() == b"of another run"
 
 
 def children(parent: int) -> list[int]:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import sacrebleu
+import typer
 from conftest import one_line_error, run_cli, run_process
 
 import fastdiss_cli
@@ -469,9 +470,12 @@ def test_no_words_ask_for_help() -> None:
     assert run_cli("--version").stdout.startswith("fastdiss ")
 
 
-def test_an_interrupted_command_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("how", [KeyboardInterrupt, typer.Abort])  # by version of typer
+def test_an_interrupted_command_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: type[BaseException]
+) -> None:
     def interrupted(path: Path) -> None:
-        raise KeyboardInterrupt
+        raise how
 
     monkeypatch.setattr(output, "read_system", interrupted)
     one_line_error(run_cli("score", "--sys", tmp_path), "error: interrupted", code=130)

@@ -48,9 +48,13 @@ def test_what_is_wrong_is_named(item: str, message: str) -> None:
 
 def test_an_option_that_is_there_twice_is_told(tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
-    path.write_text("train:\n  lr: 1\n  patience: 3\n  lr: 2\n")
-    with pytest.raises(FastdissError, match=r"no recipe: 'lr' is there twice, again in line 4"):
-        read_recipe(path)
+    for text in ("train:\n  lr: 1\n  seed: 3\n  lr: 2\n", "train:\n  <<:\n   lr: 1\n   lr: 2\n"):
+        path.write_text(text)
+        with pytest.raises(FastdissError, match=r"no recipe: 'lr' is there twice, again in line 4"):
+            read_recipe(path)
+    merged = "model: &a\n  <<: {dropout: 0.1}\n  dropout: 0.2\ntrain:\n  <<: *a\n"
+    path.write_text(merged)  # a merged value gives way, as YAML has it
+    assert read_recipe(path) == {"model": {"dropout": 0.2}, "train": {"dropout": 0.2}}
 
 
 def test_an_option_in_the_wrong_section_is_told() -> None:

@@ -130,13 +130,16 @@ def test_more_sentences_than_are_counted_at_once() -> None:
 
 def test_words_are_forgotten_when_they_are_many(monkeypatch: pytest.MonkeyPatch) -> None:
     """A stream of text without end does not fill the memory, and no value changes."""
-    monkeypatch.setattr(mbr, "WORDS_KEPT", 4)
+    monkeypatch.setattr(mbr, "CHARACTERS_KEPT", 9)
     for number in range(4):
         check([f"x{number} y{number}, z", f"x{number} y z{number}", f"x y{number}."], "bleu")
         assert len(mbr._words) <= 7
     for number in range(4):  # never word by word
         check([f"a<skipped>{number}", f"b<skipped>{number} c"], "bleu")
-        assert len(mbr._words.tokens) <= 4 + 3
+        assert len(mbr._words.tokens) <= 3
+    check(["long" * 99, "word" * 99], "bleu")  # few, but large
+    check(["a", "b"], "bleu")
+    assert len(mbr._words) == 2
 
 
 def test_no_candidates() -> None:

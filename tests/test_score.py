@@ -66,11 +66,8 @@ def test_score_is_sacrebleu(tmp_path: Path) -> None:
 
 def test_bleu_of_tokenised_and_of_lower_case_text(tmp_path: Path) -> None:
     """sacreBLEU's -tok and -lc; and --ignore-case of fairseq-score."""
-    hypotheses, references = (
-        ["The cat sat, on a mat .", "it rains-today"],
-        ["the cat sat , on a mat."],
-    )
-    references.append("It rains - today")
+    hypotheses = ["The cat sat, on a mat .", "it rains-today"]
+    references = ["the cat sat , on a mat.", "It rains - today"]
     hyp, ref = write(tmp_path / "hyp", hypotheses), write(tmp_path / "ref", references)
     command = ["score", "--sys", hyp, "--ref", ref, "--metrics", "bleu", "--json"]
     for flags, options in (
@@ -86,7 +83,7 @@ def test_bleu_of_tokenised_and_of_lower_case_text(tmp_path: Path) -> None:
     said = one_line_error(run_cli(*command, "--tokenize", "intll"))
     assert "--tokenize intll: sacreBLEU knows" in said and "did you mean 'intl'?" in said
     tested = run_cli(*command[:5], "--paired", write(tmp_path / "other", hypotheses), "-lc").stdout
-    assert "case:lc" in tested
+    assert "case:lc" in tested and f"{expected.score:.2f}" in tested
 
 
 def test_any_of_several_references_is_right(tmp_path: Path) -> None:
@@ -120,7 +117,8 @@ def test_names_are_those_of_the_metrics() -> None:
     ("options", "message"),
     [
         (["--metrics", "bleu,ruge"], "ruge: choose from bleu, chrf, ter, rouge1"),
-        (["--metrics", "bleu", "chrf"], "have commas between them: --metrics bleu,chrf"),
+        (["--metrics", "bleu,", "chrF"], "chrF: no such file; metrics are one word, as in --m"),
+        (["--metrics", "bleu", "chrf,", "ter"], "chrf, ter: no such file; metrics are one word"),
         (["--metrics", "destinct"], "did you mean 'distinct'?"),
         (["--paired-test", "bs"], "--paired-test needs --paired BASELINE"),
         (["--metrics", "chrf", "--tokenize", "none"], "--tokenize is of --metrics bleu"),
@@ -391,6 +389,8 @@ def test_no_training_curves_without_a_log(tmp_path: Path) -> None:
     path.write_text(path.read_text() + '{"update": 4, "spl')  # the disk was full, or it was killed
     done = run_cli("plot", tmp_path, "-o", tmp_path / "curves.png")
     assert done.returncode == 0 and "its last line is not complete" in done.stderr
+    path.write_text(path.read_text() + 'it": "train"}\n{"epoch": 5}\n')  # whole, but no record
+    one_line_error(run_cli("plot", tmp_path), "line 6 is not a record")
     path.write_text("{\n" + path.read_text())
     one_line_error(run_cli("plot", tmp_path), "line 1 is not a record")
     path.write_text('{"update": 1, "split": "train"}\n')

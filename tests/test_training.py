@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import json
 import math
 import os
@@ -34,6 +35,7 @@ from fastdiss_cli.training import validation
 from fastdiss_cli.training.checkpoint import Checkpoint, Progress, load_model
 from fastdiss_cli.training.loop import Training
 from fastdiss_cli.training.optimizer import EMA, learning_rate
+from fastdiss_cli.training.save_dir import occupied
 from fastdiss_cli.training.validation import judge
 
 
@@ -617,3 +619,20 @@ def test_one_training_at_a_time_in_a_folder(data_bin: Path, tmp_path: Path) -> N
     assert not (tmp_path / "c" / ".lock").exists()
     again = run_cli(*command[3:-1], "1")
     assert again.returncode == 0, again.stderr
+
+
+def test_a_lock_that_its_holder_removes_meanwhile_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between opening the file and locking it, the training before ends."""
+    lock, ended = fcntl.lockf, []
+
+    def late(*args: object) -> None:
+        if not ended:
+            ended.append(True)
+            (tmp_path / ".lock").unlink()
+        lock(*args)
+
+    monkeypatch.setattr(fcntl, "lockf", late)
+    with occupied(tmp_path):
+        assert (tmp_path / ".lock").exists()

@@ -65,11 +65,11 @@ def read_curves(path: Path) -> Curves:
         try:
             row = json.loads(line)
             known = isinstance(row["update"], int) and row["split"] in ("train", "valid")
-        except (ValueError, KeyError, TypeError, RecursionError):
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            if isinstance(error, json.JSONDecodeError) and rows and number == len(lines):
+                logs.warn(f"{path}: its last line is not complete, and is left out")
+                break
             known = False
-        if not known and rows and number == len(lines):
-            logs.warn(f"{path}: its last line is not complete, and is left out")
-            break
         if not known:
             raise FastdissError(
                 f"{path}: line {number} is not a record of metrics.jsonl; generate files are "

@@ -122,24 +122,25 @@ def preprocess(
         _warn_of_leftovers(final)
         aside = final.with_name(f".{final.name}.tmp-{os.getpid()}")
         try:
-            aside.mkdir(parents=True)
-            corpus = Corpus(prefixes, source_lang, target_lang, format)
-            tokenizers = _tokenizers(corpus, tokenizer, joined, model_type, vocab_size)
-            made_with = {"prefixes": prefixes, "format": format}
-            if tokenizer is not None:
-                made_with["tokenizer"] = tokenizer
-            else:
-                made_with |= {"model_type": model_type, "vocab_size": vocab_size}
-            _binarize(corpus, tokenizers, aside, workers or os.cpu_count() or 1, made_with)
-            replace_folder(aside, final)
+            aside.mkdir(parents=True)  # which may be another run's, of the same pid elsewhere
+            try:
+                corpus = Corpus(prefixes, source_lang, target_lang, format)
+                tokenizers = _tokenizers(corpus, tokenizer, joined, model_type, vocab_size)
+                made_with = {"prefixes": prefixes, "format": format}
+                if tokenizer is not None:
+                    made_with["tokenizer"] = tokenizer
+                else:
+                    made_with |= {"model_type": model_type, "vocab_size": vocab_size}
+                _binarize(corpus, tokenizers, aside, workers or os.cpu_count() or 1, made_with)
+                replace_folder(aside, final)
+            finally:
+                shutil.rmtree(aside, ignore_errors=True)
         except OSError as error:
             raise FastdissError(f"{destdir}: cannot write the dataset: {error.strerror}") from None
         except BrokenExecutor:
             raise FastdissError(
                 "a worker process was killed, probably out of memory: use fewer --workers"
             ) from None
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
         logs.info(f"wrote {destdir}")
     if verify:
         languages = [

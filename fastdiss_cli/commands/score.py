@@ -120,9 +120,10 @@ def score(
     paths = _by_steps([*(sys or []), *(systems or [])])
     if not paths:
         raise typer.BadParameter("give --sys FILE, or several files")
-    if apart := [path for path in paths if str(path) in NAMES and not path.exists()]:
+    spelt = {name.lower() for name in NAMES}
+    if apart := [str(p) for p in paths if str(p).lower().strip(",") in spelt and not p.exists()]:
         raise typer.BadParameter(
-            f"metrics have commas between them: --metrics {metrics},{apart[0]}"
+            f"{' '.join(apart)}: no such file; metrics are one word, as in --metrics bleu,chrf"
         )
     wanted = _names(metrics)
     if paired_test is not None and paired is None:

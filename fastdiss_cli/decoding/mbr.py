@@ -24,7 +24,7 @@ SMOOTHING = np.exp2([-m * (m + 1) / 2 for m in range(BLEU_ORDER + 1)])
 CHRF_ORDER = 6
 CHRF_BETA = 2
 TOGETHER = 16  # sentences whose n-grams are counted at once: more need memory and save no time
-WORDS_KEPT = 2**16
+CHARACTERS_KEPT = 2**19  # of the words that are looked up once
 
 _tokenizer_13a = BLEU(effective_order=True).tokenizer
 
@@ -109,19 +109,25 @@ class _Words(dict[str, list[int]]):
 
     def __init__(self) -> None:
         self.tokens: defaultdict[str, int] = defaultdict(count().__next__)
+        self.characters = 0  # of all that was tokenised
 
     def __missing__(self, word: str) -> list[int]:
-        ids = self[word] = [self.tokens[token] for token in _tokenizer_13a(word).split()]
+        ids = self[word] = self.number(word)
         return ids
+
+    def number(self, text: str) -> list[int]:
+        """Tokenise a text and return the numbers of its tokens."""
+        self.characters += len(text)
+        return [self.tokens[token] for token in _tokenizer_13a(text).split()]
 
 
 _words = _Words()
 
 
 def _known_words() -> _Words:
-    """Return the words of earlier calls, or begin anew where they have become many."""
+    """Return the words of earlier calls, or begin anew where they have become much text."""
     global _words
-    if len(_words) + len(_words.tokens) > WORDS_KEPT:
+    if _words.characters > CHARACTERS_KEPT:
         _words = _Words()
     return _words
 
@@ -130,7 +136,7 @@ def _ids_13a(text: str, words: _Words) -> list[int]:
     """Tokenise as sacreBLEU's 13a does, and return the numbers of the tokens."""
     text = text.rstrip()
     if "-\n" in text or "<skipped>" in text:  # only here does 13a look beyond a single word
-        return [words.tokens[token] for token in _tokenizer_13a(text).split()]
+        return words.number(text)
     return list(chain.from_iterable(map(words.__getitem__, text.split())))
 
 

@@ -20,7 +20,7 @@ def bleu(tokenize: str = "13a", lowercase: bool = False) -> BLEU:
         tokenize: the name of a tokenizer that sacreBLEU knows.
 
     Raises:
-        FastdissError: it knows none of this name, or the tokenizer's package is not installed.
+        FastdissError: it knows none of this name, or what the tokenizer needs is not there.
     """
     if tokenize not in BLEU.TOKENIZERS:
         raise FastdissError(
@@ -29,9 +29,11 @@ def bleu(tokenize: str = "13a", lowercase: bool = False) -> BLEU:
         )
     try:
         return BLEU(tokenize=tokenize, lowercase=lowercase)
-    except (RuntimeError, ImportError, OSError) as error:  # a package, or a model to download
+    except OSError as error:
+        reason = f"its model cannot be downloaded ({error})"
+    except (RuntimeError, ImportError) as error:  # that a package is missing
         reason = " ".join(str(error).split())
-        raise FastdissError(f"--tokenize {tokenize}: {reason}") from None
+    raise FastdissError(f"--tokenize {tokenize}: {reason}")
 
 
 # against references

@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 from safetensors import SafetensorError
 
@@ -80,21 +81,35 @@ def occupied(folder: Path) -> Iterator[None]:
     is_new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / ".lock"
-    with open(path, "a", encoding="utf-8") as file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.EACCES, errno.EAGAIN):
-                raise FastdissError(
-                    f"--save-dir {folder}: another training is at work there: give another folder, "
-                    "or wait for its end"
-                ) from None
+    with _locked(path):
         try:
             yield
         finally:
             path.unlink(missing_ok=True)
             if is_new and not any(folder.iterdir()):
                 folder.rmdir()
+
+
+def _locked(path: Path) -> IO[str]:
+    """Open and lock a file; closing it ends the lock.
+
+    Raises:
+        FastdissError: another process has locked it.
+    """
+    while True:
+        file = open(path, "a", encoding="utf-8")  # noqa: SIM115
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                file.close()
+                raise FastdissError(
+                    f"--save-dir {path.parent}: another training is at work there: give another "
+                    "folder, or wait for its end"
+                ) from None
+        if os.fstat(file.fileno()).st_nlink:
+            return file
+        file.close()  # its holder has removed it since it was opened: nobody would see it
 
 
 def prune_numbered(folder: Path, keep: int, update: int) -> None:
