@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from networks import SMALL, VOCAB, make_batch, make_model, random_sentences
 
 from fastdiss_cli.config import build
 from fastdiss_cli.data.batching import Batch, pad
@@ -31,8 +32,6 @@ from fastdiss_cli.models.sampling import TEMPERATURE
 from fastdiss_cli.models.source_copy import source_copy
 from fastdiss_cli.models.transformer import Transformer
 
-VOCAB = Vocabulary(size=23, bos=0, pad=1, eos=2)
-SMALL = {"model_dim": 32, "ffn_dim": 64, "heads": 2, "encoder_layers": 2, "decoder_layers": 2}
 FAMILIES = ("transformer", "difformer", "fastdiss")
 
 
@@ -40,23 +39,6 @@ FAMILIES = ("transformer", "difformer", "fastdiss")
 def no_grad() -> Iterator[None]:
     with torch.no_grad():
         yield
-
-
-def make_model(family: str, **options: object) -> Seq2SeqModel:
-    torch.manual_seed(0)
-    arch = architecture(f"{family}_tiny")
-    sizes = {**SMALL, **({} if family == "transformer" else {"latent_dim": 16})}
-    return arch.family(arch.config({**sizes, **options}), VOCAB, VOCAB).eval()
-
-
-def random_sentences(count: int, longest: int = 9) -> list[list[int]]:
-    draw = torch.Generator().manual_seed(1)
-    lengths = torch.randint(1, longest, (count,), generator=draw).tolist()
-    return [[*torch.randint(4, 23, (n,), generator=draw).tolist(), VOCAB.eos] for n in lengths]
-
-
-def make_batch(sources: Sequence[Sequence[int]], targets: Sequence[Sequence[int]]) -> Batch:
-    return Batch(*pad(sources, VOCAB.pad), *pad(targets, VOCAB.pad))
 
 
 def answers(model: Seq2SeqModel, sources: list[list[int]], max_tokens: int, **options: object):
