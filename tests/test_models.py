@@ -315,6 +315,20 @@ def test_more_lengths_than_there_are_is_refused() -> None:
         model.decode(memory, torch.arange(2), model.Decoding(length_beam=5))
 
 
+def test_the_most_likely_lengths_are_tried() -> None:
+    """Offsets from -3 to 3, the largest the likeliest; none leads to a length below 1."""
+    model, sources = make_model("difformer", max_length_offset=3), [[5, 2], [5, 6, 7, 8, 2]]
+    model.length_head.weight.zero_()
+    model.length_head.bias.copy_(torch.tensor([6.0, 5, 0, 1, 2, 3, 7]))
+    model.embedding.bias[VOCAB.eos] = -100
+    memory = model.encode(*pad(sources, VOCAB.pad))
+    short, long = model.decode(memory, torch.arange(2), model.Decoding(length_beam=4))
+    assert {len(h.tokens) for h in short} == {2 + 3, 2 + 2, 2 + 1, 2 + 0}
+    assert {len(h.tokens) for h in long} == {5 + 3, 5 - 3, 5 - 2, 5 + 2}
+    short, long = model.decode(memory, torch.arange(2), model.Decoding())
+    assert (len(short[0].tokens), len(long[0].tokens)) == (5, 8)
+
+
 def test_a_temperature_is_of_ddpm() -> None:
     model, sources = make_model("fastdiss"), random_sentences(4)
     memory = model.encode(*pad(sources, VOCAB.pad))
@@ -365,14 +379,15 @@ def test_gold_self_conditioning_uses_the_gold_length() -> None:
         told.append(self_cond),
         right(z, t, self_cond, *more),
     )[1]
-    found = model.decode(memory, torch.arange(3), model.Decoding(self_cond="gold"), gold)
-    tokens, layout = pad(gold, VOCAB.pad)
+    options = model.Decoding(self_cond="gold", noise_beam=2)
+    found = model.decode(memory, torch.arange(3), options, gold)
+    tokens, layout = pad([tokens for tokens in gold for _ in range(2)], VOCAB.pad)
     mask = layout.pad_mask
     assert len(told) == 5
     for self_cond in told:
         assert torch.equal(self_cond[~mask], model.embedding(tokens)[~mask])
-    for (h,), wanted in zip(found, gold, strict=True):
-        assert len(h.token_scores) <= len(wanted)
+    for row, wanted in zip(found, gold, strict=True):
+        assert len(row) == 2 and all(len(h.token_scores) <= len(wanted) for h in row)
 
 
 # the autoregressive reference
@@ -408,7 +423,8 @@ def test_the_nfe_of_beam_search_is_how_long_it_searched(
     assert {h.nfe for h in row} == {len(calls)} and len({len(h.tokens) for h in row}) > 1
 
 
-def test_wide_beam_search_finds_the_best_of_all_answers() -> None:
+@pytest.mark.parametrize("lenpen", [0.0, 0.5, 1.0, 2.0])
+def test_wide_beam_search_finds_the_best_of_all_answers(lenpen: float) -> None:
     """With a beam as wide as the space, the answer is the brute-force optimum."""
     vocab = Vocabulary(size=6, bos=0, pad=1, eos=2)
     arch = architecture("transformer_tiny")
@@ -416,20 +432,20 @@ def test_wide_beam_search_finds_the_best_of_all_answers() -> None:
     model = arch.family(arch.config(SMALL), vocab, vocab).eval()
     for p in model.parameters():
         p.mul_(1.5)  # less uniform than at initialisation
-    options = model.Decoding(beam=64, max_len_b=3, min_len=0)
+    options = model.Decoding(beam=64, max_len_b=3, min_len=0, lenpen=lenpen)
     memory = model.encode(*pad([[4, 5, 2]], VOCAB.pad))
     ((best, *_),) = model.decode(memory, torch.arange(1), options)
     words = (3, 4, 5)
     every = [list(w) for n in range(4) for w in itertools.product(words, repeat=n)]
 
-    def log_likelihood(answer: list[int]) -> float:
+    def score(answer: list[int]) -> float:
         tokens = torch.tensor([[*answer, vocab.eos]])
         logits = model.logits(memory, tokens, Layout.of(tokens < 0))
         logits[..., [vocab.pad, vocab.bos]] = float("-inf")
         log_probs = logits.log_softmax(-1)
-        return log_probs.gather(-1, tokens.T).mean().item()
+        return log_probs.gather(-1, tokens.T).sum().item() / tokens.shape[1] ** lenpen
 
-    scores = {tuple(answer): log_likelihood(answer) for answer in every}
+    scores = {tuple(answer): score(answer) for answer in every}
     assert tuple(best.tokens) == max(scores, key=scores.__getitem__)
     assert best.score == pytest.approx(max(scores.values()), abs=1e-4)
 
@@ -456,6 +472,9 @@ def test_lengths_are_bounded_as_told() -> None:
         options = model.Decoding(beam=3, min_len=low, max_len_b=high)
         found = model.decode(memory, torch.arange(6), options)
         assert all(low <= len(h.tokens) <= high for row in found for h in row)
+    options = model.Decoding(beam=3, min_len=100, max_len_a=0.5, max_len_b=2)  # eos when forced
+    for source, row in zip(sources, model.decode(memory, torch.arange(6), options), strict=True):
+        assert {len(h.tokens) for h in row} == {len(source) // 2 + 2}
 
 
 def test_log_likelihood_is_the_score_of_beam_search() -> None:
@@ -638,15 +657,17 @@ def test_only_one_and_the_same_vocabulary_is_shared() -> None:
         assert (model.encoder.embedding is model.embedding) == (src is sides[0])
 
 
-def test_an_early_exit_stops_sentences_that_do_not_change() -> None:
+@pytest.mark.parametrize("self_cond", ["reuse", "gold"])
+def test_an_early_exit_stops_sentences_that_do_not_change(self_cond: str) -> None:
     """What goes on is as without it; what stops has the tokens of the step before."""
     model, sources = make_model("difformer"), random_sentences(24)
     model.embedding.bias.normal_(std=4)  # else an untrained model changes its mind in every step
     memory = model.encode(*pad(sources, VOCAB.pad))
-    ways = {"steps": 8, "length_beam": 2, "history": True}
+    ways = {"steps": 8, "history": True, "self_cond": self_cond, "early_exit": False}
+    ways["length_beam"] = 1 if self_cond == "gold" else 2
     every, early = (
-        model.decode(memory, torch.arange(24), model.Decoding(**ways, early_exit=exits))
-        for exits in (False, True)
+        model.decode(memory, torch.arange(24), model.Decoding(**ways | more), sources[::-1])
+        for more in ({}, {"early_exit": True})
     )
     costs = set()
     for full, short in zip(every, early, strict=True):

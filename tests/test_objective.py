@@ -269,6 +269,39 @@ def test_an_unrolled_input_is_a_step_of_sampling_from_the_estimate() -> None:
     torch.testing.assert_close(moved, (2 * weight).expand_as(moved), rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("told", ["sentence", "token"])
+def test_an_unrolled_step_takes_what_sampling_would(told: str) -> None:
+    """From z_t' to each token's own time, with the estimate in the form that is told.
+
+    From two estimates, of 1 and of 0 with the same draws, the weight of z0_hat in a step is read
+    off: alpha_s sigma_{t|s}^2 / sigma_t^2, of the noise that the tokens really have.
+    """
+    mans = MANS(0.5, "distance", (0.2, 1.0), 0, False, told)
+    t, confidence = torch.full((B,), 0.4), torch.linspace(0, 1.2, B)[:, None].expand(B, T)
+
+    def unrolled(z0_hat: float) -> tuple[Tensor, Tensor]:
+        torch.manual_seed(0)
+        z_0, noise = torch.randn(B, T, D), torch.randn(B, T, D)
+        given = perturbed_self_conditioning(
+            Recorder(z0_hat), lambda z: 3 * z, lambda _: confidence, SCHEDULE,
+            scp(unroll=1.0, gap=0.1), mans, z_0, noise, t, 1,
+        )  # fmt: skip
+        return given.z_t(SCHEDULE, z_0, noise), given.t
+
+    (one, times), (zero, same) = unrolled(1.0), unrolled(0.0)
+    assert torch.equal(times, same) and len(times.unique()) > 3
+    _, between = SCHEDULE.transition(times, times + 0.1)
+    weight = SCHEDULE.alpha(times) * between / SCHEDULE.sigma(times + 0.1) ** 2
+    wanted = (3 * weight)[..., None].expand(B, T, D)
+    torch.testing.assert_close(one - zero, wanted, rtol=1e-3, atol=1e-4)
+
+
+def test_without_an_offset_nothing_is_unrolled() -> None:
+    given, z_0, noise = condition(Recorder(), torch.rand(B), scp(offset="none", unroll=1.0))
+    noised = SCHEDULE.add_noise(z_0, given.t, noise)
+    assert given.unrolled is None and torch.equal(given.z_t(SCHEDULE, z_0, noise), noised)
+
+
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
 def test_a_share_of_the_sentences_is_unrolled(share: float) -> None:
     torch.manual_seed(0)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import fcntl
 import json
 import math
@@ -34,7 +33,6 @@ from fastdiss_cli.models.registry import Hypothesis, Loss, architecture
 from fastdiss_cli.training import validation
 from fastdiss_cli.training.checkpoint import Checkpoint, Progress, load_model
 from fastdiss_cli.training.loop import Training
-from fastdiss_cli.training.optimizer import EMA, learning_rate
 from fastdiss_cli.training.save_dir import occupied
 from fastdiss_cli.training.validation import judge
 
@@ -259,45 +257,6 @@ def test_two_processes_train_on_all_sentences(data_bin: Path, tmp_path: Path) ->
     assert lines[-1]["split"] == "valid" and math.isfinite(lines[-1]["loss"])
     updates = [line["update"] for line in lines if line["split"] == "train"]
     assert updates == list(range(1, len(updates) + 1))  # one log for both ranks
-
-
-def test_learning_rates() -> None:
-    config = TrainConfig(lr=1.0, warmup_updates=10, max_update=110)
-    assert [learning_rate(u, config) for u in (1, 5, 10, 40)] == [0.1, 0.5, 1.0, 0.5]
-    cosine = dataclasses.replace(config, lr_scheduler="cosine")
-    assert [learning_rate(u, cosine) for u in (5, 10, 60, 110)] == pytest.approx([0.5, 1, 0.5, 0])
-    without = dataclasses.replace(cosine, warmup_updates=0)
-    assert [learning_rate(u, without) for u in (0, 55, 110)] == pytest.approx([1, 0.5, 0])
-
-
-def test_the_average_follows_the_weights() -> None:
-    model = nn.Linear(1, 1, bias=False)
-    nn.init.constant_(model.weight, 0.0)
-    ema = EMA(model, 0.5)
-    nn.init.constant_(model.weight, 1.0)
-    ema.update(model, updates=1)  # early: decay (1 + 1) / (10 + 1)
-    assert ema.weights["weight"].item() == pytest.approx(1 - 2 / 11)
-    ema.update(model, updates=1000)
-    assert ema.weights["weight"].item() == pytest.approx(1 - 1 / 11)
-    ema.swap(model)
-    assert (model.weight.item(), ema.weights["weight"].item()) == pytest.approx((1 - 1 / 11, 1))
-
-
-def test_accumulated_micro_batches_are_one_large_batch(data_bin: Path, tmp_path: Path) -> None:
-    """The gradient is that of the mean over all tokens, however they are cut into batches."""
-    training = start(data_bin, tmp_path, "transformer_tiny", seed=3)
-    training.model.eval()
-    training.model.train = lambda mode=True: training.model  # dropout stays off
-    sentences = training.batcher.epoch(1)[0]
-    grads = []
-    for parts in ([sentences], [sentences[:2], sentences[2:]]):
-        batches = [training.batcher.collate(part) for part in parts]
-        training.progress.update = 0
-        training.config = dataclasses.replace(training.config, clip_norm=0.0, lr=1e-12)
-        training._update(batches, sum(batch.num_tgt_tokens for batch in batches))
-        grads.append([p.grad.clone() for p in training.model.parameters()])
-    for whole, cut in zip(*grads, strict=True):
-        torch.testing.assert_close(whole, cut, rtol=1e-3, atol=1e-6)
 
 
 def test_updates_with_a_non_finite_gradient_are_skipped_and_bounded(
