@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from itertools import zip_longest
 from pathlib import Path
 
-from fastdiss_cli.data.text import read_lines, read_pairs
+from fastdiss_cli.data.text import ParallelText, read_lines
 from fastdiss_cli.errors import FastdissError
 
 Row = tuple[str, ...]
@@ -75,7 +75,7 @@ def straight(text: str) -> str:
 
 def json_rows(path: Path) -> Iterator[Row]:
     """Yield the pairs of DiffuSeq's JSON lines: ``{"src": ..., "trg": ...}``."""
-    return read_pairs(str(path), "src", "trg", "jsonl")
+    return ParallelText(str(path), "src", "trg", "jsonl").pairs()
 
 
 def inflections(path: Path) -> Iterator[Row]:

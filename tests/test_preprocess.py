@@ -247,7 +247,7 @@ def test_empty_sides_are_kept_and_reported(preprocess: Command, tmp_path: Path) 
     prefix = ("--trainpref", tmp_path / "x", "--vocab-size", 300)
     outcome = preprocess(*prefix, "--destdir", tmp_path / "d")
     assert outcome.code == 0
-    first = f"(the first in {tmp_path / 'x'}, line 2)"
+    first = f"(the first in line 2 of {tmp_path / 'x.de'} and {tmp_path / 'x.en'})"
     assert f"train: 3 pairs have an empty side {first}; they are kept" in outcome.err
     dataset = BinarizedDataset(tmp_path / "d", verify=True)
     expected = [("eins", "one"), ("", "two"), (" ", "three"), ("vier", "")]
@@ -314,7 +314,7 @@ def removed(prefix: Path) -> None:
     [
         (unequal, "x.en has 21 lines"),
         (not_utf8, "x.de: line 21 is not valid UTF-8"),
-        (emptied, "x: the file is empty"),
+        (emptied, "x.de is empty"),
         (removed, "x.en: no such file"),
     ],
 )
@@ -336,6 +336,7 @@ def test_a_failure_leaves_the_older_dataset(
     flags = [part for name, prefix in prefixes.items() for part in (f"--{name}pref", prefix)]
     outcome = preprocess(*flags, "--vocab-size", 300, "--destdir", tmp_path / "d")
     assert_fails(outcome, told)
+    assert "tokenizer" not in outcome.err  # it is told before any work
     assert contents(tmp_path / "d") == before
     assert sorted(path.suffix for path in tmp_path.iterdir() if path.name[0] != "x") == [""]
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from fastdiss_cli.data.text import read_blocks, read_lines, read_pairs, read_references
+from fastdiss_cli.data.text import ParallelText, read_lines, read_references
 from fastdiss_cli.errors import FastdissError
 
 PAIRS = [("ein Hund", "a dog"), ("", "nothing"), ("zwei\u2028Hunde", "two\rdogs"), ("ö\x85", "𝔬")]
@@ -44,7 +44,7 @@ def write_format(folder: Path, format: str, gz: str, pairs: list[tuple[str, str]
 
 
 def pairs_of(prefix: Path | str, format: str = "text") -> list[tuple[str, str]]:
-    return list(read_pairs(str(prefix), "de", "en", format))
+    return list(ParallelText(str(prefix), "de", "en", format).pairs())
 
 
 def failure(prefix: Path | str, format: str = "text") -> str:
@@ -151,7 +151,7 @@ def test_blocks_of_any_size_hold_the_same_lines(
         text = end.join(pair[side] for pair in lines) + end * (last or not lines[-1][side])
         write(Path(f"{prefix}.{language}"), BOM + text.encode())
     found = []
-    for block in read_blocks(str(prefix), "de", "en", "text", size):
+    for block in ParallelText(str(prefix), "de", "en", "text").blocks(size):
         sides = block.sides()
         assert block.first == len(found) + 1
         assert len(sides[0]) == len(sides[1]) == min(size, len(lines) - len(found))
@@ -168,7 +168,7 @@ def test_a_bad_line_is_located_in_any_block(tmp_path: Path, size: int) -> None:
         for name in names:
             ending = bad if name != "en" else b"fine\n"
             write(tmp_path / f"x.{name}", BOM + 4 * good[format] + ending + good[format])
-        blocks = list(read_blocks(str(tmp_path / "x"), "de", "en", format, size))
+        blocks = list(ParallelText(str(tmp_path / "x"), "de", "en", format).blocks(size))
         bad_block = next(block for block in reversed(blocks) if block.first <= 5)
         for block in blocks:
             if block is not bad_block:

@@ -5,28 +5,27 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable
 from concurrent.futures import BrokenExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
 from glob import escape
+from itertools import chain
+from operator import itemgetter
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from fastdiss_cli import logs
 from fastdiss_cli.commands.options import choice
-from fastdiss_cli.data.text import (
-    FORMATS,
-    Block,
-    check_files,
-    count_pairs,
-    read_blocks,
-    read_pairs,
-)
+from fastdiss_cli.data.text import FORMATS, ParallelText
 from fastdiss_cli.data.tokenizer import MODEL_TYPES, Tokenizer, load_tokenizer, train_tokenizer
 from fastdiss_cli.errors import FastdissError, suggest
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from fastdiss_cli.data.binarized import SideInfo
 
 TEXT = {"rich_help_panel": "Text"}
 TOKENIZER = {"rich_help_panel": "Tokenizer"}
@@ -89,6 +88,7 @@ def preprocess(
 
     With no text given, --verify checks the dataset that is there.
     """
+    from fastdiss_cli.data.binarized import Manifest, token_dtype
     from fastdiss_cli.data.fairseq import open_dataset
     from fastdiss_cli.data.files import replace_folder
 
@@ -97,10 +97,14 @@ def preprocess(
 
     _check_choice("--format", format, FORMATS)
     _check_choice("--model-type", model_type, MODEL_TYPES)
-    texts = {"--trainpref": trainpref, "--validpref": validpref, "--testpref": testpref}
-    for flag, text in (*texts.items(), ("--tokenizer", tokenizer)):
-        if text is not None and not all(text.split(",")):
-            raise typer.BadParameter(f"{flag} {text!r}: a name is empty")
+    for flag, names in (
+        ("--trainpref", trainpref),
+        ("--validpref", validpref),
+        ("--testpref", testpref),
+        ("--tokenizer", tokenizer),
+    ):
+        if names is not None and not all(names.split(",")):
+            raise typer.BadParameter(f"{flag} {names!r}: a name is empty")
     prefixes = _splits(trainpref, validpref, testpref)
     if format == "text" and source_lang == target_lang:
         raise typer.BadParameter(f"-s and -t are both {source_lang}, which is one file")
@@ -115,23 +119,52 @@ def preprocess(
             if given(name):
                 flag = {"joined": "joined/--separate"}.get(name, name.replace("_", "-"))
                 logs.warn(f"--{flag} has no effect: --tokenizer is trained already")
-        for prefix in prefixes.values():
-            check_files(prefix, source_lang, target_lang, format)
+        texts = {
+            split: ParallelText(prefix, source_lang, target_lang, format)
+            for split, prefix in prefixes.items()
+        }
         _check_destination(destdir, prefixes)
+        counts = {split: text.count() for split, text in texts.items()}
+        made_with: dict[str, object] = {"prefixes": prefixes, "format": format}
+        if tokenizer is not None:
+            made_with["tokenizer"] = tokenizer
+        else:
+            made_with |= {"model_type": model_type, "vocab_size": vocab_size}
         final = destdir.resolve()  # so that a link stays one, and "." has a name
         _warn_of_leftovers(final)
         aside = final.with_name(f".{final.name}.tmp-{os.getpid()}")
         try:
             aside.mkdir(parents=True)  # which may be another run's, of the same pid elsewhere
             try:
-                corpus = Corpus(prefixes, source_lang, target_lang, format)
-                tokenizers = _tokenizers(corpus, tokenizer, joined, model_type, vocab_size)
-                made_with = {"prefixes": prefixes, "format": format}
                 if tokenizer is not None:
-                    made_with["tokenizer"] = tokenizer
+                    files = [Path(name) for name in tokenizer.split(",")]
+                    tokenizers = load_tokenizer(files[0]), load_tokenizer(files[-1])
                 else:
-                    made_with |= {"model_type": model_type, "vocab_size": vocab_size}
-                _binarize(corpus, tokenizers, aside, workers or os.cpu_count() or 1, made_with)
+                    train = texts["train"], counts["train"]
+                    tokenizers = _train_tokenizers(*train, joined, model_type, vocab_size)
+                processes = workers or os.cpu_count() or 1
+                src, tgt = tokenizers
+                sizes = dict.fromkeys(f"{one.vocab_size:,}" for one in tokenizers)
+                logs.info(f"vocabulary: {' and '.join(sizes)} ids")
+                dtype = token_dtype(max(src.vocab_size, tgt.vocab_size))
+                for side, one in (("src", src), ("tgt", tgt)):
+                    (aside / f"tokenizer.{side}").write_bytes(one.model)
+                Manifest(
+                    source=source_lang,
+                    target=target_lang,
+                    joined=src.hash == tgt.hash,
+                    dtype=dtype.name,
+                    tokenizers={"src": src.hash, "tgt": tgt.hash},
+                    vocab_sizes={"src": src.vocab_size, "tgt": tgt.vocab_size},
+                    sentences=counts,
+                    splits={
+                        split: _binarize(
+                            split, text, counts[split], tokenizers, dtype, aside / split, processes
+                        )
+                        for split, text in texts.items()
+                    },
+                    made_with=made_with,
+                ).write(aside)
                 replace_folder(aside, final)
             finally:
                 shutil.rmtree(aside, ignore_errors=True)
@@ -150,25 +183,6 @@ def preprocess(
         dataset = open_dataset(destdir, *languages, verify=True)
         pairs = sum(len(sides["src"]) for sides in dataset.splits.values())
         logs.info(f"{destdir}: {pairs:,} sentence pairs intact")
-
-
-@dataclass(frozen=True)
-class Corpus:
-    """The raw text: prefixes of the splits, and how to read them."""
-
-    prefixes: dict[str, str]
-    source: str
-    target: str
-    format: str
-
-    def lines(self, split: str) -> int:
-        return count_pairs(self.prefixes[split], self.source, self.format)
-
-    def pairs(self, split: str) -> Iterator[tuple[str, str]]:
-        return read_pairs(self.prefixes[split], self.source, self.target, self.format)
-
-    def blocks(self, split: str, size: int) -> Iterator[Block]:
-        return read_blocks(self.prefixes[split], self.source, self.target, self.format, size)
 
 
 def _check_choice(flag: str, value: str, choices: tuple[str, ...]) -> None:
@@ -216,81 +230,60 @@ def _warn_of_leftovers(final: Path) -> None:
             logs.warn(f"{path} is there: remove it, unless another preprocess is running")
 
 
-def _tokenizers(
-    corpus: Corpus, given: str | None, joined: bool, model_type: str, vocab_size: int
+def _train_tokenizers(
+    text: ParallelText, pairs: int, joined: bool, model_type: str, vocab_size: int
 ) -> tuple[Tokenizer, Tokenizer]:
-    """Load or train the tokenizers of source and target."""
-    if given is not None:
-        paths = [Path(name) for name in given.split(",")]
-        return load_tokenizer(paths[0]), load_tokenizer(paths[-1])
+    """Train the tokenizers of source and target, or the one of both, on so many pairs."""
     logs.info(f"training {'one' if joined else 'a source and a target'} {model_type} tokenizer ...")
-    pairs = corpus.lines("train")
     if joined:
-        both = (side for pair in corpus.pairs("train") for side in pair)
+        both = chain.from_iterable(text.pairs())
         tokenizer = train_tokenizer(both, model_type, vocab_size, 2 * pairs)
         return tokenizer, tokenizer
-    sources = (source for source, _ in corpus.pairs("train"))
-    targets = (target for _, target in corpus.pairs("train"))
-    return (
-        train_tokenizer(sources, model_type, vocab_size, pairs),
-        train_tokenizer(targets, model_type, vocab_size, pairs),
+    src, tgt = (
+        train_tokenizer(map(itemgetter(side), text.pairs()), model_type, vocab_size, pairs)
+        for side in (0, 1)
     )
+    return src, tgt
 
 
 def _binarize(
-    corpus: Corpus,
+    split: str,
+    text: ParallelText,
+    pairs: int,
     tokenizers: tuple[Tokenizer, Tokenizer],
-    folder: Path,
+    dtype: np.dtype,
+    stem: Path,
     workers: int,
-    made_with: dict[str, object],
-) -> None:
-    """Encode all splits into a folder, and write its manifest."""
-    from fastdiss_cli.data.binarized import Manifest, TokenWriter, token_dtype
+) -> dict[str, SideInfo]:
+    """Encode a split of so many pairs into ``stem.src.*`` and ``stem.tgt.*``, and describe them."""
+    from fastdiss_cli.data.binarized import TokenWriter
     from fastdiss_cli.data.encoding import CHUNK, encode_blocks
 
     src, tgt = tokenizers
-    sizes = dict.fromkeys(f"{tokenizer.vocab_size:,}" for tokenizer in tokenizers)
-    logs.info(f"vocabulary: {' and '.join(sizes)} ids")
-    dtype = token_dtype(max(src.vocab_size, tgt.vocab_size))
-    manifest = Manifest(
-        source=corpus.source,
-        target=corpus.target,
-        joined=src.hash == tgt.hash,
-        dtype=dtype.name,
-        tokenizers={"src": src.hash, "tgt": tgt.hash},
-        vocab_sizes={"src": src.vocab_size, "tgt": tgt.vocab_size},
-        sentences={},
-        splits={},
-        made_with=made_with,
-    )
-    for side, tokenizer in (("src", src), ("tgt", tgt)):
-        (folder / f"tokenizer.{side}").write_bytes(tokenizer.model)
-    for split in corpus.prefixes:
-        sentences = empty = first_empty = altered = broken = 0
-        with ExitStack() as stack:
-            stems = [folder / f"{split}.{side}" for side in ("src", "tgt")]
-            writers = [stack.enter_context(TokenWriter(stem, dtype)) for stem in stems]
-            bar = stack.enter_context(logs.progress(split, corpus.lines(split)))
-            blocks = corpus.blocks(split, CHUNK)
-            for block in encode_blocks(blocks, (src.model, tgt.model), dtype, workers):
-                for side, writer in enumerate(writers):
-                    writer.add(block.sizes[side], block.tokens[side], block.unknown[side])
-                sentences += len(block.sizes[0])
-                empty += len(block.empty)
-                first_empty = first_empty or min(block.empty, default=0)
-                altered += block.altered
-                broken += block.broken
-                bar.advance(len(block.sizes[0]))
-            infos = [writer.finish() for writer in writers]
-        manifest.sentences[split] = sentences
-        manifest.splits[split] = dict(zip(("src", "tgt"), infos, strict=True))
-        _report(split, sentences, infos, altered, src.lossless and tgt.lossless)
-        if broken:
-            logs.warn(f"{split}: {broken:,} pairs have a line break within a field: now a blank")
-        if empty:
-            first = f"the first in {corpus.prefixes[split]}, line {first_empty}"
-            logs.warn(f"{split}: {empty:,} pairs have an empty side ({first}); they are kept")
-    manifest.write(folder)
+    sentences = empty = first_empty = altered = broken = 0
+    with ExitStack() as stack:
+        stems = [stem.with_name(f"{stem.name}.{side}") for side in ("src", "tgt")]
+        writers = [stack.enter_context(TokenWriter(stem, dtype)) for stem in stems]
+        bar = stack.enter_context(logs.progress(split, pairs))
+        for block in encode_blocks(text.blocks(CHUNK), (src.model, tgt.model), dtype, workers):
+            for side, writer in enumerate(writers):
+                writer.add(block.sizes[side], block.tokens[side], block.unknown[side])
+            sentences += len(block.sizes[0])
+            empty += len(block.empty)
+            first_empty = first_empty or min(block.empty, default=0)
+            altered += block.altered
+            broken += block.broken
+            bar.advance(len(block.sizes[0]))
+        infos = [writer.finish() for writer in writers]
+    if sentences != pairs:
+        raise FastdissError(f"{text.paths[0]} has changed meanwhile: run preprocess again")
+    _report(split, pairs, infos, altered, src.lossless and tgt.lossless)
+    if broken:
+        logs.warn(f"{split}: {broken:,} pairs have a line break within a field: now a blank")
+    if empty:
+        first = f"the first in line {first_empty} of {' and '.join(map(str, text.paths))}"
+        logs.warn(f"{split}: {empty:,} pairs have an empty side ({first}); they are kept")
+    return dict(zip(("src", "tgt"), infos, strict=True))
 
 
 def _report(split: str, sentences: int, infos: Iterable, altered: int, lossless: bool) -> None:
@@ -301,7 +294,7 @@ def _report(split: str, sentences: int, infos: Iterable, altered: int, lossless:
         f"unknown {src.unknown:,} and {tgt.unknown:,})"
     )
     if altered:
-        blank = "U+2581, SentencePiece's blank, is in them"
+        blank = "U+2581, SentencePiece's blank, is in them and becomes one"
         changed = "the tokenizer does not know, or changes, something in them"
         why = blank if lossless else changed
         logs.warn(f"{split}: {altered:,} pairs decode to other text: {why}")

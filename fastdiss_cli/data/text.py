@@ -50,11 +50,6 @@ def count_lines(path: Path) -> int:
     return count + (last != b"\n")
 
 
-def count_pairs(prefix: str, source: str, format: str) -> int:
-    """Return how many lines the (source) file of a split has; the arguments of `read_blocks`."""
-    return count_lines(_files(prefix, (source,), format)[0])
-
-
 def decode_lines(lines: Iterable[bytes], name: str) -> Iterator[str]:
     """Yield the text of lines, as of an open binary file; see `read_lines`."""
     for number, line in enumerate(lines, start=1):
@@ -125,10 +120,8 @@ class Block:
         return sources, targets
 
 
-def read_blocks(
-    prefix: str, source: str, target: str, format: str, size: int = 1024
-) -> Iterator[Block]:
-    """Yield the sentence pairs of one split in blocks.
+class ParallelText:
+    """The sentence pairs of one split, in one file or two.
 
     Args:
         prefix: for ``text``, ``prefix.source`` and ``prefix.target`` are read; for ``jsonl`` and
@@ -137,37 +130,56 @@ def read_blocks(
         source, target: the two languages; they are file endings for ``text``, keys for ``jsonl``,
             and names only for ``tsv`` (columns 1 and 2).
         format: one of `FORMATS`.
-        size: pairs in a block; the last may have fewer.
+
+    Attributes:
+        paths: the file of each side, or the one that holds both.
 
     Raises:
-        FastdissError: a file is missing or empty, or the sides have unequal line counts.
+        FastdissError: a file is missing.
     """
-    paths = _files(prefix, (source, target), format)
-    pair_of = None
-    if format != "text":
-        pair_of = partial(_json_pair, source, target) if format == "jsonl" else _tsv_pair
-    first = 1
-    blocks = zip_longest(*(_raw_lines(path, size) for path in paths), fillvalue=[])
-    for lines in blocks:
-        block = Block(paths, tuple(map(b"".join, lines)), first, pair_of)
-        if len(lines[0]) != len(lines[-1]):
-            block.sides()  # bytes that are no text may be why, and are told first
-            raise _unequal(paths, first - 1, chain([lines], blocks))
-        yield block
-        first += len(lines[0])
-    if first == 1:
-        raise FastdissError(f"{prefix}: the file is empty; at least one sentence is needed")
 
+    def __init__(self, prefix: str, source: str, target: str, format: str) -> None:
+        self.paths: tuple[Path, ...]
+        self._pair_of = None
+        if format == "text":
+            self.paths = tuple(_existing(prefix, f"{prefix}.{side}") for side in (source, target))
+        else:
+            self.paths = (_existing(prefix, prefix, f"{prefix}.{format}"),)
+            self._pair_of = partial(_json_pair, source, target) if format == "jsonl" else _tsv_pair
 
-def check_files(prefix: str, source: str, target: str, format: str) -> None:
-    """Check that the files of a split are there; see `read_blocks`."""
-    _files(prefix, (source, target), format)
+    def count(self) -> int:
+        """Count the pairs, all of whose files are looked through.
 
+        Raises:
+            FastdissError: a file is empty, or the sides have unequal line counts.
+        """
+        counts = {count_lines(path) for path in self.paths}
+        if len(counts) > 1 or 0 in counts:
+            deque(self.blocks(), maxlen=0)  # which says why
+        return counts.pop()
 
-def read_pairs(prefix: str, source: str, target: str, format: str) -> Iterator[tuple[str, str]]:
-    """Yield the (source, target) sentences of one split; see `read_blocks` and `Block.sides`."""
-    for block in read_blocks(prefix, source, target, format):
-        yield from zip(*(map(on_one_line, side) for side in block.sides()), strict=True)
+    def blocks(self, size: int = 1024) -> Iterator[Block]:
+        """Yield the pairs in blocks of ``size``; the last may have fewer.
+
+        Raises:
+            FastdissError: as `count`.
+        """
+        first = 1
+        blocks = zip_longest(*(_raw_lines(path, size) for path in self.paths), fillvalue=[])
+        for lines in blocks:
+            block = Block(self.paths, tuple(map(b"".join, lines)), first, self._pair_of)
+            if len(lines[0]) != len(lines[-1]):
+                block.sides()  # bytes that are no text may be why, and are told first
+                raise _unequal(self.paths, first - 1, chain([lines], blocks))
+            yield block
+            first += len(lines[0])
+        if first == 1:
+            raise FastdissError(f"{self.paths[0]} is empty; at least one sentence is needed")
+
+    def pairs(self) -> Iterator[tuple[str, str]]:
+        """Yield (source, target), line breaks within a field as blanks; see `Block.sides`."""
+        for block in self.blocks():
+            yield from zip(*(map(on_one_line, side) for side in block.sides()), strict=True)
 
 
 def on_one_line(text: str) -> str:
@@ -183,13 +195,6 @@ def read_references(path: Path) -> list[list[str]]:
     """
     several = path.name.removesuffix(".gz").endswith(".tsv")
     return [line.split("\t") if several else [line] for line in read_lines(path)]
-
-
-def _files(prefix: str, sides: tuple[str, ...], format: str) -> tuple[Path, ...]:
-    """Return the file of each side, or the one that holds both."""
-    if format == "text":
-        return tuple(_existing(prefix, f"{prefix}.{side}") for side in sides)
-    return (_existing(prefix, prefix, f"{prefix}.{format}"),)
 
 
 def _existing(prefix: str, *names: str) -> Path:
