@@ -150,7 +150,8 @@ def test_many_texts_at_once(many: list[str]) -> None:
         rows = tokenizer.encode_all(many)
         assert rows == [tokenizer.encode(text) for text in many]
         decoded = [tokenizer.decode(row) for row in rows]
-        different = [found != text for found, text in zip(decoded, many, strict=True)]
+        pairs = enumerate(zip(decoded, many, strict=True))
+        different = {i for i, (found, text) in pairs if found != text}
         assert tokenizer.altered(many, rows) == different
         assert tokenizer.lossless == (tokenizer in own)
 
@@ -160,7 +161,7 @@ def test_a_model_that_decodes_to_other_letters(tmp_path: Path) -> None:
     (tmp_path / "rules.tsv").write_text("65\t45\n")  # e becomes E
     tokenizer = foreign(denormalization_rule_tsv=str(tmp_path / "rules.tsv"))
     texts = ["eins", "acht"]
-    assert tokenizer.altered(texts, tokenizer.encode_all(texts)) == [True, False]
+    assert tokenizer.altered(texts, tokenizer.encode_all(texts)) == {0}
 
 
 def test_hash_is_that_of_the_bytes(tmp_path: Path) -> None:

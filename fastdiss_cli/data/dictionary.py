@@ -86,8 +86,8 @@ class Dictionary(Tokenizer):
     def encode_all(self, texts: list[str]) -> list[list[int]]:
         return list(map(self.encode, texts))
 
-    def altered(self, texts: list[str], rows: list[list[int]]) -> list[bool]:
-        """Tell of each text whether its words, written one after the other, are another."""
+    def altered(self, texts: list[str], rows: list[list[int]]) -> set[int]:
+        """Return the places of the texts that are not their words, one after the other."""
         words = self._symbols.__getitem__
-        pairs = zip(texts, rows, strict=True)
-        return [" ".join(map(words, row[:-1])) != text for text, row in pairs]
+        pairs = enumerate(zip(texts, rows, strict=True))
+        return {i for i, (text, row) in pairs if " ".join(map(words, row[:-1])) != text}

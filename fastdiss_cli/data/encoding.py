@@ -57,13 +57,17 @@ class BlockEncoder:
         self.dtype = dtype
 
     def encode(self, block: Block) -> Encoded:
-        sides = block.sides()
-        broken = sum("\n" in src or "\n" in tgt for src, tgt in zip(*sides, strict=True))
-        if broken:
-            sides = tuple(list(map(on_one_line, texts)) for texts in sides)
-        encoded = Encoded([], [], [], [], 0, broken)
-        altered = []
-        for tokenizer, texts in zip(self.tokenizers, sides, strict=True):
+        # the places of pairs; most blocks have none of them, which is seen at a glance
+        broken: set[int] = set()
+        empty: set[int] = set()
+        altered: set[int] = set()
+        encoded = Encoded([], [], [], [], 0, 0)
+        for tokenizer, texts in zip(self.tokenizers, block.sides(), strict=True):
+            if "\n" in "".join(texts):
+                broken |= {i for i, text in enumerate(texts) if "\n" in text}
+                texts = list(map(on_one_line, texts))
+            if "" in texts or any(map(str.isspace, texts)):
+                empty |= {i for i, text in enumerate(texts) if not text or text.isspace()}
             rows = tokenizer.encode_all(texts)
             sizes = np.fromiter(map(len, rows), np.int32, len(rows))
             flat = array(self.dtype.char)  # takes lists in half the time that numpy needs
@@ -73,11 +77,9 @@ class BlockEncoder:
             encoded.sizes.append(sizes)
             encoded.tokens.append(tokens)
             encoded.unknown.append(int(np.count_nonzero(tokens == tokenizer.unk)))
-            altered.append(tokenizer.altered(texts, rows))
-        pairs = zip(*(map(str.strip, texts) for texts in sides), strict=True)
-        numbered = enumerate(pairs, start=block.first)
-        encoded.empty = [number for number, (src, tgt) in numbered if not src or not tgt]
-        encoded.altered = sum(map(any, zip(*altered, strict=True)))
+            altered |= tokenizer.altered(texts, rows)
+        encoded.empty = [block.first + place for place in sorted(empty)]
+        encoded.altered, encoded.broken = len(altered), len(broken)
         return encoded
 
 

@@ -70,8 +70,8 @@ class Tokenizer(ABC):
         """Return what `encode` does for each text."""
 
     @abstractmethod
-    def altered(self, texts: list[str], rows: list[list[int]]) -> list[bool]:
-        """Tell of each text whether something of it is lost in its ids, which are given too."""
+    def altered(self, texts: list[str], rows: list[list[int]]) -> set[int]:
+        """Return the places of the texts of which something is lost in their ids, ``rows``."""
 
 
 class SentencePiece(Tokenizer):
@@ -116,24 +116,29 @@ class SentencePiece(Tokenizer):
 
     def encode_all(self, texts: list[str]) -> list[list[int]]:
         """Return what `encode` does for each text; all at once take two thirds of the time."""
-        rows = self._sp.encode(texts, num_threads=1)
-        for row in rows:
-            row.append(self.eos)
+        has_eos = self._sp.eos_id() >= 0
+        rows = self._sp.encode(texts, add_eos=has_eos, num_threads=1)
+        if not has_eos:
+            for row in rows:
+                row.append(self.eos)
         return rows
 
-    def altered(self, texts: list[str], rows: list[list[int]]) -> list[bool]:
-        """Tell of each text whether its ids decode to another one.
+    def altered(self, texts: list[str], rows: list[list[int]]) -> set[int]:
+        """Return the places of the texts whose ids decode to another one.
 
         Decoding takes half as long as encoding. So it is left for the texts that are not what
         is written on their pieces, one after the other.
         """
         if self.lossless:
-            return [_SPACE in text for text in texts]
+            if _SPACE not in "".join(texts):
+                return set()
+            return {i for i, text in enumerate(texts) if _SPACE in text}
         written = self._written.__getitem__
-        return [
-            "".join(map(written, row)) != f" {text}" and self.decode(row) != text
-            for text, row in zip(texts, rows, strict=True)
-        ]
+        return {
+            i
+            for i, (text, row) in enumerate(zip(texts, rows, strict=True))
+            if "".join(map(written, row)) != f" {text}" and self.decode(row) != text
+        }
 
     @property
     def lossless(self) -> bool:
