@@ -95,7 +95,8 @@ def main() -> None:
     except UsageError as error:
         of = " ".join(["fastdiss", *(word for word in words[:1] if word in COMMANDS)])
         said = " ".join(error.format_message().removeprefix("Invalid value: ").split())
-        logs.error(f"{said.removesuffix('.')} (see `{of} --help`)")
+        if os.environ.get("RANK", "0") == "0":  # all ranks have the same
+            logs.error(f"{said.removesuffix('.')} (see `{of} --help`)")
         sys.exit(2)
     except FastdissError as error:
         logs.error(str(error))

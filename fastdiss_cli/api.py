@@ -183,7 +183,7 @@ class Translator:
                 )
         if decoding.get("self_cond") == "gold":
             raise FastdissError("self_cond='gold' needs the answers: `fastdiss generate` has them")
-        run = Run(build(self.model.Decoding, decoding, "generate"))
+        run = Run(build(self.model.Decoding, decoding))
         if sentences:
             sources = [self.src_tokenizer.encode(sentence) for sentence in sentences]
             select = with_runners_up(select, run.options.candidates - 1)

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 import yaml
 
-from fastdiss_cli.errors import FastdissError, suggest
+from fastdiss_cli.errors import FastdissError, OptionError, suggest
 
 C = TypeVar("C")
 SECTIONS = ("model", "train")
@@ -120,25 +120,31 @@ def idle(config: Any) -> set[str]:
 
 
 def require(config: object, key: str, holds: bool, what: str) -> None:
-    """Raise a FastdissError unless a configuration value is in its range."""
+    """Raise an OptionError unless a configuration value is in its range."""
     if not holds:
-        raise FastdissError(f"{key} must be {what}, not {getattr(config, key)!r}")
+        raise OptionError(key, f"must be {what}, not {getattr(config, key)!r}")
 
 
 def one_of(config: object, key: str, choices: Sequence[str]) -> None:
-    """Raise a FastdissError unless a configuration value is one of the choices."""
+    """Raise an OptionError unless a configuration value is one of the choices."""
     value = getattr(config, key)
     if value not in choices:
         hint = suggest(value, choices)
-        raise FastdissError(f"{key} must be one of {', '.join(choices)}, not {value!r}{hint}")
+        raise OptionError(key, f"must be one of {', '.join(choices)}, not {value!r}{hint}")
 
 
-def build(cls: type[C], values: Mapping[str, Any], section: str) -> C:
+def build(cls: type[C], values: Mapping[str, Any], section: str = "") -> C:
     """Make a configuration from untyped values; what is not given keeps its default.
 
+    Args:
+        cls: its dataclass.
+        values: by the name of the field.
+        section: of `SECTIONS`, in front of the names of options in errors.
+
     Raises:
-        FastdissError: an unknown key (with the closest known one), a wrong type or range.
+        OptionError: an unknown key (with the closest known one), a wrong type or range.
     """
+    prefix = section and f"{section}."
     hints = typing.get_type_hints(cls)
     known = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
     typed = {}
@@ -147,12 +153,17 @@ def build(cls: type[C], values: Mapping[str, Any], section: str) -> C:
             hint = suggest(str(key), known)
             if section == "model" and key in TrainConfig.__dataclass_fields__:
                 hint = f"; it is train.{key}"
-            if not hint:
-                network = ", and under `model` those of the network" if section == "train" else ""
-                hint = f"; there are {', '.join(known)}{network}"
-            raise FastdissError(f"unknown option {section}.{key}{hint}")
-        typed[key] = _convert(value, hints[key], f"{section}.{key}")
-    return cls(**typed)
+            elif not hint and section:
+                other = f", or it is model.{key}" if section == "train" else ""
+                hint = f"; `fastdiss models ARCH` lists all{other}"
+            elif not hint:
+                hint = f"; there are {', '.join(known)}"
+            raise OptionError(f"{prefix}{key}", f"is no option{hint}")
+        typed[key] = _convert(value, hints[key], f"{prefix}{key}")
+    try:
+        return cls(**typed)
+    except OptionError as error:
+        raise OptionError(f"{prefix}{error.option}", error.reason) from None
 
 
 def read_recipe(path: Path | None) -> dict[str, dict[str, Any]]:
@@ -203,7 +214,7 @@ def _convert(value: Any, hint: Any, name: str) -> Any:
         if isinstance(value, (list, tuple)) and (variadic or len(value) == len(parts)):
             return tuple(_convert(v, parts[0], name) for v in value)
         what = "a list" if variadic else f"a list of {len(parts)} values"
-        raise FastdissError(f"{name} must be {what}, not {_shown(value)}")
+        raise OptionError(name, f"must be {what}, not {_shown(value)}")
     if hint is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
         try:  # YAML 1.1 takes 5e-4 for a string
             number = float(value)
@@ -216,10 +227,12 @@ def _convert(value: Any, hint: Any, name: str) -> Any:
     elif isinstance(value, hint) and (hint is bool or not isinstance(value, bool)):
         return value
     what = {float: "a number", int: "a whole number", bool: "true or false", str: "a word"}[hint]
-    raise FastdissError(f"{name} must be {what}, not {_shown(value)}")
+    raise OptionError(name, f"must be {what}, not {_shown(value)}")
 
 
 def _shown(value: Any) -> str:
     """Return a value for a message, cut: a few aliases of YAML can stand for a billion words."""
+    if value is None:
+        return "empty"
     text = reprlib.repr(value)
     return text if len(text) <= 100 else f"{text[:97]}..."

@@ -1,4 +1,4 @@
-"""The one exception that means: the user can mend this."""
+"""The exceptions that mean: the user can mend this."""
 
 from __future__ import annotations
 
@@ -14,6 +14,19 @@ class FastdissError(Exception):
 
     def __str__(self) -> str:  # what it quotes, such as the name of a file, may hold line breaks
         return " ".join(super().__str__().splitlines())
+
+
+class OptionError(FastdissError):
+    """An option that cannot have its value; a command says by which of its flags it was given.
+
+    Attributes:
+        option: its name, after its section and a dot where it has one.
+        reason: what its value must be.
+    """
+
+    def __init__(self, option: str, reason: str) -> None:
+        super().__init__(f"{option} {reason}")
+        self.option, self.reason = option, reason
 
 
 def suggest(name: str, known: Iterable[str]) -> str:

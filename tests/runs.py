@@ -41,7 +41,8 @@ def start(data_bin: Path, save_dir: Path, arch: str = "fastdiss_tiny", **options
     config = build(TrainConfig, {**OPTIONS, **options}, "train")
     dataset = BinarizedDataset(data_bin)
     where = (dataset, save_dir, Processes(CPU))
-    return Training(architecture(arch), network, config, *where, accept, begin_with)
+    chosen = architecture(arch)
+    return Training(chosen, chosen.config(network), config, *where, accept, begin_with)
 
 
 def command(data_bin: Path, save_dir: Path, arch: str = "fastdiss_tiny", **options: object):

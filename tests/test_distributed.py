@@ -354,6 +354,12 @@ def slow_clock(rank: int) -> None:
     SequenceGenerator.decode = decode
 
 
+def test_wrong_usage_is_told_once(data_bin: Path, tmp_path: Path) -> None:
+    first, second = run_ranks(2, *command(data_bin, tmp_path / "c"), "--lr", "-1")
+    assert "--lr must be above 0" in one_line_error(first, code=2)
+    assert (second.returncode, second.stderr) == (2, "")
+
+
 def test_half_of_torchrun_is_one_line(
     data_bin: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

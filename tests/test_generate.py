@@ -312,7 +312,7 @@ def test_an_option_that_a_checkpoint_does_not_know_is_as_before_it(
     [
         (["--input=-", "--gen-subset", "valid"], "--gen-subset is of a dataset"),
         (["--input=-", "--mbr-metric", "chrf", "--select", "score"], "--mbr-metric is of"),
-        (["--input=-", "--solver", "euler"], "--solver must be one of"),
+        (["--input=-", "--solver", "euler"], "'euler' is none of ddpm, ddim, dpm-solver++"),
         (["--input=-", "--solver=ddim", "--temperature=1"], "--temperature must be 0 with ddim"),
         (["data", "--self-cond=gold", "--length-beam=3"], "--length-beam must be 1 with"),
         (["data", "--diagnose", "--buffer-size", "3"], "without --buffer-size"),

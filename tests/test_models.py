@@ -512,7 +512,9 @@ def test_an_unknown_architecture_suggests_the_closest() -> None:
 
 
 def test_an_unknown_option_suggests_the_closest() -> None:
-    with pytest.raises(FastdissError, match=r"model.nois_factor; did you mean 'noise_factor'"):
+    with pytest.raises(
+        FastdissError, match=r"model.nois_factor is no option; did you mean 'noise_factor'"
+    ):
         architecture("difformer_tiny").config({"nois_factor": 3})
 
 

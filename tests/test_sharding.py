@@ -203,7 +203,7 @@ def test_what_cannot_be_sharded_is_refused(
     data_bin: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     refused = command(data_bin, tmp_path, shard=True, compile=True)
-    one_line_error(run_cli(*refused), "shard must be false with compile")
+    one_line_error(run_cli(*refused), "--set train.shard must be false with compile", code=2)
     monkeypatch.setenv("WORLD_SIZE", "2")
     processes = Processes(torch.device("cpu"))
     with pytest.raises(FastdissError, match="this model has none"):

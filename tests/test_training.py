@@ -222,11 +222,11 @@ def test_resuming_with_fewer_batches_an_epoch_goes_on_in_the_next(
     config = build(
         TrainConfig, {"max_tokens": 100_000, "max_update": 22, "valid_sentences": 0}, "train"
     )
-    network = dict(NETWORK, latent_dim=8)
+    arch = architecture("fastdiss_tiny")
+    network = arch.config(dict(NETWORK, latent_dim=8))
     training = Training(
-        architecture("fastdiss_tiny"), network, config, dataset, tmp_path, Processes(CPU),
-        accept_changes=True,
-    )  # fmt: skip
+        arch, network, config, dataset, tmp_path, Processes(CPU), accept_changes=True
+    )
     assert training.run() == 0 and training.progress.epoch == 3
 
 
@@ -595,3 +595,15 @@ def test_a_lock_that_its_holder_removes_meanwhile_is_none(
     monkeypatch.setattr(fcntl, "lockf", late)
     with occupied(tmp_path):
         assert (tmp_path / ".lock").exists()
+
+
+def test_sentences_beyond_the_size_of_a_batch_are_told(
+    data_bin: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sides = BinarizedDataset(data_bin)["train"]
+    count = int((np.maximum(sides["src"].sizes, sides["tgt"].sizes) > 30).sum())
+    start(data_bin, tmp_path, max_tokens=30)
+    told = f"train: {count} sentence pairs are longer than --max-tokens = 30"
+    assert count and told in capsys.readouterr().err
+    start(data_bin, tmp_path / "wide", max_tokens=100)
+    assert "longer than" not in capsys.readouterr().err

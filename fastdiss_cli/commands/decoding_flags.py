@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from fastdiss_cli.errors import FastdissError
+from fastdiss_cli.errors import FastdissError, OptionError
 
 if TYPE_CHECKING:
     from fastdiss_cli.models.registry import Seq2SeqModel
@@ -95,9 +95,8 @@ def decoding_options(model: Seq2SeqModel, arch: str, given: dict[str, Any]) -> A
             raise typer.BadParameter(f"{_flag(key)} does not apply to {arch}, which has {there}")
     try:
         return model.Decoding(**given)
-    except FastdissError as error:  # it begins with the option's name
-        name, _, rest = str(error).partition(" ")
-        raise typer.BadParameter(f"{_flag(name)} {rest}") from None
+    except OptionError as error:
+        raise typer.BadParameter(f"{_flag(error.option)} {error.reason}") from None
 
 
 def _flag(option: str) -> str:

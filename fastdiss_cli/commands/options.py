@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from fastdiss_cli.errors import suggest
 from fastdiss_cli.models import FAMILIES, SIZES
 
 PICTURE_FORMATS = (".png", ".svg", ".pdf")
@@ -44,7 +45,16 @@ def choice(words: Sequence[str], help: str, panel: Mapping[str, str] = MappingPr
         panel: of the help.
     """
     named = f"{', '.join(words[:-1])} or {words[-1]}"
-    return typer.Option(help=help.format(named), autocompletion=_completer(words), **panel)
+
+    def check(value: str | None) -> str | None:
+        if value is not None and value not in words:
+            raise typer.BadParameter(
+                f"{value!r} is none of {', '.join(words)}{suggest(value, words)}"
+            )
+        return value
+
+    completed = {"autocompletion": _completer(words), "callback": check}
+    return typer.Option(help=help.format(named), **completed, **panel)
 
 
 def complete_architecture(incomplete: str) -> list[str]:

@@ -20,7 +20,7 @@ from fastdiss_cli import logs
 from fastdiss_cli.commands.options import choice
 from fastdiss_cli.data.text import FORMATS, ParallelText
 from fastdiss_cli.data.tokenizer import MODEL_TYPES, Tokenizer, load_tokenizer, train_tokenizer
-from fastdiss_cli.errors import FastdissError, suggest
+from fastdiss_cli.errors import FastdissError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -95,8 +95,6 @@ def preprocess(
     def given(name: str) -> bool:
         return "DEFAULT" not in context.get_parameter_source(name).name
 
-    _check_choice("--format", format, FORMATS)
-    _check_choice("--model-type", model_type, MODEL_TYPES)
     for flag, names in (
         ("--trainpref", trainpref),
         ("--validpref", validpref),
@@ -183,13 +181,6 @@ def preprocess(
         dataset = open_dataset(destdir, *languages, verify=True)
         pairs = sum(len(sides["src"]) for sides in dataset.splits.values())
         logs.info(f"{destdir}: {pairs:,} sentence pairs intact")
-
-
-def _check_choice(flag: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise typer.BadParameter(
-            f"{flag} {value}: choose from {', '.join(choices)}{suggest(value, choices)}"
-        )
 
 
 def _splits(train: str | None, valid: str | None, test: str | None) -> dict[str, str]:

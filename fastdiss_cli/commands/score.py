@@ -15,7 +15,7 @@ import typer
 
 from fastdiss_cli import logs
 from fastdiss_cli.commands.options import choice, drawable
-from fastdiss_cli.errors import FastdissError, suggest
+from fastdiss_cli.errors import FastdissError, OptionError, suggest
 
 if TYPE_CHECKING:
     from fastdiss_cli.decoding.output import Generated
@@ -128,8 +128,6 @@ def score(
     wanted = _names(metrics)
     if paired_test is not None and paired is None:
         raise typer.BadParameter("--paired-test needs --paired BASELINE")
-    if paired_test not in (None, *TESTS):
-        raise typer.BadParameter(f"--paired-test {paired_test}: choose from {', '.join(TESTS)}")
     options: dict[str, dict[str, Any]] = {}
     for flag, value, metric, name in (
         ("--tokenize", tokenize, "bleu", "tokenize"),
@@ -238,11 +236,14 @@ def _score(
     from fastdiss_cli import metrics
 
     columns: dict[str, list[Result]] = {}
-    used = {
-        name: metrics.METRICS[name](**options.get(name, {}))
-        for name in wanted
-        if name in AGAINST_REFERENCES
-    }
+    try:
+        used = {
+            name: metrics.METRICS[name](**options.get(name, {}))
+            for name in wanted
+            if name in AGAINST_REFERENCES
+        }
+    except OptionError as error:
+        raise typer.BadParameter(f"--{error}") from None
     if test is not None and used:
         hypotheses = [system.hypotheses for system in systems]
         tested = metrics.paired_test(hypotheses, streams, used, test)

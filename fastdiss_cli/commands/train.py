@@ -18,6 +18,7 @@ from fastdiss_cli.commands.options import (
     complete_architecture,
 )
 from fastdiss_cli.config import TrainConfig, build, parse_settings, read_recipe
+from fastdiss_cli.errors import FastdissError, OptionError
 
 TRAIN_FIELDS = {field.name: field for field in dataclasses.fields(TrainConfig)}
 OPTIMISATION = {"rich_help_panel": "Optimisation (a recipe changes the defaults)"}
@@ -129,17 +130,25 @@ def train(
     from fastdiss_cli.training.save_dir import BEST, LAST, occupied
 
     keep_freed_memory()
-    recipe, settings = read_recipe(config), parse_settings(set_ or [])
+    recipe = read_recipe(config)
+    try:
+        settings = parse_settings(set_ or [])
+    except FastdissError as error:
+        raise typer.BadParameter(str(error)) from None
     options = {s: {**recipe[s], **flags[s], **settings[s]} for s in ("model", "train")}
-    train_config = build(TrainConfig, options["train"], "train")
-    chosen = architecture(train_config.arch, user_module)
+    try:
+        train_config = build(TrainConfig, options["train"], "train")
+        chosen = architecture(train_config.arch, user_module)
+        model_config = chosen.config(options["model"])
+    except OptionError as error:
+        raise _as_given(error, config, recipe, flags, settings) from None
     with Processes(pick_device(device)) as processes, ExitStack() as held:
         if processes.rank == 0:
             held.enter_context(occupied(save_dir))
         dataset = open_dataset(data, source_lang, target_lang, verify=processes.rank == 0)
         training = Training(
             chosen,
-            options["model"],
+            model_config,
             train_config,
             dataset,
             save_dir,
@@ -176,6 +185,22 @@ def train(
         best = f"; best validation {measure} {abs(progress.best):.2f} at {progress.best_update:,}"
         file = save_dir / BEST
     logs.info(f"done after update {progress.update:,}{best}; the model is {file}")
+
+
+def _as_given(
+    error: OptionError,
+    path: Path | None,
+    recipe: dict[str, dict[str, Any]],
+    flags: dict[str, dict[str, Any]],
+    settings: dict[str, dict[str, Any]],
+) -> Exception:
+    """Say where a wrong option was given; on the command line it is wrong usage."""
+    section, _, key = error.option.partition(".")
+    if key in settings[section]:
+        return typer.BadParameter(f"--set {error}")
+    if key in flags[section]:
+        return typer.BadParameter(f"--{key.replace('_', '-')} {error.reason}")
+    return FastdissError(f"{path}: {error}") if key in recipe[section] else error
 
 
 def _plan(config: TrainConfig, validates: bool) -> str:

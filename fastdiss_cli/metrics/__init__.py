@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from sacrebleu.metrics import BLEU, CHRF, TER
 from sacrebleu.metrics.base import Metric
 
-from fastdiss_cli.errors import FastdissError, suggest
+from fastdiss_cli.errors import FastdissError, OptionError, suggest
 from fastdiss_cli.metrics.diversity import Distinct, Diversity, SelfBLEU, SentenceDistinct
 from fastdiss_cli.metrics.rates import SER, WER, Repetition
 from fastdiss_cli.metrics.similarity import ROUGES, BERTScore
@@ -20,13 +20,12 @@ def bleu(tokenize: str = "13a", lowercase: bool = False) -> BLEU:
         tokenize: the name of a tokenizer that sacreBLEU knows.
 
     Raises:
-        FastdissError: it knows none of this name, or what the tokenizer needs is not there.
+        OptionError: it knows none of this name.
+        FastdissError: what the tokenizer needs is not there.
     """
     if tokenize not in BLEU.TOKENIZERS:
-        raise FastdissError(
-            f"--tokenize {tokenize}: sacreBLEU knows {', '.join(BLEU.TOKENIZERS)}"
-            f"{suggest(tokenize, BLEU.TOKENIZERS)}"
-        )
+        known = f"{', '.join(BLEU.TOKENIZERS)}, not {tokenize!r}"
+        raise OptionError("tokenize", f"must be one of {known}{suggest(tokenize, BLEU.TOKENIZERS)}")
     try:
         return BLEU(tokenize=tokenize, lowercase=lowercase)
     except OSError as error:

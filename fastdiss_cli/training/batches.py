@@ -37,4 +37,10 @@ def make_batcher(
             f"{split}: {batcher.left_out:,} of {len(files['src']):,} sentence pairs are longer "
             f"than train.max_positions = {config.max_positions} tokens and are left out"
         )
+    large = int((batcher.lengths[batcher.sentences] > config.max_tokens).sum())
+    if large:
+        logs.warn(
+            f"{split}: {large:,} sentence pairs are longer than --max-tokens = "
+            f"{config.max_tokens}: each is a batch of its own, and larger than that"
+        )
     return batcher

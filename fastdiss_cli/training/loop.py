@@ -51,7 +51,7 @@ class Training:
 
     Args:
         arch: the architecture.
-        model_overrides: options of the model that differ from the architecture's.
+        model_config: options of the model, as `Architecture.config` returns them.
         config: everything else.
         dataset: with splits ``train`` and, for validation, ``valid``.
         save_dir: where the checkpoints and ``metrics.jsonl`` are.
@@ -63,7 +63,7 @@ class Training:
     def __init__(
         self,
         arch: Architecture,
-        model_overrides: dict[str, Any],
+        model_config: Any,
         config: TrainConfig,
         dataset: BinarizedDataset,
         save_dir: Path,
@@ -79,7 +79,7 @@ class Training:
         if not resumed:
             refuse_others(save_dir)
         weights = None if resumed else begin_with
-        self.state = TrainState(arch, model_overrides, config, dataset, processes, weights)
+        self.state = TrainState(arch, model_config, config, dataset, processes, weights)
         if resumed:
             self.state.resume(save_dir, accept_changes)
         save_dir.mkdir(parents=True, exist_ok=True)

@@ -52,7 +52,7 @@ class TrainState:
 
     Args:
         arch: the architecture.
-        model_overrides: options of the model that differ from the architecture's.
+        model_config: options of the model, as `Architecture.config` returns them.
         config: everything else.
         dataset: whose tokenizers the model has.
         processes: this process among the others.
@@ -62,14 +62,14 @@ class TrainState:
     def __init__(
         self,
         arch: Architecture,
-        model_overrides: dict[str, Any],
+        model_config: Any,
         config: TrainConfig,
         dataset: BinarizedDataset,
         processes: Processes,
         begin_with: Path | None = None,
     ) -> None:
         self.arch, self.config, self.dataset, self.processes = arch, config, dataset, processes
-        self.model_config = arch.config(model_overrides)
+        self.model_config = model_config
         seed_everything(config.seed, "initialise")
         self.model = self._new_model()
         if begin_with is not None:
