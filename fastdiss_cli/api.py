@@ -22,7 +22,6 @@ from fastdiss_cli.decoding.selection import (
 )
 from fastdiss_cli.device import pick_device, pick_dtype
 from fastdiss_cli.errors import FastdissError, suggest
-from fastdiss_cli.models import OBSERVING
 from fastdiss_cli.models.registry import Hypothesis, Seq2SeqModel
 from fastdiss_cli.training.checkpoint import load_model
 
@@ -78,6 +77,10 @@ class GenerateOptions(TypedDict, total=False):
     mbr_metric: str
     reranker: Translator
     max_tokens: int
+
+
+_OF_ALL_MODELS = ("select", "mbr_metric", "reranker", "max_tokens")
+_OBSERVING = ("history", "diagnose")  # fields of a `Decoding` that show more and change no answer
 
 
 @dataclass(frozen=True)
@@ -174,7 +177,7 @@ class Translator:
         method = method or self.model.default_select
         select = selector(method, metric, self.tgt_tokenizer, reranker and reranker.model)
         fields = [field.name for field in dataclasses.fields(self.model.Decoding)]
-        known = [name for name in fields if name not in OBSERVING]
+        known = [name for name in (*fields, *_OF_ALL_MODELS) if name not in _OBSERVING]
         for name in decoding:
             if name not in known:
                 raise FastdissError(

@@ -106,7 +106,7 @@ def test_candidates_are_all_with_the_chosen_one_first(
         ({"beam": 3}, "no option 'beam'"),
         ({"history": True}, "no option 'history'"),
         ({"steps": "5"}, "steps must be a whole number, not '5'"),
-        ({"steps": 0}, "steps must be from 1 to 100000"),
+        ({"steps": 0}, "steps must be from 1 to 10000,"),
         ({"solver": "euler"}, "solver must be one of ddpm"),
         ({"temperature": "cold"}, "temperature must be a number, not 'cold'"),
         ({"temperature": 0.5, "solver": "ddim"}, "temperature must be 0 with ddim"),

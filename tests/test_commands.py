@@ -192,6 +192,13 @@ def test_beam_search_through_the_same_command(data_bin: Path, transformer: Path)
     assert done.returncode == 0 and "beam=2" in done.stdout.splitlines()[-1]
 
 
+def test_an_empty_file_has_no_answers_and_is_told(fastdiss: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").touch()
+    done = run_cli("generate", "--path", fastdiss, "--input", tmp_path / "empty", "--plain")
+    assert (done.returncode, done.stdout) == (0, "")
+    assert f"warning: {tmp_path / 'empty'} is empty" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

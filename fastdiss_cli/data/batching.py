@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -168,7 +168,3 @@ class TokenBatcher:
         src_tokens, src_layout = _stack(src.gather(sentences), src.sizes[sentences], self.src_pad)
         tgt_tokens, tgt_layout = _stack(tgt.gather(sentences), tgt.sizes[sentences], self.tgt_pad)
         return Batch(src_tokens, src_layout, tgt_tokens, tgt_layout)
-
-    def batches(self, epoch: int) -> Iterator[Batch]:
-        """Yield this rank's batches of an epoch."""
-        return map(self.collate, self.epoch(epoch))

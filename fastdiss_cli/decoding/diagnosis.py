@@ -87,6 +87,7 @@ def by_time(
     """
     device = next(model.parameters()).device
     ways = {"nothing": None, "fresh": 0.0, "stale": 1 / steps}
+    batches = batcher.epoch(0)
     table = []
     for bucket in range(BUCKETS):
         t = (bucket + 0.5) / BUCKETS
@@ -95,7 +96,7 @@ def by_time(
             if gap is not None and (t + gap > 1 or not model.self_conditioned):
                 continue
             mse = anchor = tokens = 0.0
-            for number, batch in enumerate(batcher.batches(epoch=0)):
+            for number, batch in enumerate(map(batcher.collate, batches)):
                 seed_everything(1, "diagnose", bucket, number)  # the same noise in every way
                 with autocast(device, dtype):
                     losses = model.losses_at(batch.to(device), t, gap)

@@ -71,6 +71,8 @@ def text_input(input: str, src: Tokenizer, window: int) -> Input:
     if input != "-":
         path = Path(input)
         total = count_lines(path) if path.is_file() else None  # a named pipe can be read once
+        if total == 0:
+            logs.warn(f"{path} is empty")
         return Input(_windows(_ids(read_lines(path), src), window or WINDOW), total)
     if window:
         lines = decode_lines(sys.stdin.buffer, "stdin")

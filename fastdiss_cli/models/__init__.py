@@ -3,8 +3,6 @@
 from typing import Any
 
 FAMILIES = ("transformer", "difformer", "fastdiss")  # modules of this package, in this order
-# options of decoding that watch it and change no answer
-OBSERVING = ("history", "diagnose")
 # options of `layers.NetworkConfig`
 SIZES: dict[str, dict[str, Any]] = {
     "tiny": dict(model_dim=128, ffn_dim=512, heads=2, encoder_layers=2, decoder_layers=2),

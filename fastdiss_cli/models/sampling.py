@@ -53,7 +53,7 @@ class DiffusionDecoding:
     diagnose: bool = False  # history with the gap between told and fresh estimates
 
     def __post_init__(self) -> None:
-        require(self, "steps", 1 <= self.steps <= 100_000, "from 1 to 100000")
+        require(self, "steps", 1 <= self.steps <= 10_000, "from 1 to 10000")
         require(self, "length_beam", self.length_beam >= 1, "at least 1")
         require(self, "noise_beam", self.noise_beam >= 1, "at least 1")
         one_of(self, "solver", tuple(SOLVERS))

@@ -43,13 +43,13 @@ def validation_loss(
     """
     sums: dict[str, float] = {}
     tokens = 0
-    device, batches = processes.device, len(batcher.rounds(epoch=0))
-    for number, batch in enumerate(batcher.batches(epoch=0)):
-        show(f"{number:,}/{batches:,} batches")
+    batches = batcher.epoch(0)
+    for number, batch in enumerate(map(batcher.collate, batches)):
+        show(f"{number:,}/{len(batches):,} batches")
         seed_everything(config.seed, "valid", processes.rank, number)
         with processes.attempt(f"the validation of {len(batch.src_tokens)} sentences") as tried:
-            with autocast(device, dtype):
-                loss = model.loss(batch.to(device), update)
+            with autocast(processes.device, dtype):
+                loss = model.loss(batch.to(processes.device), update)
             means = {"loss": loss.total, **loss.parts}
             for name, mean in zip(means, torch.stack([*means.values()]).tolist(), strict=True):
                 sums[name] = sums.get(name, 0.0) + mean * batch.num_tgt_tokens
