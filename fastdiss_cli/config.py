@@ -175,7 +175,10 @@ def read_recipe(path: Path | None) -> dict[str, dict[str, Any]]:
     except OSError as error:
         raise FastdissError(f"{path}: {error.strerror}") from None
     except _NOT_YAML as error:
-        raise FastdissError(f"{path} is no recipe: {' '.join(str(error).split())}") from None
+        reason = " ".join(str(error).split())
+        if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
+            reason = f"line {error.problem_mark.line + 1}: {error.problem}"
+        raise FastdissError(f"{path} is no recipe: {reason}") from None
     if not isinstance(recipe, dict):
         raise FastdissError(f"{path}: a recipe is a mapping with the sections model and train")
     for section, values in recipe.items():

@@ -57,6 +57,22 @@ def test_an_option_that_is_there_twice_is_told(tmp_path: Path) -> None:
     assert read_recipe(path) == {"model": {"dropout": 0.2}, "train": {"dropout": 0.2}}
 
 
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("train:\n  lr: [1\n  seed: 2\n", "line 3: expected ',' or ']', but got ':'"),
+        ("train:\n\tlr: 1\n", "line 2: found character"),
+        ("train: *x\n", "line 1: found undefined alias 'x'"),
+    ],
+)
+def test_what_is_no_yaml_is_told_by_its_line(tmp_path: Path, text: str, told: str) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    with pytest.raises(FastdissError) as failed:
+        read_recipe(path)
+    assert str(failed.value).startswith(f"{path} is no recipe: {told}")
+
+
 def test_an_option_in_the_wrong_section_is_told() -> None:
     with pytest.raises(FastdissError, match=r"model.lr is no option; it is train.lr$"):
         architecture("fastdiss_tiny").config({"lr": 1})

@@ -216,8 +216,14 @@ def _open(path: Path) -> Iterator[IO[bytes]]:
     try:
         with open(path, "rb") if path.suffix != ".gz" else BufferedReader(gzip.open(path)) as file:
             yield file
-    except (OSError, EOFError, zlib.error) as error:
-        raise FastdissError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
+    except gzip.BadGzipFile as error:
+        if str(error).startswith("Not a gzipped file"):
+            raise FastdissError(f"{path} is not gzipped: its name must not end in .gz") from None
+        raise FastdissError(f"{path} is damaged: {error}") from None
+    except (EOFError, zlib.error) as error:
+        raise FastdissError(f"{path} is damaged: {error}") from None
+    except OSError as error:
+        raise FastdissError(f"{path}: {error.strerror or error}") from None
 
 
 def _raw_lines(path: Path, size: int) -> Iterator[list[bytes]]:

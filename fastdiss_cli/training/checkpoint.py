@@ -143,9 +143,13 @@ class Checkpoint:
                     digest = _digest(about.get("facts", ""), tensors)
         # RuntimeError, TypeError: number types that torch knows and cannot handle
         except (OSError, SafetensorError, ValueError, RuntimeError, TypeError) as error:
+            if not _begins_as_safetensors(path):
+                raise FastdissError(
+                    f"{path} is no checkpoint: give a .safetensors file of `fastdiss train`"
+                ) from None
             reason = str(error).removeprefix("Error while deserializing header: ")
             raise FastdissError(
-                f"{path} is damaged, or no checkpoint ({reason}): take another one of its folder"
+                f"{path} is damaged ({reason}): take another one of its folder"
             ) from None
         if version is None:
             raise FastdissError(f"{path} is a safetensors file, but not a fastdiss checkpoint")
@@ -172,6 +176,15 @@ class Checkpoint:
             raise FastdissError(
                 f"{path} is damaged: its facts are incomplete ({type(error).__name__}: {error})"
             ) from None
+
+
+def _begins_as_safetensors(path: Path) -> bool:
+    """Tell whether a file begins with the length of a header, and the header as JSON does."""
+    try:
+        with open(path, "rb") as file:
+            return file.read(9)[8:] == b"{"
+    except OSError:
+        return True
 
 
 def update_of(path: Path) -> int | None:
@@ -290,6 +303,6 @@ def _digest(text: str, tensors: dict[str, Tensor]) -> str:
     digest = hashlib.sha256(text.encode())
     for name, tensor in tensors.items():
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        array = tensor.cpu().flatten().view(torch.uint8).numpy() if tensor.numel() else b""
-        digest.update(np.ascontiguousarray(array) if tensor.numel() else b"")
+        if tensor.numel():
+            digest.update(np.ascontiguousarray(tensor.cpu().flatten().view(torch.uint8).numpy()))
     return digest.hexdigest()
