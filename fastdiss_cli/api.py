@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, TypedDict
 import torch
 
 from fastdiss_cli.config import build
-from fastdiss_cli.data.tokenizer import Tokenizer
 from fastdiss_cli.decoding.generation import Run, SequenceGenerator, default_max_tokens
 from fastdiss_cli.decoding.output import hypothesis_text, reference_streams
 from fastdiss_cli.decoding.selection import (
@@ -22,8 +21,8 @@ from fastdiss_cli.decoding.selection import (
 )
 from fastdiss_cli.device import pick_device, pick_dtype
 from fastdiss_cli.errors import FastdissError, suggest
-from fastdiss_cli.models.registry import Hypothesis, Seq2SeqModel
-from fastdiss_cli.training.checkpoint import load_model
+from fastdiss_cli.models.registry import Hypothesis
+from fastdiss_cli.training.checkpoint import Loaded, load_model
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack  # of Python 3.11
@@ -114,19 +113,16 @@ class Score:
         return self.line
 
 
-@dataclass
+@dataclass(repr=False)
 class Translator:
     """A loaded model with its tokenizers."""
 
-    model: Seq2SeqModel = dataclasses.field(repr=False)
-    src_tokenizer: Tokenizer = dataclasses.field(repr=False)
-    tgt_tokenizer: Tokenizer = dataclasses.field(repr=False)
+    loaded: Loaded
     dtype: torch.dtype = torch.float32
-    languages: tuple[str, str] = ("", "")  # source and target, as `preprocess` was told them
 
-    @property
-    def _tokenizers(self) -> tuple[Tokenizer, Tokenizer]:
-        return self.src_tokenizer, self.tgt_tokenizer
+    def __repr__(self) -> str:
+        source, target = self.loaded.languages
+        return f"<Translator {self.loaded.arch.name}, {source or '?'} to {target or '?'}>"
 
     def generate(self, sentences: Sequence[str], **options: Unpack[GenerateOptions]) -> list[str]:
         """Translate sentences.
@@ -143,7 +139,7 @@ class Translator:
                 value out of range; or memory ran out.
         """
         chosen = self._decode(sentences, options)
-        return [hypothesis_text(best, self.tgt_tokenizer) for best in chosen]
+        return [hypothesis_text(best, self.loaded.tgt) for best in chosen]
 
     def candidates(
         self, sentences: Sequence[str], **options: Unpack[GenerateOptions]
@@ -152,17 +148,17 @@ class Translator:
 
         Args and errors are those of `generate`.
         """
-        text = self.tgt_tokenizer
+        tgt = self.loaded.tgt
         return [
-            [Candidate(hypothesis_text(h, text), h.score) for h in (best, *best.runners_up)]
+            [Candidate(hypothesis_text(h, tgt), h.score) for h in (best, *best.runners_up)]
             for best in self._decode(sentences, options)
         ]
 
     def _decode(self, sentences: Sequence[str], options: GenerateOptions) -> list[Hypothesis]:
         """Return the chosen hypothesis of each sentence, the other candidates with it."""
         sentences = _strings(sentences, "sentences")
-        decoding = dict(options)
-        device = next(self.model.parameters()).device
+        decoding, model, tgt = dict(options), self.loaded.model, self.loaded.tgt
+        device = next(model.parameters()).device
         max_tokens = decoding.pop("max_tokens", default_max_tokens(device))
         if not isinstance(max_tokens, int) or max_tokens < 1:
             raise FastdissError(f"max_tokens must be at least 1, not {max_tokens!r}")
@@ -172,11 +168,10 @@ class Translator:
         method, metric = decoding.pop("select", None), decoding.pop("mbr_metric", "bleu")
         check_selection(method, metric, reranker is not None)
         if reranker is not None:
-            own, theirs = self._tokenizers, reranker._tokenizers
-            check_reranker(own, self.languages, theirs, reranker.languages)
-        method = method or self.model.default_select
-        select = selector(method, metric, self.tgt_tokenizer, reranker and reranker.model)
-        fields = [field.name for field in dataclasses.fields(self.model.Decoding)]
+            check_reranker(self.loaded, reranker.loaded)
+        method = method or model.default_select
+        select = selector(method, metric, tgt, reranker and reranker.loaded.model)
+        fields = [field.name for field in dataclasses.fields(model.Decoding)]
         known = [name for name in (*fields, *_OF_ALL_MODELS) if name not in _OBSERVING]
         for name in decoding:
             if name not in known:
@@ -186,11 +181,11 @@ class Translator:
                 )
         if decoding.get("self_cond") == "gold":
             raise FastdissError("self_cond='gold' needs the answers: `fastdiss generate` has them")
-        run = Run(build(self.model.Decoding, decoding))
+        run = Run(build(model.Decoding, decoding))
         if sentences:
-            sources = [self.src_tokenizer.encode(sentence) for sentence in sentences]
+            sources = [self.loaded.src.encode(sentence) for sentence in sentences]
             select = with_runners_up(select, run.options.candidates - 1)
-            SequenceGenerator(self.model, select, max_tokens, self.dtype).decode(sources, [run])
+            SequenceGenerator(model, select, max_tokens, self.dtype).decode(sources, [run])
         return list(filter(None, run.best))
 
 
@@ -219,8 +214,7 @@ def load(
     torch_device = pick_device(device)
     torch_dtype = pick_dtype(dtype, torch_device)
     module = None if user_module is None else Path(user_module)
-    loaded = load_model(Path(path), torch_device, module, torch_dtype)
-    return Translator(loaded.model, loaded.src, loaded.tgt, torch_dtype, loaded.languages)
+    return Translator(load_model(Path(path), torch_device, module, torch_dtype), torch_dtype)
 
 
 def score(

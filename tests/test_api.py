@@ -75,6 +75,7 @@ def test_the_answers_are_those_of_the_command(diffusion: Path) -> None:
     assert fastdiss_cli.load(diffusion, "cpu").generate(SENTENCES, **options) == said
     typed = fastdiss_cli.load(diffusion, torch.device("cpu"), torch.float32)
     assert typed.generate(SENTENCES, **options) == said
+    assert repr(typed) == "<Translator fastdiss_tiny, de to en>"
 
 
 def test_candidates_are_all_with_the_chosen_one_first(

@@ -487,7 +487,7 @@ def test_another_version_of_a_checkpoint_says_so(
 @pytest.mark.parametrize("text", ["", "eins\n", "a line that is longer than a header's length\n"])
 def test_a_file_that_is_no_checkpoint_says_so(tmp_path: Path, text: str) -> None:
     (tmp_path / "x").write_text(text)
-    with pytest.raises(FastdissError, match="x is no checkpoint: give a .safetensors file"):
+    with pytest.raises(FastdissError, match=r"x is no checkpoint: give a .safetensors file"):
         Checkpoint.load(tmp_path / "x")
 
 

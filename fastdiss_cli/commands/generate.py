@@ -332,8 +332,7 @@ def _selection(
     reranker = None
     if "rerank_path" in given:
         theirs = load(given["rerank_path"])
-        own = loaded.src, loaded.tgt
-        check_reranker(own, loaded.languages, (theirs.src, theirs.tgt), theirs.languages)
+        check_reranker(loaded, theirs)
         reranker = theirs.model
     method = "rerank" if reranker else given.get("select", loaded.model.default_select)
     if candidates == 1 and (reranker or "select" in given):

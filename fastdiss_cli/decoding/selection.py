@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -12,6 +13,9 @@ from fastdiss_cli.data.tokenizer import Tokenizer, check_same
 from fastdiss_cli.decoding.mbr import METRICS, expected_utilities
 from fastdiss_cli.errors import FastdissError
 from fastdiss_cli.models.registry import Hypothesis, Seq2SeqModel
+
+if TYPE_CHECKING:
+    from fastdiss_cli.training.checkpoint import Loaded
 
 METHODS = ("score", "mbr", "rerank")
 
@@ -39,25 +43,19 @@ def check_selection(method: str | None, metric: str, reranked: bool) -> None:
         raise FastdissError("select rerank and a reranker go together (--rerank-path)")
 
 
-def check_reranker(
-    own: tuple[Tokenizer, Tokenizer],
-    languages: tuple[str, str],
-    theirs: tuple[Tokenizer, Tokenizer],
-    their_languages: tuple[str, str],
-) -> None:
+def check_reranker(model: Loaded, reranker: Loaded) -> None:
     """Refuse a reranker that has other tokenizers or goes the other way.
-
-    Args:
-        own, theirs: the source and the target tokenizer of the model and of the reranker.
-        languages, their_languages: their source and target, "" where unknown.
 
     Raises:
         FastdissError: it does not fit.
     """
-    for side, mine, other in zip(("source", "target"), own, theirs, strict=True):
+    for side, mine, other in (
+        ("source", model.src, reranker.src),
+        ("target", model.tgt, reranker.tgt),
+    ):
         check_same(side, mine, other, "the reranker", "train both on one dataset")
-    source, target = languages
-    if source != target and their_languages == (target, source):  # a joined tokenizer cannot tell
+    source, target = model.languages
+    if source != target and reranker.languages == (target, source):  # which a joined one can't tell
         raise FastdissError(
             f"the reranker goes from {target} to {source}, the model from {source} to {target}"
         )

@@ -193,7 +193,7 @@ class Layer(nn.Module):
             x = x + self._drop(self.self_attention(normed, layout, causal))
         else:
             x = x + self._drop(self.self_attention.step(normed, cache))
-        if self.cross_attention is not None and memory is not None:
+        if self.cross_attention is not None:
             normed = self.cross_norm(x)
             x = x + self._drop(self.cross_attention(normed, layout, memory, memory_mask))
         hidden = self._drop(F.relu(self.ffn_in(self.ffn_norm(x))))
