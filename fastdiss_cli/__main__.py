@@ -11,7 +11,7 @@ import typer
 
 from fastdiss_cli import __version__, logs
 from fastdiss_cli.commands.fairseq_flags import translate
-from fastdiss_cli.errors import FastdissError
+from fastdiss_cli.errors import FastdissError, OptionError
 
 # name: the module of fastdiss_cli.commands, and the function of the same name in it
 COMMANDS = {
@@ -99,7 +99,10 @@ def main() -> None:
             logs.error(f"{said.removesuffix('.')} (see `{of} --help`)")
         sys.exit(2)
     except FastdissError as error:
-        logs.error(str(error))
+        told = str(error)
+        if isinstance(error, OptionError) and "." not in error.option:
+            told = f"--{error.option.replace('_', '-')} {error.reason}"
+        logs.error(told)
         sys.exit(1)
     except OSError as error:
         _drop_output()

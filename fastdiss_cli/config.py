@@ -154,8 +154,7 @@ def build(cls: type[C], values: Mapping[str, Any], section: str = "") -> C:
             if section == "model" and key in TrainConfig.__dataclass_fields__:
                 hint = f"; it is train.{key}"
             elif not hint and section:
-                other = f", or it is model.{key}" if section == "train" else ""
-                hint = f"; `fastdiss models ARCH` lists all{other}"
+                hint = "; `fastdiss models ARCH` lists all"
             elif not hint:
                 hint = f"; there are {', '.join(known)}"
             raise OptionError(f"{prefix}{key}", f"is no option{hint}")

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fastdiss_cli.errors import FastdissError
+from fastdiss_cli.errors import OptionError, suggest
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3  # of <malloc.h>
 DTYPES = ("auto", "float32", "bfloat16")
@@ -43,7 +43,7 @@ def pick_device(name: str | torch.device) -> torch.device:
     """Return the device of a ``--device`` value; ``auto`` is a GPU where there is one.
 
     Raises:
-        FastdissError: no such device.
+        OptionError: no such device.
     """
     name = str(name)
     if name == "auto":
@@ -55,7 +55,7 @@ def pick_device(name: str | torch.device) -> torch.device:
         device = None
     if device is None or (name != "cpu" and device.type != "cuda"):
         others = "cpu, cuda or auto" if torch.cuda.is_available() else "cpu or auto"
-        raise FastdissError(f"--device {name}: no such device here; use {others}")
+        raise OptionError("device", f"{name}: no such device here; use {others}")
     return device
 
 
@@ -63,11 +63,12 @@ def pick_dtype(name: str | torch.dtype, device: torch.device) -> torch.dtype:
     """Return the autocast type of ``--dtype``; ``auto`` is bfloat16 on GPUs that have it.
 
     Raises:
-        FastdissError: no such type.
+        OptionError: no such type.
     """
     name = str(name).removeprefix("torch.")
     if name not in DTYPES:
-        raise FastdissError(f"--dtype {name}: choose from {', '.join(DTYPES)}")
+        known = ", ".join(DTYPES)
+        raise OptionError("dtype", f"must be one of {known}, not {name!r}{suggest(name, DTYPES)}")
     if name == "auto":
         has_it = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         name = "bfloat16" if has_it else "float32"

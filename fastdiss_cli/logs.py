@@ -55,14 +55,16 @@ class Bar:
     ) -> None:
         self.what, self.total, self.done, self._bar = what, total, done, bar
         self._hidden = hidden
-        self._start_done = done
         self._started = self._said = time.monotonic()
+        self._first: tuple[float, int] | None = None  # when the first items were done, and how many
         if bar is not None:
             self._task = bar.add_task(what, total=total, completed=done, figures="")
 
     def advance(self, count: int = 1, **figures: Any) -> None:
         """Count items as done and show the figures, such as ``loss="2.1"``."""
         self.done += count
+        if self._first is None and count:  # what comes before them is no part of their rate
+            self._first = time.monotonic(), self.done
         text = "  ".join(f"{name} {value}" for name, value in figures.items())
         if self._bar is not None:
             shown = {"figures": text} if figures else {}
@@ -75,7 +77,8 @@ class Bar:
         elapsed = time.monotonic() - self._started
         if self.total is None:
             return f"{self.done:,} in {_clock(elapsed)}"
-        rate = (self.done - self._start_done) / elapsed if elapsed else 0
+        since, before = self._first or (self._started, self.done)
+        rate = (self.done - before) / max(time.monotonic() - since, 1e-9)
         left = _clock((self.total - self.done) / rate) if rate else "?"
         share = 100 * self.done / max(self.total, 1)
         return f"{self.done:,}/{self.total:,} ({share:.0f} %), {_clock(elapsed)} < {left}"

@@ -192,6 +192,17 @@ def test_beam_search_through_the_same_command(data_bin: Path, transformer: Path)
     assert done.returncode == 0 and "beam=2" in done.stdout.splitlines()[-1]
 
 
+def test_a_checkpoint_is_named_as_it_was_found(fastdiss: Path, tmp_path: Path) -> None:
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "checkpoint_last.safetensors").write_bytes(fastdiss.read_bytes())
+    line = ["generate", "--input", corpus_line(tmp_path), "--path"]
+    assert f"{tmp_path}/c/checkpoint_last.safetensors (" in run_cli(*line, tmp_path / "c").stderr
+    best = run_cli(*line, tmp_path / "c" / "checkpoint_best.safetensors")
+    one_line_error(best, "has checkpoint_last.safetensors; the best is known after a validation")
+    missing = run_cli("generate", "--input", tmp_path / "none", "--path", tmp_path / "c")
+    one_line_error(missing, f"--input {tmp_path / 'none'}: no such file")
+
+
 def test_an_empty_file_has_no_answers_and_is_told(fastdiss: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").touch()
     done = run_cli("generate", "--path", fastdiss, "--input", tmp_path / "empty", "--plain")
@@ -207,7 +218,7 @@ def test_an_empty_file_has_no_answers_and_is_told(fastdiss: Path, tmp_path: Path
         (["--beam", "3"], "--beam does not apply to fastdiss_tiny"),
         (["--select", "best"], "'best' is none of score, mbr, rerank"),
         (["--input", "-"], "--input needs no dataset"),
-        (["--select", "rerank"], "go together"),
+        (["--select", "rerank"], "select rerank needs a reranker (--rerank-path)"),
         (["--noise-beam", "2", "--nbest", "3"], "a sentence has 2 candidates"),
         (["--diagnose", "--early-exit"], "without --early-exit"),
         (["--self-cond", "gold", "--input", "x"], "dataset"),
@@ -230,7 +241,7 @@ def test_a_dataset_of_another_tokenizer_is_refused_with_both_hashes(
 ) -> None:
     preprocess(corpus, tmp_path / "other", "--model-type", "char")
     said = one_line_error(run_cli("generate", tmp_path / "other", "--path", fastdiss))
-    mine = fastdiss_cli.load(fastdiss).src_tokenizer.hash[:16]
+    mine = fastdiss_cli.load(fastdiss).loaded.src.hash[:16]
     assert mine in said and "tokenizer" in said
 
 
@@ -268,6 +279,7 @@ def test_train_names_what_it_does_not_know(data_bin: Path, tmp_path: Path) -> No
         (["--set", "model.nois_factor=2"], "--set model.nois_factor is no option; did you mean"),
         (["--set", "train.lr=fast"], "--set train.lr must be a number, not 'fast'"),
         (["--set", "train.lr="], "--set train.lr must be a number, not empty"),
+        (["--set", "train.heads=2"], "--set train.heads is no option; it is model.heads"),
         (["--set", "lr=1"], "--set lr=1: write model.KEY=VALUE"),
         (["--lr", "-1"], "--lr must be above 0, not -1.0"),
         (["--dropout", "1.5"], "--dropout must be in [0, 1), not 1.5"),
@@ -296,6 +308,7 @@ def test_flags_override_the_recipe_and_set_overrides_flags(data_bin: Path, tmp_p
         "--seed", "8", "--set", "train.seed=7",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
+    assert "training ends at update 1, while the learning rate rises until 4,000" in done.stderr
     from fastdiss_cli.training.checkpoint import Checkpoint
 
     checkpoint = Checkpoint.load(tmp_path / "c" / "checkpoint_last.safetensors")

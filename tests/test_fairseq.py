@@ -541,6 +541,7 @@ def test_one_rank_speaks(
         ("generate D --remove-bpe=_EOW", ["'_EOW' cannot be undone"]),
         ("preprocess --srcdict d --tgtdict e", ["--tokenizer SRC,TGT"]),
         ("score --sentence-bleu", ["scores are of the corpus"]),
+        ("score ref.txt -i out.txt", ["sacreBLEU's REF -i HYP is --sys HYP --ref REF"]),
     ],
 )
 def test_what_has_no_equivalent_exits_with_2(line: str, parts: list[str]) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from fastdiss_cli import logs
 from fastdiss_cli.data.layout import Layout
 from fastdiss_cli.data.tokenizer import Tokenizer, train_tokenizer
 from fastdiss_cli.decoding.output import (
@@ -134,3 +136,17 @@ def test_reranking_takes_what_the_reranker_finds_most_likely(tokenizer: Tokenize
     assert chosen == [rows[0][1], rows[1][0]]
     with pytest.raises(FastdissError, match="the reranker must be"):
         by_reranking(torch.nn.Linear(1, 1))
+
+
+def test_the_time_left_counts_from_the_first_item(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What comes before it, such as a trial of the largest batch, is no part of the speed."""
+    now = [0.0]
+    monkeypatch.setattr(logs, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    bar = logs.Bar("training", 105, 0, None)
+    for now[0], count in ((60.0, 5), (80.0, 10)):
+        bar.advance(count)
+    first, second = capsys.readouterr().err.splitlines()
+    assert first == "training 5/105 (5 %), 1:00 < ?"
+    assert second == "training 15/105 (14 %), 1:20 < 3:00"

@@ -241,6 +241,12 @@ def test_a_dataset_is_not_replaced_by_one_of_fewer_splits(
     assert preprocess(*small, "--validpref", corpus / "test", *out).code == 0
 
 
+def test_the_training_text_has_one_name(preprocess: Command, corpus: Path, tmp_path: Path) -> None:
+    both = f"{corpus / 'train'},{corpus / 'valid'}"
+    outcome = preprocess("--trainpref", both, "--destdir", tmp_path / "d")
+    assert outcome.code == 2 and "--trainpref takes one name, the others several" in outcome.err
+
+
 def test_empty_sides_are_kept_and_reported(preprocess: Command, tmp_path: Path) -> None:
     (tmp_path / "x.de").write_text("eins\n\n \nvier\n")
     (tmp_path / "x.en").write_text("one\ntwo\nthree\n\n")

@@ -131,7 +131,7 @@ def test_the_card(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert card["architecture"] == "fastdiss_tiny" and card["license"] == "cc-by-4.0"
     assert (card["source"], card["target"]) == ("de", "en")
     assert card["toolkit"] == f"fastdiss {fastdiss_cli.__version__}"
-    model = fastdiss_cli.load("model.safetensors").model
+    model = fastdiss_cli.load("model.safetensors").loaded.model
     untouched = type(model)(model.config, model.src, model.tgt)
     assert card["parameters"] == untouched.num_parameters()
     assert card["vocabulary"] == {"source": model.src.size, "target": model.tgt.size}

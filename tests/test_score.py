@@ -381,7 +381,7 @@ def test_files_of_a_run_come_in_the_order_of_their_steps(tmp_path: Path) -> None
 @needs_matplotlib
 def test_no_training_curves_without_a_log(tmp_path: Path) -> None:
     said = one_line_error(run_cli("plot", tmp_path))
-    assert said.endswith(f"{tmp_path}: no metrics.jsonl")
+    assert f"{tmp_path}: no metrics.jsonl; `fastdiss train` writes it" in said
     said = one_line_error(run_cli("plot", generated(tmp_path / "out.txt", POOR)))
     assert "line 1 is not a record of metrics.jsonl" in said and "score --plot" in said
     log(tmp_path / "a" / "metrics.jsonl")

@@ -196,26 +196,32 @@ def test_empty_file(tmp_path: Path, format: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "row",
+    ("row", "told"),
     [
-        '{"de": "a"}',
-        '{"en": "a"}',
-        '{"de": "a", "en": 3}',
-        '{"de": "a", "en": null}',
-        '["a", "b"]',
-        '"de"',
-        "null",
-        "",
-        '{"de": "a", "en": "b"',
-        "[" * 100_000,
+        ('{"de": "a"}', "lacks the text field 'en' (it has de): name the fields with -s and -t"),
+        ('{"en": "a"}', "lacks the text field 'de' (it has en)"),
+        ('{"de": "a", "en": 3}', "lacks the text field 'en' (it has de)"),
+        ('{"de": "a", "en": null}', "lacks the text field 'en' (it has de)"),
+        ("{}", "lacks the text field 'de' and 'en' (it has none)"),
+        ('["a", "b"]', "is not a JSON object"),
+        ('"de"', "is not a JSON object"),
+        ("null", "is not a JSON object"),
+        ("", "is not valid JSON"),
+        ('{"de": "a", "en": "b"', "is not valid JSON (Expecting ',' delimiter"),
+        ("[" * 100_000, "is not valid JSON"),
     ],
-    ids=lambda row: row[:12] or "blank",
+    ids=lambda text: text[:12] or "blank",
 )
-def test_json_lines_that_hold_no_pair(tmp_path: Path, row: str) -> None:
+def test_json_lines_that_hold_no_pair(tmp_path: Path, row: str, told: str) -> None:
     write(tmp_path / "x.jsonl", f'{{"de": "a", "en": "b"}}\n{row}\n')
     message = failure(tmp_path / "x", "jsonl")
-    assert "x.jsonl: line 2" in message
-    assert "'de' and 'en'" in message
+    assert f"x.jsonl: line 2 {told}" in message
+
+
+def test_text_with_nul_bytes_may_be_utf_16(tmp_path: Path) -> None:
+    (tmp_path / "x").write_bytes("grün\n".encode("utf-16"))
+    with pytest.raises(FastdissError, match="x is no text, or text in UTF-16"):
+        list(read_lines(tmp_path / "x"))
 
 
 @pytest.mark.parametrize("text", ["\\ud800", "a\\udfffb", "\\udc00\\ud800"])
@@ -265,7 +271,7 @@ def test_text_that_is_no_gzip(tmp_path: Path) -> None:
 
 
 def test_reading_a_folder(tmp_path: Path) -> None:
-    with pytest.raises(FastdissError, match="directory"):
+    with pytest.raises(FastdissError, match="is a folder: give a file"):
         list(read_lines(tmp_path))
 
 

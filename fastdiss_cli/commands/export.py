@@ -57,13 +57,13 @@ def export(
     from fastdiss_cli.training.release import chosen_checkpoints, release
 
     paths = chosen_checkpoints(given, last)
-    if output.exists():
-        logs.warn(f"{output} is there already, and is replaced")
     if len(paths) > 1:
         logs.info(f"averaging {', '.join(map(str, paths))}")
     else:
         logs.info(f"reading {paths[0]}; to average, name several, or --last N of a folder")
     result = release(paths, license, text)
+    if output.exists():
+        logs.warn(f"{output} is there already, and is replaced")
     result.save(output)
     logs.info(f"wrote {output}: {result.arch}, {output.stat().st_size / 1e6:.1f} MB")
 

@@ -284,6 +284,9 @@ _SCORE = {
     "--sacrebleu": needless("BLEU is always sacreBLEU's"),
     "--ignore-case": means("--lowercase"),
     "--sentence-bleu": without("scores are of the corpus", "none"),
+    # sacreBLEU's own
+    "-i": without("sacreBLEU's REF -i HYP is --sys HYP --ref REF"),
+    "-m": renamed("--metrics"),
 }
 OLD_FLAGS: dict[str, dict[str, OldFlag]] = {
     "preprocess": _PREPROCESS,

@@ -233,9 +233,13 @@ def generate(
     from fastdiss_cli.distributed import Processes
     from fastdiss_cli.signals import Stop, stop_on_signal
     from fastdiss_cli.training.checkpoint import load_model
+    from fastdiss_cli.training.save_dir import best_of
 
     keep_freed_memory()
+    path = best_of(path)
     processes, stop = Processes(pick_device(device)), Stop()
+    if input not in (None, "-") and not Path(input).exists():
+        raise FastdissError(f"--input {input}: no such file")
     if diagnose and processes.world_size > 1:
         raise typer.BadParameter("--diagnose works in one process: give it without torchrun")
     torch_device, torch_dtype = processes.device, pick_dtype(dtype, processes.device)
@@ -275,7 +279,7 @@ def generate(
     answers = read_all_references(ref, corpus.total) if ref else None
     folder = results_path
     if folder is None and (len(runs) > 1 or diagnose):
-        folder = (path if path.is_dir() else path.parent) / "generate"
+        folder = path.parent / "generate"
     if history and folder is None and logs.wants_colour():
         logs.info(confidence_legend())
     stop_tidily = stop_on_signal(stop, "finishing this batch")

@@ -56,7 +56,9 @@ def read_curves(path: Path) -> Curves:
 
     if path.is_dir() and not (path / "metrics.jsonl").exists():
         below = sorted(str(file.parent) for file in path.glob("*/metrics.jsonl"))
-        hint = f"; there is one in {', '.join(below[:4])}" if below else ""
+        hint = "; `fastdiss train` writes it into --save-dir, every train.log_interval updates"
+        if below:
+            hint = f"; there is one in {', '.join(below[:4])}"
         raise FastdissError(f"{path}: no metrics.jsonl{hint}")
     path = path / "metrics.jsonl" if path.is_dir() else path
     rows = []

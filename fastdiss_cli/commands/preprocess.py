@@ -117,10 +117,17 @@ def preprocess(
             if given(name):
                 flag = {"joined": "joined/--separate"}.get(name, name.replace("_", "-"))
                 logs.warn(f"--{flag} has no effect: --tokenizer is trained already")
-        texts = {
-            split: ParallelText(prefix, source_lang, target_lang, format)
-            for split, prefix in prefixes.items()
-        }
+        try:
+            texts = {
+                split: ParallelText(prefix, source_lang, target_lang, format)
+                for split, prefix in prefixes.items()
+            }
+        except FastdissError as error:
+            if "," not in (trainpref or ""):
+                raise
+            raise typer.BadParameter(
+                f"{error}; --trainpref takes one name, the others several"
+            ) from None
         _check_destination(destdir, prefixes)
         counts = {split: text.count() for split, text in texts.items()}
         made_with: dict[str, object] = {"prefixes": prefixes, "format": format}
@@ -128,6 +135,8 @@ def preprocess(
             made_with["tokenizer"] = tokenizer
         else:
             made_with |= {"model_type": model_type, "vocab_size": vocab_size}
+        if destdir.exists() and any(destdir.iterdir()):
+            logs.warn(f"{destdir} is there already, and will be replaced")
         final = destdir.resolve()  # so that a link stays one, and "." has a name
         _warn_of_leftovers(final)
         aside = final.with_name(f".{final.name}.tmp-{os.getpid()}")
@@ -210,8 +219,6 @@ def _check_destination(destdir: Path, prefixes: Collection[str]) -> None:
             f"--destdir {destdir} holds a dataset whose {' and '.join(lost)} would be lost: give "
             "the text of all splits again, or a new folder"
         )
-    if is_dataset:
-        logs.warn(f"{destdir} is there already, and will be replaced")
 
 
 def _warn_of_leftovers(final: Path) -> None:

@@ -126,6 +126,10 @@ def score(
             f"{' '.join(apart)}: no such file; metrics are one word, as in --metrics bleu,chrf"
         )
     wanted = _names(metrics)
+    if paired is not None and not paired.exists():
+        raise typer.BadParameter(
+            f"--paired {paired}: no such file; the baseline is a file of hypotheses, too"
+        )
     if paired_test is not None and paired is None:
         raise typer.BadParameter("--paired-test needs --paired BASELINE")
     options: dict[str, dict[str, Any]] = {}

@@ -162,6 +162,11 @@ def train(
             f"{sentences:,} training pairs, {processes.world_size} x {processes.device.type}, "
             f"{str(training.dtype).removeprefix('torch.')}"
         )
+        if train_config.warmup_updates >= train_config.max_update:
+            logs.warn(
+                f"training ends at update {train_config.max_update:,}, while the learning rate "
+                f"rises until {train_config.warmup_updates:,}: lower --warmup-updates"
+            )
         plan = _plan(train_config, "valid" in dataset.splits)
         logs.info(f"{plan}; checkpoints and metrics.jsonl go to {save_dir}")
         if processes.device.type == "cpu" and "arch" not in options["train"]:
@@ -196,6 +201,11 @@ def _as_given(
 ) -> Exception:
     """Say where a wrong option was given; on the command line it is wrong usage."""
     section, _, key = error.option.partition(".")
+    if section == "train" and key not in TRAIN_FIELDS:
+        from fastdiss_cli.models.registry import architectures
+
+        if any(key in arch.family.Config.__dataclass_fields__ for arch in architectures().values()):
+            error = OptionError(error.option, f"is no option; it is model.{key}")
     if key in settings[section]:
         return typer.BadParameter(f"--set {error}")
     if key in flags[section]:

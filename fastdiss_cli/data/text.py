@@ -148,14 +148,16 @@ class ParallelText:
             self._pair_of = partial(_json_pair, source, target) if format == "jsonl" else _tsv_pair
 
     def count(self) -> int:
-        """Count the pairs, all of whose files are looked through.
+        """Count the pairs, all of whose files are looked through, and look at the first.
 
         Raises:
-            FastdissError: a file is empty, or the sides have unequal line counts.
+            FastdissError: a file is empty, or the sides have unequal line counts; the first pair
+                is none.
         """
         counts = {count_lines(path) for path in self.paths}
         if len(counts) > 1 or 0 in counts:
             deque(self.blocks(), maxlen=0)  # which says why
+        next(self.blocks(1)).sides()
         return counts.pop()
 
     def blocks(self, size: int = 1024) -> Iterator[Block]:
@@ -222,6 +224,8 @@ def _open(path: Path) -> Iterator[IO[bytes]]:
         raise FastdissError(f"{path} is damaged: {error}") from None
     except (EOFError, zlib.error) as error:
         raise FastdissError(f"{path} is damaged: {error}") from None
+    except IsADirectoryError:
+        raise FastdissError(f"{path} is a folder: give a file") from None
     except OSError as error:
         raise FastdissError(f"{path}: {error.strerror or error}") from None
 
@@ -242,6 +246,10 @@ def _decode(raw: bytes, name: str, first: int) -> list[str]:
     except UnicodeDecodeError as error:
         start = raw.rfind(b"\n", 0, error.start) + 1
         number = first + raw.count(b"\n", 0, start)
+        if b"\0" in raw:
+            raise FastdissError(
+                f"{name} is no text, or text in UTF-16 (it holds NUL bytes): give plain UTF-8"
+            ) from None
         raise FastdissError(
             f"{name}: line {number} is not valid UTF-8 (byte {error.start - start + 1} of the "
             "line); convert the file, for example with iconv"
@@ -266,14 +274,19 @@ def _unequal(
 def _json_pair(source: str, target: str, line: str, name: str, number: int) -> tuple[str, str]:
     try:
         row = json.loads(line)
-        src, tgt = row[source], row[target]
-    except (ValueError, KeyError, TypeError, RecursionError):
-        src = tgt = None
-    if not isinstance(src, str) or not isinstance(tgt, str):
+    except (ValueError, RecursionError) as error:
+        raise FastdissError(f"{name}: line {number} is not valid JSON ({error})") from None
+    if not isinstance(row, dict):
+        raise FastdissError(f"{name}: line {number} is not a JSON object: one is needed a line")
+    lacking = [repr(key) for key in (source, target) if not isinstance(row.get(key), str)]
+    if lacking:
+        texts = [key for key, value in row.items() if isinstance(value, str)]
+        has = f"it has {', '.join(texts[:6])}" if texts else "it has none"
         raise FastdissError(
-            f"{name}: line {number} is not a JSON object with the text fields "
-            f"{source!r} and {target!r}; name the fields with -s and -t"
+            f"{name}: line {number} lacks the text field {' and '.join(lacking)} ({has}): name "
+            "the fields with -s and -t"
         )
+    src, tgt = row[source], row[target]
     if _SURROGATE.search(src) or _SURROGATE.search(tgt):
         raise FastdissError(
             f"{name}: line {number} holds half of a character (a lone \\u surrogate); "

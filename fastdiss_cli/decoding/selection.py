@@ -40,7 +40,8 @@ def check_selection(method: str | None, metric: str, reranked: bool) -> None:
     if metric not in METRICS:
         raise FastdissError(f"mbr_metric {metric}: choose from {', '.join(METRICS)}")
     if method is not None and (method == "rerank") != reranked:
-        raise FastdissError("select rerank and a reranker go together (--rerank-path)")
+        wanted = "needs a reranker (--rerank-path)" if method == "rerank" else "takes no reranker"
+        raise FastdissError(f"select {method} {wanted}")
 
 
 def check_reranker(model: Loaded, reranker: Loaded) -> None:

@@ -37,7 +37,11 @@ def best_of(path: Path) -> Path:
 
 
 def elsewhere(folder: Path) -> str:
-    """Return a hint, as the end of a message, to folders below one that have checkpoints."""
+    """Return a hint, as the end of a message, to checkpoints in a folder and those below it."""
+    here = sorted(file.name for file in folder.glob("[!.]*.safetensors"))
+    if here:
+        unborn = "" if BEST in here else "; the best is known after a validation"
+        return f"; {folder} has {', '.join(here[:4])}{unborn}"
     below = sorted({str(file.parent) for file in folder.glob(f"*/{LAST}")})
     return f"; there are some in {', '.join(below)}" if below else ""
 
