@@ -139,7 +139,7 @@ def test_other_wrong_use_is_named(diffusion: Path, corpus: Path, tmp_path: Path)
             translator.generate(["drei"], **wrong)
     with pytest.raises(FastdissError, match="number 0 holds half of a character"):
         translator.generate(["a\ud800"])
-    with pytest.raises(FastdissError, match="dtype must be one of auto, .*, not 'half'"):
+    with pytest.raises(FastdissError, match=r"dtype must be one of auto, .*, not 'half'"):
         fastdiss_cli.load(diffusion, dtype="half")
     prefs = [f"--{split}pref={corpus / split}" for split in ("train", "valid")]
     more = ["-s", "de", "-t", "en", "--model-type=word", "--destdir", tmp_path / "bin"]
