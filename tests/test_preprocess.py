@@ -117,6 +117,16 @@ def test_a_line_break_in_a_field_becomes_a_blank_and_is_told(
     assert text_of(BinarizedDataset(tmp_path / "d"), "train") == expected
 
 
+def test_fields_of_other_names_are_told_before_any_work(
+    preprocess: Command, tmp_path: Path
+) -> None:
+    (tmp_path / "x.jsonl").write_text('{"source": "eins", "target": "one"}\n' * 3)
+    text = ("--trainpref", tmp_path / "x", "--format", "jsonl", "--destdir", tmp_path / "d")
+    outcome = preprocess(*text)
+    assert_fails(outcome, "line 1 lacks the text fields 'de' and 'en' (it has source, target)")
+    assert "tokenizer" not in outcome.err and not (tmp_path / "d").exists()
+
+
 @pytest.mark.parametrize("format", ["jsonl", "tsv"])
 def test_other_formats_give_the_same_tokens(
     preprocess: Command, corpus: Path, tmp_path: Path, small: tuple, format: str

@@ -202,7 +202,7 @@ def test_empty_file(tmp_path: Path, format: str) -> None:
         ('{"en": "a"}', "lacks the text field 'de' (it has en)"),
         ('{"de": "a", "en": 3}', "lacks the text field 'en' (it has de)"),
         ('{"de": "a", "en": null}', "lacks the text field 'en' (it has de)"),
-        ("{}", "lacks the text field 'de' and 'en' (it has none)"),
+        ("{}", "lacks the text fields 'de' and 'en' (it has none)"),
         ('["a", "b"]', "is not a JSON object"),
         ('"de"', "is not a JSON object"),
         ("null", "is not a JSON object"),

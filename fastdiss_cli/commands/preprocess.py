@@ -88,7 +88,6 @@ def preprocess(
 
     With no text given, --verify checks the dataset that is there.
     """
-    from fastdiss_cli.data.binarized import Manifest, token_dtype
     from fastdiss_cli.data.fairseq import open_dataset
     from fastdiss_cli.data.files import replace_folder
 
@@ -143,35 +142,16 @@ def preprocess(
         try:
             aside.mkdir(parents=True)  # which may be another run's, of the same pid elsewhere
             try:
-                if tokenizer is not None:
-                    files = [Path(name) for name in tokenizer.split(",")]
-                    tokenizers = load_tokenizer(files[0]), load_tokenizer(files[-1])
-                else:
-                    train = texts["train"], counts["train"]
-                    tokenizers = _train_tokenizers(*train, joined, model_type, vocab_size)
-                processes = workers or os.cpu_count() or 1
-                src, tgt = tokenizers
-                sizes = dict.fromkeys(f"{one.vocab_size:,}" for one in tokenizers)
-                logs.info(f"vocabulary: {' and '.join(sizes)} ids")
-                dtype = token_dtype(max(src.vocab_size, tgt.vocab_size))
-                for side, one in (("src", src), ("tgt", tgt)):
-                    (aside / f"tokenizer.{side}").write_bytes(one.model)
-                Manifest(
-                    source=source_lang,
-                    target=target_lang,
-                    joined=src.hash == tgt.hash,
-                    dtype=dtype.name,
-                    tokenizers={"src": src.hash, "tgt": tgt.hash},
-                    vocab_sizes={"src": src.vocab_size, "tgt": tgt.vocab_size},
-                    sentences=counts,
-                    splits={
-                        split: _binarize(
-                            split, text, counts[split], tokenizers, dtype, aside / split, processes
-                        )
-                        for split, text in texts.items()
-                    },
+                tokenizers = _tokenizers(texts, counts, tokenizer, joined, model_type, vocab_size)
+                _write(
+                    aside,
+                    texts,
+                    counts,
+                    tokenizers,
+                    languages=(source_lang, target_lang),
                     made_with=made_with,
-                ).write(aside)
+                    workers=workers or os.cpu_count() or 1,
+                )
                 replace_folder(aside, final)
             finally:
                 shutil.rmtree(aside, ignore_errors=True)
@@ -228,10 +208,19 @@ def _warn_of_leftovers(final: Path) -> None:
             logs.warn(f"{path} is there: remove it, unless another preprocess is running")
 
 
-def _train_tokenizers(
-    text: ParallelText, pairs: int, joined: bool, model_type: str, vocab_size: int
+def _tokenizers(
+    texts: dict[str, ParallelText],
+    counts: dict[str, int],
+    given: str | None,
+    joined: bool,
+    model_type: str,
+    vocab_size: int,
 ) -> tuple[Tokenizer, Tokenizer]:
-    """Train the tokenizers of source and target, or the one of both, on so many pairs."""
+    """Load the tokenizers of source and target, or train them, or the one of both."""
+    if given is not None:
+        paths = [Path(name) for name in given.split(",")]
+        return load_tokenizer(paths[0]), load_tokenizer(paths[-1])
+    text, pairs = texts["train"], counts["train"]
     logs.info(f"training {'one' if joined else 'a source and a target'} {model_type} tokenizer ...")
     if joined:
         both = chain.from_iterable(text.pairs())
@@ -244,23 +233,60 @@ def _train_tokenizers(
     return src, tgt
 
 
+def _write(
+    folder: Path,
+    texts: dict[str, ParallelText],
+    counts: dict[str, int],
+    tokenizers: tuple[Tokenizer, Tokenizer],
+    *,
+    languages: tuple[str, str],
+    made_with: dict[str, object],
+    workers: int,
+) -> None:
+    """Write a dataset into a folder: tokenizers, sentences, and the manifest that tells of them."""
+    from fastdiss_cli.data.binarized import Manifest, token_dtype
+
+    src, tgt = tokenizers
+    sizes = dict.fromkeys(f"{tokenizer.vocab_size:,}" for tokenizer in tokenizers)
+    logs.info(f"vocabulary: {' and '.join(sizes)} ids")
+    for side, tokenizer in (("src", src), ("tgt", tgt)):
+        (folder / f"tokenizer.{side}").write_bytes(tokenizer.model)
+    dtype = token_dtype(max(src.vocab_size, tgt.vocab_size))
+    splits = {
+        split: _binarize(split, text, counts[split], tokenizers, dtype, folder, workers)
+        for split, text in texts.items()
+    }
+    source, target = languages
+    Manifest(
+        source=source,
+        target=target,
+        joined=src.hash == tgt.hash,
+        dtype=dtype.name,
+        tokenizers={"src": src.hash, "tgt": tgt.hash},
+        vocab_sizes={"src": src.vocab_size, "tgt": tgt.vocab_size},
+        sentences=counts,
+        splits=splits,
+        made_with=made_with,
+    ).write(folder)
+
+
 def _binarize(
     split: str,
     text: ParallelText,
     pairs: int,
     tokenizers: tuple[Tokenizer, Tokenizer],
     dtype: np.dtype,
-    stem: Path,
+    folder: Path,
     workers: int,
 ) -> dict[str, SideInfo]:
-    """Encode a split of so many pairs into ``stem.src.*`` and ``stem.tgt.*``, and describe them."""
+    """Encode a split of so many pairs into a folder; return the facts of either side."""
     from fastdiss_cli.data.binarized import TokenWriter
     from fastdiss_cli.data.encoding import CHUNK, encode_blocks
 
     src, tgt = tokenizers
     sentences = empty = first_empty = altered = broken = 0
     with ExitStack() as stack:
-        stems = [stem.with_name(f"{stem.name}.{side}") for side in ("src", "tgt")]
+        stems = [folder / f"{split}.{side}" for side in ("src", "tgt")]
         writers = [stack.enter_context(TokenWriter(stem, dtype)) for stem in stems]
         bar = stack.enter_context(logs.progress(split, pairs))
         for block in encode_blocks(text.blocks(CHUNK), (src.model, tgt.model), dtype, workers):

@@ -283,7 +283,8 @@ def _json_pair(source: str, target: str, line: str, name: str, number: int) -> t
         texts = [key for key, value in row.items() if isinstance(value, str)]
         has = f"it has {', '.join(texts[:6])}" if texts else "it has none"
         raise FastdissError(
-            f"{name}: line {number} lacks the text field {' and '.join(lacking)} ({has}): name "
+            f"{name}: line {number} lacks the text field{'s' * (len(lacking) > 1)} "
+            f"{' and '.join(lacking)} ({has}): name "
             "the fields with -s and -t"
         )
     src, tgt = row[source], row[target]
