@@ -37,6 +37,11 @@ def warn(message: str) -> None:
         _console().print(f"warning: {message}", style="yellow", markup=False)
 
 
+def counted(count: int, noun: str) -> str:
+    """Return a count with its noun, as ``1 sentence`` and ``2,000 sentences``."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
 def error(message: str) -> None:
     """Say why the command fails."""
     _console().print(f"fastdiss: error: {message}", style="bold red", markup=False)

@@ -197,6 +197,8 @@ def test_a_checkpoint_is_named_as_it_was_found(fastdiss: Path, tmp_path: Path) -
     (tmp_path / "c" / "checkpoint_last.safetensors").write_bytes(fastdiss.read_bytes())
     line = ["generate", "--input", corpus_line(tmp_path), "--path"]
     assert f"{tmp_path}/c/checkpoint_last.safetensors (" in run_cli(*line, tmp_path / "c").stderr
+    above = run_cli(*line, tmp_path)
+    one_line_error(above, f"{tmp_path} holds no checkpoint; there are some in {tmp_path / 'c'}")
     best = run_cli(*line, tmp_path / "c" / "checkpoint_best.safetensors")
     one_line_error(best, "has checkpoint_last.safetensors; the best is known after a validation")
     missing = run_cli("generate", "--input", tmp_path / "none", "--path", tmp_path / "c")

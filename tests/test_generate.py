@@ -229,7 +229,7 @@ def test_what_is_written_before_a_failure_is_kept(
     done = run_cli("generate", "--input", tmp_path / "in", *more, tmp_path / "out")
     one_line_error(done, "line 4 is not valid UTF-8")
     (part,) = (tmp_path / "out").iterdir()
-    assert f"the first 2 sentences are in {part}" in done.stderr
+    assert f"what was done before, 2 sentences, is in {part}" in done.stderr
     assert [line[:3] for line in part.read_text().splitlines() if line[0] == "D"] == ["D-0", "D-1"]
 
 

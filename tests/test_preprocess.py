@@ -111,8 +111,8 @@ def test_a_line_break_in_a_field_becomes_a_blank_and_is_told(
     options = ("--format", "jsonl", "--model-type", "char", "--destdir", tmp_path / "d")
     done = preprocess("--trainpref", tmp_path / "x", *options)
     assert done.code == 0, done.err
-    assert "train: 80 pairs have a line break within a field: now a blank" in done.err
-    assert "decode to other text" not in done.err
+    assert "train: 80 pairs with a line break within a field: now a blank" in done.err
+    assert "decoding changes" not in done.err
     expected = [("ein Hund", "a dog"), ("zwei", "two  cats")] * 40 + [("null", "zero")] * 40
     assert text_of(BinarizedDataset(tmp_path / "d"), "train") == expected
 
@@ -187,7 +187,7 @@ def test_a_foreign_tokenizer_that_changes_text_is_reported(
         tmp_path / "d",
     )
     assert outcome.code == 0
-    assert "test: 2 pairs decode to other text" in outcome.err
+    assert "test: decoding changes 2 pairs" in outcome.err
 
 
 def test_workers_do_not_change_a_byte(tmp_path: Path, preprocess: Command) -> None:
@@ -264,7 +264,7 @@ def test_empty_sides_are_kept_and_reported(preprocess: Command, tmp_path: Path) 
     outcome = preprocess(*prefix, "--destdir", tmp_path / "d")
     assert outcome.code == 0
     first = f"(the first in line 2 of {tmp_path / 'x.de'} and {tmp_path / 'x.en'})"
-    assert f"train: 3 pairs have an empty side {first}; they are kept" in outcome.err
+    assert f"train: 3 pairs with an empty side {first}: kept" in outcome.err
     dataset = BinarizedDataset(tmp_path / "d", verify=True)
     expected = [("eins", "one"), ("", "two"), (" ", "three"), ("vier", "")]
     assert text_of(dataset, "train") == expected

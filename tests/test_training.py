@@ -603,7 +603,7 @@ def test_sentences_beyond_the_size_of_a_batch_are_told(
     sides = BinarizedDataset(data_bin)["train"]
     count = int((np.maximum(sides["src"].sizes, sides["tgt"].sizes) > 30).sum())
     start(data_bin, tmp_path, max_tokens=30)
-    told = f"train: {count} sentence pairs are longer than --max-tokens = 30"
+    told = f"train: {count} sentence pairs longer than --max-tokens = 30"
     assert count and told in capsys.readouterr().err
     start(data_bin, tmp_path / "wide", max_tokens=100)
     assert "longer than" not in capsys.readouterr().err

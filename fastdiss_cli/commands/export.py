@@ -53,7 +53,6 @@ def export(
         raise typer.BadParameter(f"--output {output}: the name must end in .safetensors")
     text = None if card is None else _read(card)
 
-    from fastdiss_cli import logs
     from fastdiss_cli.training.release import chosen_checkpoints, release
 
     paths = chosen_checkpoints(given, last)

@@ -284,7 +284,7 @@ def generate(
         logs.info(confidence_legend())
     stop_tidily = stop_on_signal(stop, "finishing this batch")
     with processes, stop_tidily, ExitStack() as files:
-        count = f"{corpus.total:,} sentences of " if corpus.total is not None else ""
+        count = f"{logs.counted(corpus.total, 'sentence')} of " if corpus.total is not None else ""
         logs.info(
             f"{path} ({arch}): {count}{what} on {torch_device}, {computed_in}"
             + (" (end with Ctrl-D)" if input == "-" and sys.stdin.isatty() else "")

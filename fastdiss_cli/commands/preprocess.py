@@ -169,7 +169,7 @@ def preprocess(
         ]
         dataset = open_dataset(destdir, *languages, verify=True)
         pairs = sum(len(sides["src"]) for sides in dataset.splits.values())
-        logs.info(f"{destdir}: {pairs:,} sentence pairs intact")
+        logs.info(f"{destdir}: {logs.counted(pairs, 'sentence pair')} intact")
 
 
 def _splits(train: str | None, valid: str | None, test: str | None) -> dict[str, str]:
@@ -303,17 +303,19 @@ def _binarize(
         raise FastdissError(f"{text.paths[0]} has changed meanwhile: run preprocess again")
     _report(split, pairs, infos, altered, src.lossless and tgt.lossless)
     if broken:
-        logs.warn(f"{split}: {broken:,} pairs have a line break within a field: now a blank")
+        broken_pairs = logs.counted(broken, "pair")
+        logs.warn(f"{split}: {broken_pairs} with a line break within a field: now a blank")
     if empty:
         first = f"the first in line {first_empty} of {' and '.join(map(str, text.paths))}"
-        logs.warn(f"{split}: {empty:,} pairs have an empty side ({first}); they are kept")
+        logs.warn(f"{split}: {logs.counted(empty, 'pair')} with an empty side ({first}): kept")
     return dict(zip(("src", "tgt"), infos, strict=True))
 
 
 def _report(split: str, sentences: int, infos: Iterable, altered: int, lossless: bool) -> None:
     src, tgt = infos
     logs.info(
-        f"{split}: {sentences:,} pairs, {src.tokens:,} source and {tgt.tokens:,} target tokens "
+        f"{split}: {logs.counted(sentences, 'pair')}, "
+        f"{src.tokens:,} source and {tgt.tokens:,} target tokens "
         f"(longest {src.longest:,} and {tgt.longest:,}; "
         f"unknown {src.unknown:,} and {tgt.unknown:,})"
     )
@@ -321,4 +323,4 @@ def _report(split: str, sentences: int, infos: Iterable, altered: int, lossless:
         blank = "U+2581, SentencePiece's blank, is in them and becomes one"
         changed = "the tokenizer does not know, or changes, something in them"
         why = blank if lossless else changed
-        logs.warn(f"{split}: {altered:,} pairs decode to other text: {why}")
+        logs.warn(f"{split}: decoding changes {logs.counted(altered, 'pair')}: {why}")

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
+from fastdiss_cli import logs
 from fastdiss_cli.commands.options import (
     SourceLang,
     TargetLang,
@@ -121,7 +122,6 @@ def train(
         "model": {name: given[name] for name in ("dropout", "label_smoothing") if name in given},
     }
 
-    from fastdiss_cli import logs
     from fastdiss_cli.data.fairseq import open_dataset
     from fastdiss_cli.device import keep_freed_memory, pick_device
     from fastdiss_cli.distributed import Processes
@@ -159,7 +159,8 @@ def train(
         sentences = len(dataset["train"]["src"])
         logs.info(
             f"{chosen.name}: {training.model.num_parameters():,} parameters, "
-            f"{sentences:,} training pairs, {processes.world_size} x {processes.device.type}, "
+            f"{logs.counted(sentences, 'training pair')}, "
+            f"{processes.world_size} x {processes.device.type}, "
             f"{str(training.dtype).removeprefix('torch.')}"
         )
         if train_config.warmup_updates >= train_config.max_update:
@@ -215,13 +216,13 @@ def _as_given(
 
 def _plan(config: TrainConfig, validates: bool) -> str:
     """Say when training validates and when it ends."""
-    limits = [f"{config.max_update:,} updates"]
+    limits = [logs.counted(config.max_update, "update")]
     if config.max_epoch:
-        limits.append(f"{config.max_epoch:,} epochs")
+        limits.append(logs.counted(config.max_epoch, "epoch"))
     if config.patience and validates:
-        limits.append(f"{config.patience:,} validations without a new best")
+        limits.append(f"{logs.counted(config.patience, 'validation')} without a new best")
     interval = config.validate_interval_updates
-    every = f"every {interval:,} updates" if interval else "after every epoch"
+    every = f"every {logs.counted(interval, 'update')}" if interval else "after every epoch"
     return f"until {' or '.join(limits)}; " + (
         f"validation {every}" if validates else "the dataset has no split to validate on"
     )

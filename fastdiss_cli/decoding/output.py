@@ -147,7 +147,7 @@ def read_system(path: Path) -> Generated:
     if not summary:
         logs.warn(
             f"{path} has no last line (Generate ...), as if it was cut: it is taken for "
-            f"{len(answers):,} sentences"
+            f"{logs.counted(len(answers), 'sentence')}"
         )
     return Generated(
         [answers[number] for number in sorted(answers)],
@@ -174,7 +174,8 @@ def read_all_references(paths: Sequence[Path], count: int | None) -> list[list[s
         count = len(rows) if count is None else count
         if len(rows) != count:
             raise FastdissError(
-                f"{path} has {len(rows):,} lines where there are {count:,} sentences: "
+                f"{path} has {logs.counted(len(rows), 'line')} where there are "
+                f"{logs.counted(count, 'sentence')}: "
                 "references need a line for a sentence"
             )
         joined = [a + b for a, b in zip(joined or [[]] * count, rows, strict=True)]

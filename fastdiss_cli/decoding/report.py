@@ -12,6 +12,7 @@ from sacrebleu.metrics.bleu import BLEUScore
 
 from fastdiss_cli.decoding.output import reference_streams
 from fastdiss_cli.errors import FastdissError
+from fastdiss_cli.logs import counted
 
 if TYPE_CHECKING:  # `score` reads summaries, and need not wait for torch
     from fastdiss_cli.decoding.generation import Run
@@ -50,8 +51,9 @@ class Summary:
         how = " ".join(f"{key}={value}" for key, value in shown.items())
         quality = f"{self.bleu.format(signature=self.signature)} | " if self.bleu else ""
         return (
-            f"Generate {name} with {arch} {how}: {quality}{self.run.sentences:,} sentences in "
-            f"{self.run.seconds:.1f} s, {_digits(self.speed)} sentences/s, NFE {self.nfe:.1f}"
+            f"Generate {name} with {arch} {how}: {quality}"
+            f"{counted(self.run.sentences, 'sentence')} in {self.run.seconds:.1f} s, "
+            f"{_digits(self.speed)} sentences/s, NFE {self.nfe:.1f}"
         )
 
 
@@ -104,7 +106,8 @@ def summarise(
         return [Summary(run) for run in runs]
     if len(references) != len(texts[0]):
         raise FastdissError(
-            f"--ref has {len(references):,} lines where the input has {len(texts[0]):,} sentences"
+            f"--ref has {counted(len(references), 'line')} where the input has "
+            f"{counted(len(texts[0]), 'sentence')}"
         )
     summaries = []
     for run, hypotheses in zip(runs, texts, strict=True):

@@ -301,7 +301,8 @@ def _kept_if_it_fails(so_far: Translation, outputs: list[Output]) -> Iterator[No
     except Exception:
         kept = [str(output.keep()) for output in outputs if output.path and so_far.sentences]
         if kept:
-            logs.warn(f"the first {so_far.sentences:,} sentences are in {', '.join(kept)}")
+            done = logs.counted(so_far.sentences, "sentence")
+            logs.warn(f"what was done before, {done}, is in {', '.join(kept)}")
         raise
 
 

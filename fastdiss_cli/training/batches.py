@@ -40,7 +40,7 @@ def make_batcher(
     large = int((batcher.lengths[batcher.sentences] > config.max_tokens).sum())
     if large:
         logs.warn(
-            f"{split}: {large:,} sentence pairs are longer than --max-tokens = "
+            f"{split}: {logs.counted(large, 'sentence pair')} longer than --max-tokens = "
             f"{config.max_tokens}: each is a batch of its own, and larger than that"
         )
     return batcher
