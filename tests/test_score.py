@@ -103,7 +103,7 @@ def test_unequal_line_counts_are_an_error(tmp_path: Path) -> None:
     (tmp_path / "hyp").write_text("one\ntwo\n")
     (tmp_path / "ref").write_text("one\n")
     said = one_line_error(run_cli("score", "--sys", tmp_path / "hyp", "--ref", tmp_path / "ref"))
-    assert "1 lines" in said and "2" in said
+    assert "1 line" in said and "2" in said
     said = one_line_error(run_cli("score", "--sys", tmp_path / "hyp"))
     assert "--ref" in said
 

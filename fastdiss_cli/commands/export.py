@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from fastdiss_cli import logs
 from fastdiss_cli.errors import FastdissError
 
 _OF_TRAINING = re.compile(r"checkpoint_(last|best|\d+_\d+)\.safetensors")
