@@ -40,7 +40,7 @@ class GenerateOptions(TypedDict, total=False):
         clamp: ``raw``, ``nearest`` or ``expected``: what the solver takes for z_0 (expected).
         self_cond: ``reuse``, ``none`` or ``recompute`` (reuse).
         early_exit: stop a sentence when a step changes none of its tokens (False).
-        seed: of the noise, which also depends on a sentence's place in the list (1).
+        seed: of the noise, which also depends on the sentence itself (1).
 
     Decoding, for autoregressive models:
         beam: 1 is greedy search (5).
@@ -118,7 +118,6 @@ class Translator:
     """A loaded model with its tokenizers."""
 
     loaded: Loaded
-    dtype: torch.dtype = torch.float32
 
     def __repr__(self) -> str:
         source, target = self.loaded.languages
@@ -170,7 +169,7 @@ class Translator:
         if reranker is not None:
             check_reranker(self.loaded, reranker.loaded)
         method = method or model.default_select
-        select = selector(method, metric, tgt, reranker and reranker.loaded.model)
+        select = selector(method, metric, tgt, reranker and reranker.loaded)
         fields = [field.name for field in dataclasses.fields(model.Decoding)]
         known = [name for name in (*fields, *_OF_ALL_MODELS) if name not in _OBSERVING]
         for name in decoding:
@@ -185,7 +184,7 @@ class Translator:
         if sentences:
             sources = [self.loaded.src.encode(sentence) for sentence in sentences]
             select = with_runners_up(select, run.options.candidates - 1)
-            SequenceGenerator(model, select, max_tokens, self.dtype).decode(sources, [run])
+            SequenceGenerator(model, select, max_tokens, self.loaded.dtype).decode(sources, [run])
         return list(filter(None, run.best))
 
 
@@ -214,7 +213,7 @@ def load(
     torch_device = pick_device(device)
     torch_dtype = pick_dtype(dtype, torch_device)
     module = None if user_module is None else Path(user_module)
-    return Translator(load_model(Path(path), torch_device, module, torch_dtype), torch_dtype)
+    return Translator(load_model(Path(path), torch_device, module, torch_dtype))
 
 
 def score(

@@ -8,6 +8,7 @@ import re
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from types import TracebackType
 from typing import Any
 
@@ -73,9 +74,15 @@ class Processes:
 
     Under torchrun (which sets RANK, WORLD_SIZE and LOCAL_RANK) the group is made on entry: nccl
     on GPUs, gloo on CPUs. Ranks other than 0 are quiet.
+
+    Args:
+        device: where to compute; of several GPUs each rank takes its own.
+        patience: how long ranks wait for one that lives and says nothing; None: torch's default,
+            10 or 30 minutes.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, patience: timedelta | None = None) -> None:
+        self._patience = patience
         self.rank = _from_environment("RANK", 0)
         self.world_size = _from_environment("WORLD_SIZE", 1)
         if self.rank >= self.world_size:
@@ -98,7 +105,9 @@ class Processes:
         if self.world_size > 1:
             with self.others():
                 try:
-                    dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+                    dist.init_process_group(
+                        "nccl" if self.device.type == "cuda" else "gloo", timeout=self._patience
+                    )
                 except ValueError as error:
                     raise FastdissError(
                         f"WORLD_SIZE is {self.world_size}, but the processes cannot meet "

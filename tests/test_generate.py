@@ -86,11 +86,11 @@ def test_hypotheses_do_not_depend_on_windows_and_batches(
     assert all(other == found[0] for other in found[1:])
 
 
+@pytest.mark.parametrize("arch", TYPES)
 def test_hypotheses_do_not_depend_on_the_order_of_the_corpus(
-    checkpoints: dict[str, Path], raw: list[str]
+    checkpoints: dict[str, Path], raw: list[str], arch: str
 ) -> None:
-    """Of the transformer: a diffusion model's noise belongs to the line (see test_models.py)."""
-    checkpoint = checkpoints["transformer_tiny"]
+    checkpoint = checkpoints[arch]
     texts = ["\n".join(lines) + "\n" for lines in (raw, sorted(raw), raw[::-1])]
     found = [answers(generate(checkpoint, "--buffer-size", "20", stdin=text)) for text in texts]
     assert found[0] == found[1] == found[2]
@@ -188,6 +188,32 @@ def test_a_signal_ends_the_wait_for_input(checkpoints: dict[str, Path]) -> None:
     assert done.returncode == 130, done.stderr
     assert [line[:2] for line in done.stdout.splitlines()] == ["S-", "H-", "D-", "P-", "I-"]
     assert done.stderr.endswith("\nstopped by signal 2; 1 sentences are written\n")
+
+
+def test_a_signal_between_two_batches_leaves_no_wait_for_input(
+    checkpoints: dict[str, Path],
+) -> None:
+    more = ["generate", "--path", checkpoints["fastdiss_tiny"], "--input", "-", "--device=cpu"]
+    (done,) = Ranks(1, *more, prepare=signalled_in_output).results()
+    assert done.returncode == 143 and done.stdout.splitlines()[-1].startswith("I-0\t"), done.stderr
+    assert done.stderr.endswith("\nstopped by signal 15; 1 sentences are written\n")
+
+
+def signalled_in_output(rank: int) -> None:
+    """Give a line, send a signal while its answer is written, and let nobody ask for more."""
+    from fastdiss_cli.data import text
+    from fastdiss_cli.decoding import translation
+
+    def lines(*_):
+        yield "drei vier"
+        raise AssertionError("waited for input after the signal")
+
+    def write(output: translation.Output, written: str) -> None:
+        right(output, written)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    right, translation.Output.write = translation.Output.write, write
+    translation.decode_lines = text.decode_lines = lines
 
 
 def waiting_input(rank: int) -> None:
@@ -312,7 +338,7 @@ def test_an_option_that_a_checkpoint_does_not_know_is_as_before_it(
     [
         (["--input=-", "--gen-subset", "valid"], "--gen-subset is of a dataset"),
         (["--input=-", "--mbr-metric", "chrf", "--select", "score"], "--mbr-metric is of"),
-        (["--input=-", "--solver", "euler"], "'euler' is none of ddpm, ddim, dpm-solver++"),
+        (["--input=-", "--solver", "dimm"], "--solver must be one of ddpm, ddim, dpm-solver++"),
         (["--input=-", "--solver=ddim", "--temperature=1"], "--temperature must be 0 with ddim"),
         (["data", "--self-cond=gold", "--length-beam=3"], "--length-beam must be 1 with"),
         (["data", "--diagnose", "--buffer-size", "3"], "without --buffer-size"),
@@ -323,6 +349,22 @@ def test_options_that_could_not_count_are_wrong_usage(
 ) -> None:
     done = run_cli("generate", "--path", checkpoints["fastdiss_tiny"], *more, stdin="eins\n")
     one_line_error(done, said, code=2)
+
+
+def test_a_solver_of_ones_own(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        "from fastdiss_cli.diffusion.solvers import SOLVERS, Deterministic\n"
+        "class Half(Deterministic):\n"
+        "    def __call__(self, *args): return super().__call__(*args) / 2\n"
+        "SOLVERS['half'] = Half\n"
+    )
+    line = ["generate", "--path", checkpoints["fastdiss_tiny"], "--input=-", "--solver"]
+    mine = ["--user-module", tmp_path / "mine.py"]
+    halved = run_cli(*line, "half", *mine, stdin="eins zwei drei\n")
+    plain = run_cli(*line, "ddim", *mine, stdin="eins zwei drei\n")
+    assert halved.returncode == plain.returncode == 0, halved.stderr
+    assert halved.stdout.splitlines()[:4] != plain.stdout.splitlines()[:4]
+    assert "solver=half" in halved.stderr
 
 
 def test_one_candidate_leaves_nothing_to_select(checkpoints: dict[str, Path]) -> None:

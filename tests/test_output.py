@@ -17,9 +17,17 @@ from fastdiss_cli.decoding.output import (
     read_system,
     reference_streams,
 )
-from fastdiss_cli.decoding.selection import by_mbr, by_reranking, by_score
+from fastdiss_cli.decoding.selection import (
+    by_mbr,
+    by_reranking,
+    by_score,
+    selector,
+    with_runners_up,
+)
+from fastdiss_cli.device import autocast
 from fastdiss_cli.errors import FastdissError
 from fastdiss_cli.models.registry import HistoryStep, Hypothesis
+from fastdiss_cli.training.checkpoint import Loaded
 
 
 @pytest.fixture(scope="module")
@@ -136,6 +144,35 @@ def test_reranking_takes_what_the_reranker_finds_most_likely(tokenizer: Tokenize
     assert chosen == [rows[0][1], rows[1][0]]
     with pytest.raises(FastdissError, match="the reranker must be"):
         by_reranking(torch.nn.Linear(1, 1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_reranker_computes_in_its_own_type(tokenizer: Tokenizer, dtype: torch.dtype) -> None:
+    computed_in: list[torch.dtype] = []
+
+    class Reranker(torch.nn.Linear):
+        class src:
+            pad = 1
+
+        def encode(self, tokens: torch.Tensor, layout: Layout) -> None:
+            computed_in.append(self(torch.zeros(1, 1)).dtype)
+
+        def log_likelihood(self, memory: None, answers: list[list[int]]) -> torch.Tensor:
+            return torch.zeros(len(answers))
+
+    loaded = Loaded(Reranker(1, 1), tokenizer, tokenizer, None, ("de", "en"), dtype)
+    choose = selector("rerank", "bleu", tokenizer, loaded)
+    for of_the_model in (torch.float32, torch.bfloat16):
+        with autocast(torch.device("cpu"), of_the_model):
+            choose([[5, 2]], [[hypothesis(tokenizer, "a"), hypothesis(tokenizer, "a dog")]])
+    assert computed_in == [dtype, dtype]
+
+
+def test_the_best_of_the_others_are_shown_in_their_order(tokenizer: Tokenizer) -> None:
+    row = [hypothesis(tokenizer, "a dog runs", score) for score in (-0.1, -0.2, -0.3, -0.4)]
+    second = lambda sources, candidates: [row[1] for row in candidates]  # noqa: E731
+    (best,) = with_runners_up(second, 2)([[2]], [row])
+    assert best is row[1] and best.runners_up == [row[0], row[2]]
 
 
 def test_the_time_left_counts_from_the_first_item(

@@ -216,6 +216,11 @@ def test_diversity_needs_no_references(tmp_path: Path) -> None:
     said = run_cli("score", hyp, "--metrics", "distinct").stdout.splitlines()
     assert [line.split(" = ")[1] for line in said] == ["66.67", "100.00"]
     assert "--nbest" in one_line_error(run_cli("score", hyp, "--metrics", "self-bleu"))
+    more = ("--metrics", "distinct,repetition")
+    assert run_cli("score", hyp, *more).stdout.splitlines()[-1].split(" = ")[1] == "100.00"
+    other = write(tmp_path / "other", ["a b", "b"])
+    compared = run_cli("score", other, "--paired", hyp, "--metrics", "repetition")
+    assert compared.returncode == 0 and " 0.00" in compared.stdout, compared.stderr
 
 
 def test_score_does_not_wait_for_torch(tmp_path: Path) -> None:

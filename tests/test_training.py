@@ -30,7 +30,7 @@ from fastdiss_cli.distributed import Processes
 from fastdiss_cli.errors import FastdissError
 from fastdiss_cli.models import layers
 from fastdiss_cli.models.registry import Hypothesis, Loss, architecture
-from fastdiss_cli.training import validation
+from fastdiss_cli.training import log, loop, validation
 from fastdiss_cli.training.checkpoint import Checkpoint, Progress, load_model
 from fastdiss_cli.training.loop import Training
 from fastdiss_cli.training.save_dir import occupied
@@ -312,6 +312,44 @@ def test_the_best_of_equal_bleu_has_the_lower_loss() -> None:
     assert is_best(0.0, 9.0) and not is_best(math.nan, 1.0)
 
 
+def test_the_loss_of_a_validation_is_a_mean_over_tokens(
+    data_bin: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training = start(data_bin, tmp_path, max_tokens=60)
+    batcher = training.valid_batcher
+    batches = [batcher.collate(numbers) for numbers in batcher.epoch(0)]
+    sizes = [batch.num_tgt_tokens for batch in batches]
+    assert len(set(sizes)) > 1
+    monkeypatch.setattr(
+        training.model, "loss", lambda batch, update: Loss(torch.tensor(1.0 / batch.num_tgt_tokens))
+    )
+    how = (training.config, training.processes, training.stop, training.dtype, lambda far: None)
+    figures = validation.validation_loss(training.model, batcher, 1, *how)
+    assert figures["loss"] == pytest.approx(len(sizes) / sum(sizes))
+
+
+def test_the_speed_of_training_leaves_out_validations(
+    data_bin: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr(log, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    update, validate = loop.Training._update, loop.Training._validate
+
+    def slow(method: Any, seconds: float) -> Any:
+        def wrapped(*args: Any) -> Any:
+            now[0] += seconds
+            return method(*args)
+
+        return wrapped
+
+    monkeypatch.setattr(loop.Training, "_update", slow(update, 1))
+    monkeypatch.setattr(loop.Training, "_validate", slow(validate, 100))
+    start(data_bin, tmp_path, max_update=4, validate_interval_updates=1).run()
+    lines = metrics(tmp_path, without=())
+    assert [line["split"] for line in lines] == ["train", "valid"] * 4
+    assert [line["seconds"] for line in lines[::2]] == [1.0] * 4
+
+
 def test_a_validation_says_how_far_it_is(
     data_bin: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
@@ -441,10 +479,11 @@ def test_sentences_that_are_too_long_are_left_out_with_a_report(
 def test_a_checkpoint_is_complete_in_itself(data_bin: Path, tmp_path: Path) -> None:
     training = start(data_bin, tmp_path, max_update=3)
     training.run()
-    model, src, tgt, arch, languages = load_model(tmp_path / "checkpoint_last.safetensors", CPU)
-    assert languages == ("de", "en") and arch.name == "fastdiss_tiny" and src.hash == tgt.hash
-    assert src.decode(src.encode("drei vier")) == "drei vier"
-    for name, p in model.named_parameters():  # generate uses the averaged weights
+    loaded = load_model(tmp_path / "checkpoint_last.safetensors", CPU)
+    assert loaded.languages == ("de", "en") and loaded.arch.name == "fastdiss_tiny"
+    assert loaded.src.decode(loaded.src.encode("drei vier")) == "drei vier"
+    assert loaded.src.hash == loaded.tgt.hash and loaded.dtype == torch.float32
+    for name, p in loaded.model.named_parameters():  # generate uses the averaged weights
         assert torch.equal(p, training.state.ema.weights[name])
 
 

@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -33,6 +34,7 @@ SAMPLING = {"rich_help_panel": "Sampling (diffusion models)"}
 BEAM = {"rich_help_panel": "Beam search (autoregressive models)"}
 SELECTION = {"rich_help_panel": "Choosing among candidates"}
 MACHINE = {"rich_help_panel": "Machine"}
+WAIT_FOR_INPUT = timedelta(days=365)
 
 
 def generate(
@@ -107,7 +109,7 @@ def generate(
     ] = None,
     solver: Annotated[
         str | None,
-        choice(("ddpm", "ddim", "dpm-solver++"), "{}. (default: ddpm)", SAMPLING),
+        choice(("ddpm", "ddim", "dpm-solver++"), "{}. (default: ddpm)", SAMPLING, checked=False),
     ] = None,
     temperature: Annotated[
         float | None,
@@ -152,9 +154,7 @@ def generate(
     ] = False,
     seed: Annotated[
         int | None,
-        typer.Option(
-            help="Seed of the noise, with the number of the line. (default: 1)", **SAMPLING
-        ),
+        typer.Option(help="Seed of the noise, with the sentence itself. (default: 1)", **SAMPLING),
     ] = None,
     beam: Annotated[int | None, typer.Option(help="1: greedy search. (default: 5)", **BEAM)] = None,
     lenpen: Annotated[
@@ -237,7 +237,9 @@ def generate(
 
     keep_freed_memory()
     path = best_of(path)
-    processes, stop = Processes(pick_device(device)), Stop()
+    # whoever writes to stdin may let all ranks wait for a line
+    patience = WAIT_FOR_INPUT if input == "-" else None
+    processes, stop = Processes(pick_device(device), patience), Stop()
     if input not in (None, "-") and not Path(input).exists():
         raise FastdissError(f"--input {input}: no such file")
     if diagnose and processes.world_size > 1:
@@ -335,9 +337,8 @@ def _selection(
 
     reranker = None
     if "rerank_path" in given:
-        theirs = load(given["rerank_path"])
-        check_reranker(loaded, theirs)
-        reranker = theirs.model
+        reranker = load(given["rerank_path"])
+        check_reranker(loaded, reranker)
     method = "rerank" if reranker else given.get("select", loaded.model.default_select)
     if candidates == 1 and (reranker or "select" in given):
         logs.warn(f"--select {method} has no effect: there is one candidate")

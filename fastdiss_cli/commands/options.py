@@ -36,18 +36,24 @@ UserModule = Annotated[
 ]
 
 
-def choice(words: Sequence[str], help: str, panel: Mapping[str, str] = MappingProxyType({})) -> Any:
+def choice(
+    words: Sequence[str],
+    help: str,
+    panel: Mapping[str, str] = MappingProxyType({}),
+    checked: bool = True,
+) -> Any:
     """Return an option that takes one of some words, which a shell completes.
 
     Args:
         words: at least two.
         help: ``{}`` in it names them.
         panel: of the help.
+        checked: refuse other words at once; False where a user's own module may bring more.
     """
     named = f"{', '.join(words[:-1])} or {words[-1]}"
 
     def check(value: str | None) -> str | None:
-        if value is not None and value not in words:
+        if checked and value is not None and value not in words:
             raise typer.BadParameter(
                 f"{value!r} is none of {', '.join(words)}{suggest(value, words)}"
             )

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 # sacreBLEU takes a while to import, so that --help does not ask it
 AGAINST_REFERENCES = ("bleu", "chrf", "ter", "rouge1", "rouge2", "rougeL", "bertscore")
 AGAINST_REFERENCES += ("wer", "ser", "repetition")
+SELF_CONTAINED = ("repetition",)  # as sacreBLEU's metrics are, but they look at no reference
 DIVERSITY = ("distinct1", "distinct2", "sentence-distinct", "self-bleu")
 GROUPS = {"rouge": ("rouge1", "rouge2", "rougeL"), "distinct": ("distinct1", "distinct2")}
 NAMES = (*AGAINST_REFERENCES, *DIVERSITY, *GROUPS)
@@ -163,12 +164,12 @@ def score(
                 f"{path} has {len(system.candidates):,} sentences and {paths[0]} "
                 f"{len(read[0].candidates):,}: give systems on the same text"
             )
-    needed = any(name in AGAINST_REFERENCES for name in wanted)
+    needed = any(name in AGAINST_REFERENCES and name not in SELF_CONTAINED for name in wanted)
     if ref and not needed:
         raise typer.BadParameter(
             f"--metrics {metrics} compares with no references: leave out --ref"
         )
-    streams = _streams(paths, read, ref) if needed else []
+    streams = _streams(paths, read, ref) if needed else [[""] * len(read[0].hypotheses)]
     with _gc_paused():
         rows = _score(read, streams, wanted, options, test)
     _say(paths, rows, test, as_json)

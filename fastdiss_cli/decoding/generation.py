@@ -17,6 +17,7 @@ from fastdiss_cli.device import autocast, out_of_memory
 from fastdiss_cli.distributed import Processes
 from fastdiss_cli.errors import FastdissError
 from fastdiss_cli.models.registry import Hypothesis, Seq2SeqModel
+from fastdiss_cli.randomness import counter_seed
 from fastdiss_cli.signals import Stop
 
 Done = Callable[[int], None]  # told the number of sentences that are finished
@@ -37,6 +38,7 @@ class Run:
             decoded, by this rank or because a signal came.
         seconds: time spent, encoder included.
         nfe: decoder evaluations, summed over sentences.
+        sentences: how many are decoded.
     """
 
     options: Any
@@ -78,7 +80,7 @@ class SequenceGenerator:
         Args:
             sources: token ids, eos included; the answer to an empty sentence is empty.
             runs: `Run.best` is replaced, the costs are added up.
-            first: the number of the first sentence in the corpus.
+            first: the number of the first sentence in the corpus, for messages.
             gold: the right answers, for options that diagnose with them.
             done: called after each batch.
             stop: asked after each batch; if true, the sentences left over stay None in `Run.best`.
@@ -100,7 +102,7 @@ class SequenceGenerator:
         batches = batches_by_tokens(order, lengths, max(self.max_tokens // widest, 1))
         for rows in batches[share[0] :: share[1]]:
             try:
-                self._decode_batch(rows, sources, runs, first, gold)
+                self._decode_batch(rows, sources, runs, gold)
             except Exception as error:
                 if not out_of_memory(error):
                     raise
@@ -121,23 +123,23 @@ class SequenceGenerator:
         rows: np.ndarray,
         sources: Sequence[Sequence[int]],
         runs: Sequence[Run],
-        first: int,
         gold: Sequence[Sequence[int]] | None,
     ) -> None:
         model = self.model
         device = next(model.parameters()).device
         batch = [sources[i] for i in rows]
         answers = None if gold is None else [gold[i] for i in rows]
-        sentences = torch.from_numpy(rows + first).to(device)
+        # of its own words: an answer is the same wherever in whichever text its source stands
+        seeds = torch.tensor([counter_seed("source", *source) for source in batch]).to(device)
         start = time.perf_counter()
         with autocast(device, self.dtype):
             memory = model.encode(*(x.to(device) for x in pad(batch, model.src.pad)))
-            if device.type == "cuda":
+            if device.type == "cuda" and len(runs) > 1:  # who share its time
                 torch.cuda.synchronize(device)
             encoding = time.perf_counter() - start
             for run in runs:
                 start = time.perf_counter()
-                candidates = model.decode(memory, sentences, run.options, answers)
+                candidates = model.decode(memory, seeds, run.options, answers)
                 chosen = self.select(batch, candidates)
                 run.seconds += encoding + time.perf_counter() - start
                 run.nfe += sum(h.nfe for h in chosen)

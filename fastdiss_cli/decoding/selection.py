@@ -7,10 +7,12 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 
 from fastdiss_cli.data.batching import pad
 from fastdiss_cli.data.tokenizer import Tokenizer, check_same
 from fastdiss_cli.decoding.mbr import METRICS, expected_utilities
+from fastdiss_cli.device import autocast
 from fastdiss_cli.errors import FastdissError
 from fastdiss_cli.models.registry import Hypothesis, Seq2SeqModel
 
@@ -62,16 +64,14 @@ def check_reranker(model: Loaded, reranker: Loaded) -> None:
         )
 
 
-def selector(
-    method: str, metric: str, tokenizer: Tokenizer, reranker: Seq2SeqModel | None
-) -> Select:
+def selector(method: str, metric: str, tokenizer: Tokenizer, reranker: Loaded | None) -> Select:
     """Return the function that chooses; `check_selection` has the arguments.
 
     Args:
         tokenizer: of the target side.
     """
     if reranker is not None:
-        return by_reranking(reranker)
+        return by_reranking(reranker.model, reranker.dtype)
     return by_mbr(tokenizer, metric) if method == "mbr" else by_score
 
 
@@ -103,11 +103,12 @@ def by_mbr(tokenizer: Tokenizer, metric: str) -> Select:
     return select
 
 
-def by_reranking(reranker: Seq2SeqModel) -> Select:
+def by_reranking(reranker: Seq2SeqModel, dtype: torch.dtype = torch.float32) -> Select:
     """Choose the candidate that an autoregressive model finds most likely.
 
     Args:
         reranker: a model that has ``log_likelihood``, with the same tokenizers.
+        dtype: in which it computes, whatever the model does whose candidates they are.
 
     Raises:
         FastdissError: the model cannot score given answers.
@@ -123,7 +124,8 @@ def by_reranking(reranker: Seq2SeqModel) -> Select:
         full = [row + row[:1] * (C - len(row)) for row in candidates]
         src_tokens, layout = (x.to(device) for x in pad(sources, reranker.src.pad))
         answers = [h.tokens for row in full for h in row]
-        scores = reranker.log_likelihood(reranker.encode(src_tokens, layout), answers)
+        with autocast(device, dtype):
+            scores = reranker.log_likelihood(reranker.encode(src_tokens, layout), answers)
         best = scores.view(len(candidates), C).argmax(dim=1).tolist()
         return [row[i] for row, i in zip(full, best, strict=True)]
 

@@ -310,7 +310,7 @@ def _read(corpus: Input, stop: Stop) -> list[Pair]:
     """Return the next window; nothing where the corpus ends or a signal comes."""
     stop.waiting = True
     try:
-        return next(corpus.windows, [])
+        return [] if stop.signal else next(corpus.windows, [])
     except Stopped:
         return []
     finally:

@@ -57,8 +57,8 @@ class Candidates:
         denoiser: the network, with the memory of B sentences and the layout of N candidates;
             it changes with them.
         places: int64 [N], the number of each among all candidates.
-        sentences, numbers: int64 [N], the sentence in the corpus and the number in the sentence,
-            which seed the noise.
+        seeds, numbers: int64 [N], the seed of the sentence and the number within it, of which the
+            noise is made.
         keys: int64 [10, 2, K], of the draws of noise of a run: see `randomness.draw_keys`.
         tokens: int64 [N, T], the best tokens of the step before, for an early exit.
         drawn: float [N, T, D], the draws that are made and not yet taken, by their number.
@@ -66,7 +66,7 @@ class Candidates:
 
     denoiser: Denoiser
     places: Tensor
-    sentences: Tensor
+    seeds: Tensor
     numbers: Tensor
     keys: Tensor
     tokens: Tensor | None = None
@@ -81,9 +81,9 @@ class Candidates:
         if draw not in self.drawn:
             length = self.denoiser.layout.pad_mask.shape[1]
             numbers = _CPU_NUMBERS if self.keys.device.type == "cpu" else _GPU_NUMBERS
-            count = max(numbers // (len(self.sentences) * length * dim), 1)
+            count = max(numbers // (len(self.seeds) * length * dim), 1)
             keys = self.keys[..., draw : draw + count]
-            noise = counter_normal(keys, self.sentences, self.numbers, length, dim)
+            noise = counter_normal(keys, self.seeds, self.numbers, length, dim)
             self.drawn = dict(enumerate(noise, draw))
         return self.drawn.pop(draw)
 
@@ -103,8 +103,8 @@ class Candidates:
         rows = changed.repeat_interleave(len(tokens) // len(changed)).nonzero().squeeze(1)
         self.denoiser.memory = memory.select(changed.nonzero().squeeze(1))
         self.denoiser.layout = layout.select(rows)
-        self.places, self.sentences, self.numbers, self.tokens = (
-            x[rows] for x in (self.places, self.sentences, self.numbers, tokens)
+        self.places, self.seeds, self.numbers, self.tokens = (
+            x[rows] for x in (self.places, self.seeds, self.numbers, tokens)
         )
         self.drawn = {draw: noise[rows] for draw, noise in self.drawn.items()}
         return rows

@@ -126,7 +126,7 @@ class Seq2SeqModel(nn.Module, ABC):
     def decode(
         self,
         memory: Any,
-        sentences: Tensor,
+        seeds: Tensor,
         options: Any,
         gold: Sequence[Sequence[int]] | None = None,
     ) -> list[list[Hypothesis]]:
@@ -134,7 +134,7 @@ class Seq2SeqModel(nn.Module, ABC):
 
         Args:
             memory: from `encode`, for B sentences.
-            sentences: int64 [B], their numbers in the corpus, which seed their noise.
+            seeds: int64 [B], of the noise of each sentence.
             options: a `Decoding`.
             gold: the right answers, for options that diagnose with them.
         """

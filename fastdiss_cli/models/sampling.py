@@ -7,7 +7,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -113,7 +113,7 @@ class SampledModel(Seq2SeqModel):
     def decode(
         self,
         memory: Memory,
-        sentences: Tensor,
+        seeds: Tensor,
         options: DiffusionDecoding,
         gold: Sequence[Sequence[int]] | None = None,
     ) -> list[list[Hypothesis]]:
@@ -131,14 +131,14 @@ class SampledModel(Seq2SeqModel):
         history: list[list[HistoryStep]] = [[] for _ in lengths]
         results = None
         if self.graphs is not None and options.is_fixed:
-            results = self._replay(memory, lengths, longest, sentences, keys, options)
+            results = self._replay(memory, lengths, longest, seeds, keys, options)
         if results is None:
             told = None
             if options.self_cond == "gold":
                 told = self.embedding(pad(gold, self.tgt.pad)[0].to(device))
                 told = told.repeat_interleave(per_sentence, dim=0)
             layout = Layout.of(torch.arange(longest, device=device) >= lengths[:, None])
-            results = self._sample(memory, layout, sentences, keys, options, told, history)
+            results = self._sample(memory, layout, seeds, keys, options, told, history)
         scores, tokens, nfe = (x.tolist() for x in results)
         answers = []
         for row, (length, cost) in enumerate(zip(lengths.tolist(), nfe, strict=True)):
@@ -154,7 +154,7 @@ class SampledModel(Seq2SeqModel):
         self,
         memory: Memory,
         layout: Layout,
-        sentences: Tensor,
+        seeds: Tensor,
         keys: Tensor,
         options: DiffusionDecoding,
         told: Tensor | None = None,
@@ -165,7 +165,7 @@ class SampledModel(Seq2SeqModel):
         Args:
             memory: of the sentences.
             layout: of the N candidates.
-            sentences: int64 [B], the number of each in the corpus.
+            seeds: int64 [B], of the noise of each sentence.
             keys: see `Candidates`.
             options: how.
             told: the true embeddings, float [N, T, D], where the options ask for them.
@@ -175,13 +175,13 @@ class SampledModel(Seq2SeqModel):
             Log-probability and id of the best token at every position, both [N, T], and how many
             denoiser evaluations each candidate took, int64 [N].
         """
-        count, device = len(layout.pad_mask) // len(sentences), sentences.device
+        count, device = len(layout.pad_mask) // len(seeds), seeds.device
         denoiser = Denoiser(self, memory, layout)
         running = Candidates(
             denoiser,
             torch.arange(len(layout.pad_mask), device=device),
-            sentences.repeat_interleave(count),
-            torch.arange(count, device=device).repeat(len(sentences)),
+            seeds.repeat_interleave(count),
+            torch.arange(count, device=device).repeat(len(seeds)),
             keys,
         )
 
@@ -223,7 +223,7 @@ class SampledModel(Seq2SeqModel):
         memory: Memory,
         lengths: Tensor,
         longest: int,
-        sentences: Tensor,
+        seeds: Tensor,
         keys: Tensor,
         options: DiffusionDecoding,
     ) -> tuple[Tensor, ...] | None:
@@ -236,14 +236,15 @@ class SampledModel(Seq2SeqModel):
         S, T = (-(-length // WIDEN) * WIDEN for length in (memory.hidden.shape[1], longest))
         kind = lengths.device.type
         dtype = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
-        key = len(sentences), S, len(lengths), T, options, dtype
-        small = max(len(sentences) * S, len(lengths) * T) <= REPLAYED
+        how = replace(options, seed=0)  # the keys of the noise are an input
+        key = len(seeds), S, len(lengths), T, how, dtype
+        small = max(len(seeds) * S, len(lengths) * T) <= REPLAYED
         if not small or options.steps > REPLAYED_STEPS or not self.graphs.has_seen(key):
             return None
         memory = memory.widened(S)
 
         def function(
-            sentences: Tensor,
+            seeds: Tensor,
             keys: Tensor,
             tgt_pad_mask: Tensor,
             src_pad_mask: Tensor,
@@ -253,10 +254,10 @@ class SampledModel(Seq2SeqModel):
             pairs = list(zip(keys_values[::2], keys_values[1::2], strict=True))
             dense = Memory(hidden, Layout(src_pad_mask, None, dense=True), pairs)
             layout = Layout(tgt_pad_mask, None, dense=True)
-            return self._sample(dense, layout, sentences, keys, options)
+            return self._sample(dense, layout, seeds, keys, options)
 
         tgt_pad_mask = torch.arange(T, device=lengths.device) >= lengths[:, None]
-        given = [sentences, keys, tgt_pad_mask, memory.layout.pad_mask, memory.hidden]
+        given = [seeds, keys, tgt_pad_mask, memory.layout.pad_mask, memory.hidden]
         return self.graphs.run(key, function, [*given, *chain(*memory.keys_values)])
 
     def _length_candidates(self, memory: Memory, beam: int) -> Tensor:

@@ -127,7 +127,7 @@ class Transformer(Seq2SeqModel):
     def decode(
         self,
         memory: Memory,
-        sentences: Tensor,
+        seeds: Tensor,
         options: BeamDecoding,
         gold: Sequence[Sequence[int]] | None = None,
     ) -> list[list[Hypothesis]]:

@@ -203,13 +203,19 @@ def vocabulary(tokenizer: Tokenizer) -> Vocabulary:
 
 
 class Loaded(NamedTuple):
-    """A checkpoint, ready to decode; ``languages`` are (source, target), or "" where unknown."""
+    """A checkpoint, ready to decode.
+
+    Attributes:
+        languages: source and target, "" where unknown.
+        dtype: float32 or bfloat16, in which the model decodes.
+    """
 
     model: Seq2SeqModel
     src: Tokenizer
     tgt: Tokenizer
     arch: Architecture
     languages: tuple[str, str]
+    dtype: torch.dtype
 
 
 def load_model(
@@ -241,7 +247,7 @@ def load_model(
     model = model.to(device).eval()
     freeze(model, dtype)
     source, target = (checkpoint.dataset.get(side, "") for side in ("source", "target"))
-    return Loaded(model, src, tgt, arch, (source, target))
+    return Loaded(model, src, tgt, arch, (source, target), dtype)
 
 
 @torch.no_grad()
