@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import io
 import os
+import re
 import sys
 from importlib import import_module
 
@@ -42,7 +44,9 @@ def command_line(name: str = "") -> typer.Typer:
     for command in [name] if name in COMMANDS else COMMANDS:
         place = COMMANDS[command]
         function = getattr(import_module(f"fastdiss_cli.commands.{place}"), place)
-        app.command(command, help=HELP.get(command))(function)
+        # typer would keep the line breaks of the source
+        help = re.sub(r"(?<!\n)\n(?!\n)", " ", inspect.getdoc(function))
+        app.command(command, help=HELP.get(command, help))(function)
     return app
 
 

@@ -175,8 +175,8 @@ class Translator:
         for name in decoding:
             if name not in known:
                 raise FastdissError(
-                    f"this model has no option {name!r}{suggest(name, known)}; "
-                    f"there are {', '.join(known)}"
+                    f"this model has no option {name!r}"
+                    f"{suggest(name, known) or '; there are ' + ', '.join(known)}"
                 )
         if decoding.get("self_cond") == "gold":
             raise FastdissError("self_cond='gold' needs the answers: `fastdiss generate` has them")
@@ -248,7 +248,7 @@ def score(
         raise FastdissError("every sentence needs a reference")
     if not hypotheses or len(hypotheses) != len(alternatives):
         raise FastdissError(
-            f"{len(hypotheses):,} hypotheses and {len(alternatives):,} references: "
+            f"hypotheses and references number {len(hypotheses):,} and {len(alternatives):,}: "
             "give one for each sentence, and at least one sentence"
         )
     streams = reference_streams(alternatives)
@@ -256,7 +256,7 @@ def score(
     for name in metrics:
         if name not in METRICS:
             raise FastdissError(
-                f"no metric {name!r}{suggest(name, METRICS)}; there are {', '.join(METRICS)}"
+                f"no metric {name!r}{suggest(name, METRICS) or '; there are ' + ', '.join(METRICS)}"
             )
         metric = METRICS[name]()
         result = metric.corpus_score(hypotheses, streams)

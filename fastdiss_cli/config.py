@@ -21,6 +21,8 @@ import yaml
 from fastdiss_cli.errors import FastdissError, OptionError, suggest
 
 C = TypeVar("C")
+DTYPES = ("auto", "float32", "bfloat16")
+LR_SCHEDULERS = ("inverse_sqrt", "cosine")
 SECTIONS = ("model", "train")
 # what `yaml.safe_load` raises on text that is no YAML, and on values such as `!!int x`
 _NOT_YAML = (yaml.YAMLError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
@@ -73,10 +75,10 @@ class TrainConfig:
     ema_decay: float = option(0.9999, "of the average of the weights, which generates; 0: none")
     max_skipped: int = option(20, "non-finite gradients in a row before training stops")
     validate_interval_updates: int = option(1000, "updates between validations; 0: every epoch")
-    save_interval_updates: int = option(1000, "updates between checkpoints")
+    save_interval_updates: int = option(1000, "updates between saves of checkpoint_last")
     valid_sentences: int = option(500, "how many are decoded for BLEU; 0: validation loss only")
     valid_steps: int = option(5, "sampling steps for validation BLEU")
-    keep_last: int = option(1, "numbered checkpoints kept; 0: none but last and best")
+    keep_last: int = option(1, "numbered checkpoints kept, one a validation; 0: none")
     log_interval: int = option(50, "updates between lines of metrics.jsonl")
     tensorboard: bool = option(False, "event files for TensorBoard, too, beside the checkpoints")
     dtype: str = option("auto", "type of the products: auto, float32 or bfloat16 (autocast)")
@@ -98,12 +100,12 @@ class TrainConfig:
         require(self, "ema_decay", 0 <= self.ema_decay < 1, "in [0, 1)")
         require(self, "adam_betas", all(0 <= b < 1 for b in self.adam_betas), "two in [0, 1)")
         require(self, "shard", not (self.shard and self.compile), "false with compile")
-        one_of(self, "lr_scheduler", ("inverse_sqrt", "cosine"))
+        one_of(self, "lr_scheduler", LR_SCHEDULERS)
         warm = self.warmup_updates > 0 or self.lr_scheduler != "inverse_sqrt"
         require(
             self, "warmup_updates", warm, "at least 1 with inverse_sqrt, which falls from there"
         )
-        one_of(self, "dtype", ("auto", "float32", "bfloat16"))
+        one_of(self, "dtype", DTYPES)
 
 
 def idle(config: Any) -> set[str]:

@@ -12,10 +12,10 @@ from pathlib import Path
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from fastdiss_cli.config import DTYPES
 from fastdiss_cli.errors import OptionError, suggest
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3  # of <malloc.h>
-DTYPES = ("auto", "float32", "bfloat16")
 _ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 # what torch's CPU allocator, cuBLAS and cuDNN say
 _OUT_OF_MEMORY = (

@@ -78,6 +78,12 @@ class Bar:
             self._said = time.monotonic()
             info(f"{self.what} {self._progress()}  {text}".rstrip())
 
+    def expect(self, total: int) -> None:
+        """Take another number of items for the end."""
+        self.total = total
+        if self._bar is not None:
+            self._bar.update(self._task, total=total)
+
     def _progress(self) -> str:
         elapsed = time.monotonic() - self._started
         if self.total is None:

@@ -6,12 +6,14 @@ of Okabe and Ito, for every kind of colour vision), in marker and in dash, for p
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fastdiss_cli.data.files import write_whole
 from fastdiss_cli.errors import FastdissError
 
 if TYPE_CHECKING:
@@ -21,7 +23,8 @@ if TYPE_CHECKING:
     from fastdiss_cli.decoding.report import Figures
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-MARKERS = "os^DvPX"
+MARKERS = "os^DvPX*"  # one more than colours, so that no pair comes twice soon
+LONGEST_LABEL = 60  # letters
 DASHES = ("-", "--", "-.", (0, (3, 1, 1, 1, 1, 1)))
 TITLES = {
     "bleu": "validation BLEU",
@@ -97,6 +100,7 @@ def plot_quality(path: Path, points: Sequence[Point], quality: str) -> None:
     else:  # level lines only
         left.set_xticks([])
     right.set(xscale="log", xlabel="sentences/s (log scale; numbers are steps)")
+    right.margins(y=0.12)  # room for the numbers
     _plain_ticks(right)
     _save(figure, path)
 
@@ -130,7 +134,8 @@ def plot_training(path: Path, runs: Sequence[Curves]) -> None:
         if key not in LINEAR and min(values) > 0 and max(values) > 5 * min(values):
             axes.set_yscale("log")
             _plain_ticks(axes, vertical=True)
-        axes.set_title(TITLES.get(key, key), fontsize=10)
+        logarithmic = " (log scale)" if axes.get_yscale() == "log" else ""
+        axes.set_title(TITLES.get(key, key) + logarithmic, fontsize=10)
         axes.set_xlabel("updates")
         axes.tick_params(labelbottom=True)
     for axes in panels.flat[len(drawn) :]:
@@ -167,11 +172,9 @@ def _groups(points: Sequence[Point]) -> dict[str, list[Point]]:
     ]
     folders = _distinct_ends([key[0] for key in keys])
     everything = [f"{folder}: {said}" for folder, said in zip(folders, options, strict=True)]
-    labels = next(
-        found
-        for found in (archs, options, folders, everything)
-        if len(set(found)) == len(keys) or found is everything
-    )
+    several = [found for found in (archs, options, folders) if len(set(found)) == len(keys)]
+    short = [found for found in several if max(map(len, found)) <= LONGEST_LABEL]
+    labels = next(iter(short + several), everything)
     named = zip(labels, groups.values(), strict=True)
     return {label: sorted(group, key=lambda p: p.figures.steps or 0) for label, group in named}
 
@@ -230,9 +233,11 @@ def _save(figure: Figure, path: Path) -> None:
     figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
     undated = {"Date": None} if path.suffix == ".svg" else {"CreationDate": None}
     metadata = {} if path.suffix == ".png" else undated
-    path.parent.mkdir(parents=True, exist_ok=True)
+    picture, form = io.BytesIO(), path.suffix.removeprefix(".")
+    with matplotlib.rc_context({"svg.hashsalt": "fastdiss", "svg.fonttype": "none"}):
+        figure.savefig(picture, format=form, facecolor="white", dpi=150, metadata=metadata)
     try:
-        with matplotlib.rc_context({"svg.hashsalt": "fastdiss", "svg.fonttype": "none"}):
-            figure.savefig(path, facecolor="white", dpi=150, metadata=metadata)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, picture.getvalue())
     except OSError as error:
         raise FastdissError(f"{path}: cannot write: {error.strerror}") from None

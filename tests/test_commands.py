@@ -220,7 +220,7 @@ def test_an_empty_file_has_no_answers_and_is_told(fastdiss: Path, tmp_path: Path
         (["--beam", "3"], "--beam does not apply to fastdiss_tiny"),
         (["--select", "best"], "'best' is none of score, mbr, rerank"),
         (["--input", "-"], "--input needs no dataset"),
-        (["--select", "rerank"], "select rerank needs a reranker (--rerank-path)"),
+        (["--select", "rerank"], "--select rerank needs a transformer: --rerank-path"),
         (["--noise-beam", "2", "--nbest", "3"], "a sentence has 2 candidates"),
         (["--diagnose", "--early-exit"], "without --early-exit"),
         (["--self-cond", "gold", "--input", "x"], "dataset"),
@@ -276,7 +276,8 @@ def test_train_names_what_it_does_not_know(data_bin: Path, tmp_path: Path) -> No
         done = run_cli("train", data_bin, "--save-dir", tmp_path, *options)
         return one_line_error(done, code=code)
 
-    assert "did you mean 'fastdiss_tiny'" in said("--arch", "fastdiss_tny")
+    assert "did you mean 'fastdiss_tiny'" in said("--arch", "fastdiss_tny", code=2)
+    assert "'gpu' is none of auto, cpu, cuda and cuda:N" in said("--device", "gpu", code=2)
     for wrong, told in (  # what is wrong on the command line is wrong usage
         (["--set", "model.nois_factor=2"], "--set model.nois_factor is no option; did you mean"),
         (["--set", "train.lr=fast"], "--set train.lr must be a number, not 'fast'"),
@@ -310,7 +311,7 @@ def test_flags_override_the_recipe_and_set_overrides_flags(data_bin: Path, tmp_p
         "--seed", "8", "--set", "train.seed=7",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "training ends at update 1, while the learning rate rises until 4,000" in done.stderr
+    assert "the learning rate rises until update 4,000, and training ends at 1" in done.stderr
     from fastdiss_cli.training.checkpoint import Checkpoint
 
     checkpoint = Checkpoint.load(tmp_path / "c" / "checkpoint_last.safetensors")
@@ -386,7 +387,7 @@ def test_a_failure_leaves_older_results(data_bin: Path, fastdiss: Path, tmp_path
     for wrong in (
         ["--ref", tmp_path / "none"],
         ["--ref", tmp_path / "short"],
-        ["--device", "none"],
+        ["--device", "cuda:99"],
         ["--gen-subset", "none"],
     ):
         one_line_error(run_cli(*generate, *wrong))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import json
 import re
@@ -32,7 +33,7 @@ def write(path: Path, lines: Sequence[str]) -> Path:
 def summary(arch: str, speed: float, **options: object) -> str:
     """Return what `generate` writes at the end of a file."""
     run = SimpleNamespace(
-        options=SimpleNamespace(**options), sentences=3000, seconds=3000 / speed, nfe=0
+        options=SimpleNamespace(**options), sentences=3000, seconds=3000 / speed, nfe=0, empty=0
     )
     bleu = sacrebleu.corpus_bleu(["a b"], [["a c"]])
     return Summary(run, bleu, "nrefs:1|tok:13a").line("test", arch)  # type: ignore[arg-type]
@@ -305,6 +306,8 @@ def test_curves_are_told_apart_by_what_differs(tmp_path: Path) -> None:
             ["transformer_tiny, beam=1", "transformer_tiny, beam=5"],
         ),
         ([{"beam": 5}, {"beam": 5}], ["one/x", "two/x"]),
+        # names that would be wider than the picture
+        ([{f"option{i}": n for i in range(9)} for n in (1, 2)], ["one/x", "two/x"]),
     ):
         files = [
             generated(tmp_path / name / "out.txt", POOR, summary("transformer_tiny", 9, **given))
@@ -314,6 +317,24 @@ def test_curves_are_told_apart_by_what_differs(tmp_path: Path) -> None:
         # what all folders end with says nothing
         shown = out.read_text()
         assert all(f">{label.removesuffix('/x')}<" in shown for label in labels)
+
+
+@needs_matplotlib
+@pytest.mark.parametrize("ending", ["svg", "png", "pdf"])
+def test_a_picture_is_whole_or_the_older_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: str
+) -> None:
+    picture = write(tmp_path / "folder" / f"out.{ending}", ["the older one"])
+    file = generated(tmp_path / "out.txt", POOR, summary("fastdiss_tiny", 9, steps=5))
+
+    def full(path: Path, content: bytes) -> None:
+        path.touch()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    said = one_line_error(run_cli("score", file, "--metrics=bleu", "--plot", picture))
+    assert f"out.{ending}: cannot write: No space left on device" in said
+    assert picture.read_text() == "the older one\n" and len(list(picture.parent.iterdir())) == 1
 
 
 def test_what_cannot_be_drawn_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

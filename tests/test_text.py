@@ -200,8 +200,9 @@ def test_empty_file(tmp_path: Path, format: str) -> None:
     [
         ('{"de": "a"}', "lacks the text field 'en' (it has de): name the fields with -s and -t"),
         ('{"en": "a"}', "lacks the text field 'de' (it has en)"),
-        ('{"de": "a", "en": 3}', "lacks the text field 'en' (it has de)"),
-        ('{"de": "a", "en": null}', "lacks the text field 'en' (it has de)"),
+        ('{"de": "a", "en": 3}', "has 3 for 'en', not text in quotes"),
+        ('{"de": "a", "en": null}', "has null for 'en', not text in quotes"),
+        (f'{{"de": {[1] * 50}}}', "has [1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, ... for 'de'"),
         ("{}", "lacks the text fields 'de' and 'en' (it has none)"),
         ('["a", "b"]', "is not a JSON object"),
         ('"de"', "is not a JSON object"),

@@ -328,6 +328,14 @@ def test_the_loss_of_a_validation_is_a_mean_over_tokens(
     assert figures["loss"] == pytest.approx(len(sizes) / sum(sizes))
 
 
+def test_the_end_of_the_last_epoch_is_foreseen(data_bin: Path, tmp_path: Path) -> None:
+    training = start(data_bin, tmp_path, max_update=1000, max_epoch=2, update_freq=2)
+    rounds = [len(training.batcher.rounds(epoch)) for epoch in (1, 2)]
+    training.run()
+    assert training.bar.total == training.progress.update == sum(-(-n // 2) for n in rounds)
+    assert start(data_bin, tmp_path / "c", max_update=3)._expected_end() == 3
+
+
 def test_the_speed_of_training_leaves_out_validations(
     data_bin: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

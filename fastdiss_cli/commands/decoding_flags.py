@@ -32,6 +32,7 @@ def check_usage(given: dict[str, Any]) -> None:
     raw, diagnosed = "input" in given, "diagnose" in given
     languages = "source_lang" in given or "target_lang" in given
     told_answers = given.get("self_cond") == "gold"
+    reranked = "rerank_path" in given
     for wrong, reason in (
         (not raw and "data" not in given, "give either a dataset folder or --input"),
         (raw and "data" in given, "--input needs no dataset: the checkpoint has its tokenizers"),
@@ -40,6 +41,10 @@ def check_usage(given: dict[str, Any]) -> None:
         (raw and languages, "--source-lang and --target-lang are of a dataset, not of --input"),
         (raw and "gen_subset" in given, "--gen-subset is of a dataset, not of --input"),
         (raw and told_answers, "--self-cond gold needs a dataset: it is told the answers"),
+        (
+            given.get("select") == "rerank" and not reranked,
+            "--select rerank needs a transformer: --rerank-path CHECKPOINT",
+        ),
         (raw and diagnosed, "--diagnose needs a dataset: it measures losses on the answers"),
         (
             diagnosed and "early_exit" in given,
@@ -54,11 +59,10 @@ def check_usage(given: dict[str, Any]) -> None:
             raise typer.BadParameter(reason)
     from fastdiss_cli.decoding.selection import check_selection
 
-    reranked = "rerank_path" in given
     try:
         check_selection(given.get("select"), given.get("mbr_metric", "bleu"), reranked)
     except FastdissError as error:
-        raise typer.BadParameter(str(error)) from None
+        raise typer.BadParameter(f"--{error}") from None
 
 
 def step_options(steps: str | None) -> list[dict[str, int]]:

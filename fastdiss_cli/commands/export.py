@@ -40,8 +40,8 @@ def export(
 ) -> None:
     """Write a checkpoint for release, or the average of several.
 
-    It holds the weights that generate would load (their uniform mean), the tokenizers and a model
-    card, which `fastdiss card` shows; no optimizer state, so training cannot resume from it.
+    It holds weights (those that generate would load, or their uniform mean), tokenizers and a card,
+    which `fastdiss card` shows; no optimizer state, so that no training can resume from it.
     """
     given = checkpoints or [Path("checkpoints")]
     if last and not all(path.is_dir() for path in given):

@@ -20,7 +20,8 @@ from fastdiss_cli.commands.decoding_flags import (
     decoding_options,
     step_options,
 )
-from fastdiss_cli.commands.options import SourceLang, TargetLang, UserModule, choice
+from fastdiss_cli.commands.options import Device, SourceLang, TargetLang, UserModule, choice
+from fastdiss_cli.config import DTYPES
 from fastdiss_cli.errors import FastdissError
 
 if TYPE_CHECKING:
@@ -202,10 +203,8 @@ def generate(
             **MACHINE,
         ),
     ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.", **MACHINE)] = "auto",
-    dtype: Annotated[
-        str, choice(("auto", "float32", "bfloat16"), "{} (autocast).", MACHINE)
-    ] = "auto",
+    device: Device = "auto",
+    dtype: Annotated[str, choice(DTYPES, "{} (autocast).", MACHINE)] = "auto",
     user_module: UserModule = None,
 ) -> None:
     """Translate a split of a dataset, or raw text.

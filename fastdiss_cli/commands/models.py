@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fastdiss_cli.commands.options import UserModule, complete_architecture
+from fastdiss_cli.errors import OptionError
 
 if TYPE_CHECKING:
     from fastdiss_cli.models.registry import Architecture
@@ -30,7 +31,10 @@ def models(
     if arch is None:
         lines = _table(architectures(user_module).values())
     else:
-        lines = _recipe(architecture(arch, user_module))
+        try:
+            lines = _recipe(architecture(arch, user_module))
+        except OptionError as error:
+            raise typer.BadParameter(error.reason) from None
     for line in lines:
         typer.echo(line)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any
@@ -28,6 +29,23 @@ TargetLang = Annotated[
         "--target-lang",
         "-t",
         help="Target language, for a fairseq data-bin that serves both directions.",
+    ),
+]
+
+
+def _device(name: str) -> str:
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", name):
+        raise typer.BadParameter(f"{name!r} is none of auto, cpu, cuda and cuda:N")
+    return name
+
+
+Device = Annotated[
+    str,
+    typer.Option(
+        help="auto, cpu, cuda or cuda:N.",
+        callback=_device,
+        autocompletion=lambda incomplete: completed(("auto", "cpu", "cuda"), incomplete),
+        rich_help_panel="Machine",
     ),
 ]
 UserModule = Annotated[
@@ -59,17 +77,22 @@ def choice(
             )
         return value
 
-    completed = {"autocompletion": _completer(words), "callback": check}
-    return typer.Option(help=help.format(named), **completed, **panel)
+    return typer.Option(
+        help=help.format(named),
+        autocompletion=lambda incomplete: completed(words, incomplete),
+        callback=check,
+        **panel,
+    )
 
 
 def complete_architecture(incomplete: str) -> list[str]:
     """Complete the name of an architecture; a user's own are not known here."""
-    return _completer([f"{family}_{size}" for family in FAMILIES for size in SIZES])(incomplete)
+    return completed([f"{family}_{size}" for family in FAMILIES for size in SIZES], incomplete)
 
 
-def _completer(words: Sequence[str]) -> Callable[[str], list[str]]:
-    return lambda incomplete: [word for word in words if word.startswith(incomplete)]
+def completed(words: Sequence[str], incomplete: str) -> list[str]:
+    """Return the words that begin as told."""
+    return [word for word in words if word.startswith(incomplete)]
 
 
 def drawable(path: Path | None) -> Path | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import MappingProxyType
@@ -13,12 +13,21 @@ import typer
 
 from fastdiss_cli import logs
 from fastdiss_cli.commands.options import (
+    Device,
     SourceLang,
     TargetLang,
     UserModule,
     complete_architecture,
+    completed,
 )
-from fastdiss_cli.config import TrainConfig, build, parse_settings, read_recipe
+from fastdiss_cli.config import (
+    DTYPES,
+    LR_SCHEDULERS,
+    TrainConfig,
+    build,
+    parse_settings,
+    read_recipe,
+)
 from fastdiss_cli.errors import FastdissError, OptionError
 
 TRAIN_FIELDS = {field.name: field for field in dataclasses.fields(TrainConfig)}
@@ -27,12 +36,22 @@ VALIDATION = {"rich_help_panel": "Validation and checkpoints"}
 MACHINE = {"rich_help_panel": "Machine"}
 
 
-def flag(name: str, panel: Mapping[str, str] = MappingProxyType({})) -> Any:
-    """Return the flag of an option of `TrainConfig`, whose meaning and default are its help."""
+def flag(
+    name: str, panel: Mapping[str, str] = MappingProxyType({}), words: Sequence[str] = ()
+) -> Any:
+    """Return the flag of an option of `TrainConfig`, whose meaning and default are its help.
+
+    Args:
+        name: of the option.
+        panel: of the help.
+        words: that a shell completes.
+    """
     field = TRAIN_FIELDS[name]
     meaning = field.metadata["meaning"]
     return typer.Option(
-        help=f"{meaning[0].upper()}{meaning[1:]}. (default: {field.default})", **panel
+        help=f"{meaning[0].upper()}{meaning[1:]}. (default: {field.default})",
+        autocompletion=lambda incomplete: completed(words, incomplete),
+        **panel,
     )
 
 
@@ -79,7 +98,7 @@ def train(
     max_update: Annotated[int | None, flag("max_update", OPTIMISATION)] = None,
     max_epoch: Annotated[int | None, flag("max_epoch", OPTIMISATION)] = None,
     lr: Annotated[float | None, flag("lr", OPTIMISATION)] = None,
-    lr_scheduler: Annotated[str | None, flag("lr_scheduler", OPTIMISATION)] = None,
+    lr_scheduler: Annotated[str | None, flag("lr_scheduler", OPTIMISATION, LR_SCHEDULERS)] = None,
     warmup_updates: Annotated[int | None, flag("warmup_updates", OPTIMISATION)] = None,
     clip_norm: Annotated[float | None, flag("clip_norm", OPTIMISATION)] = None,
     weight_decay: Annotated[float | None, flag("weight_decay", OPTIMISATION)] = None,
@@ -106,8 +125,8 @@ def train(
             **VALIDATION,
         ),
     ] = False,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.", **MACHINE)] = "auto",
-    dtype: Annotated[str | None, flag("dtype", MACHINE)] = None,
+    device: Device = "auto",
+    dtype: Annotated[str | None, flag("dtype", MACHINE, DTYPES)] = None,
     compile: Annotated[
         bool | None, typer.Option("--compile", help="Use torch.compile.", **MACHINE)
     ] = None,
@@ -165,8 +184,8 @@ def train(
         )
         if train_config.warmup_updates >= train_config.max_update:
             logs.warn(
-                f"training ends at update {train_config.max_update:,}, while the learning rate "
-                f"rises until {train_config.warmup_updates:,}: lower --warmup-updates"
+                f"the learning rate rises until update {train_config.warmup_updates:,}, and "
+                f"training ends at {train_config.max_update:,}: lower --warmup-updates"
             )
         plan = _plan(train_config, "valid" in dataset.splits)
         logs.info(f"{plan}; checkpoints and metrics.jsonl go to {save_dir}")

@@ -27,6 +27,17 @@ def replace_folder(new: Path, final: Path) -> None:
         shutil.rmtree(old, ignore_errors=True)
 
 
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a small file whose older content, if any, stays until the new one is whole."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        aside.write_bytes(content)
+        sync(aside)
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
 def sync(path: Path) -> None:
     """Wait until a file, or a folder's names, are on the disk."""
     handle = os.open(path, os.O_RDONLY)

@@ -278,7 +278,14 @@ def _json_pair(source: str, target: str, line: str, name: str, number: int) -> t
         raise FastdissError(f"{name}: line {number} is not valid JSON ({error})") from None
     if not isinstance(row, dict):
         raise FastdissError(f"{name}: line {number} is not a JSON object: one is needed a line")
-    lacking = [repr(key) for key in (source, target) if not isinstance(row.get(key), str)]
+    for key in (source, target):
+        if key in row and not isinstance(row[key], str):
+            value = json.dumps(row[key], ensure_ascii=False)
+            shown = value if len(value) <= 40 else f"{value[:37]}..."
+            raise FastdissError(
+                f"{name}: line {number} has {shown} for {key!r}, not text in quotes"
+            )
+    lacking = [repr(key) for key in (source, target) if key not in row]
     if lacking:
         texts = [key for key, value in row.items() if isinstance(value, str)]
         has = f"it has {', '.join(texts[:6])}" if texts else "it has none"

@@ -19,6 +19,7 @@ from fastdiss_cli.data.batching import TokenBatcher
 from fastdiss_cli.data.binarized import TokenFile
 from fastdiss_cli.decoding.generation import Run, SequenceGenerator
 from fastdiss_cli.device import autocast
+from fastdiss_cli.logs import counted
 from fastdiss_cli.models.registry import HistoryStep, Hypothesis, Seq2SeqModel
 from fastdiss_cli.randomness import seed_everything
 
@@ -111,7 +112,7 @@ def by_time(
 def describe(steps: int, tables: dict[str, list[Row]]) -> str:
     """Return the tables of a run as text."""
     return (
-        f"\n{steps} steps, by step of sampling\n{_table(tables['by_step'])}\n\n"
+        f"\n{counted(steps, 'step')}, by step of sampling\n{_table(tables['by_step'])}\n\n"
         "losses by time, told nothing, a fresh estimate, or a stale one (t + 1/steps)\n"
         f"{_table(tables['by_time'])}"
     )

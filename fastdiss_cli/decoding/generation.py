@@ -39,6 +39,7 @@ class Run:
         seconds: time spent, encoder included.
         nfe: decoder evaluations, summed over sentences.
         sentences: how many are decoded.
+        empty: how many of them are empty, and cost nothing.
     """
 
     options: Any
@@ -46,6 +47,7 @@ class Run:
     seconds: float = 0.0
     nfe: int = 0
     sentences: int = 0
+    empty: int = 0
 
 
 @dataclass
@@ -98,6 +100,7 @@ class SequenceGenerator:
             for i in empty:  # eos alone: there is nothing to translate
                 run.best[i] = Hypothesis([], 0.0, [], nfe=0)
                 run.sentences += 1
+                run.empty += 1
         done(len(empty))
         batches = batches_by_tokens(order, lengths, max(self.max_tokens // widest, 1))
         for rows in batches[share[0] :: share[1]]:
@@ -184,6 +187,7 @@ class SequenceGenerator:
             run.seconds += max(part.seconds for part in parts)
             run.nfe += sum(part.nfe for part in parts)
             run.sentences += sum(part.sentences for part in parts)
+            run.empty += sum(part.empty for part in parts)
         everywhere = runs[-1].sentences - before
         done(everywhere - own[-1].sentences)
         return signal

@@ -38,8 +38,8 @@ class Summary:
 
     @property
     def nfe(self) -> float:
-        """Decoder evaluations per sentence."""
-        return self.run.nfe / max(self.run.sentences, 1)
+        """Decoder evaluations per sentence that is not empty."""
+        return self.run.nfe / max(self.run.sentences - self.run.empty, 1)
 
     def line(self, name: str, arch: str, **more: str) -> str:
         """Return the summary line of a split, or of raw text, under ``name``.

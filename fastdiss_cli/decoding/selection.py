@@ -42,7 +42,7 @@ def check_selection(method: str | None, metric: str, reranked: bool) -> None:
     if metric not in METRICS:
         raise FastdissError(f"mbr_metric {metric}: choose from {', '.join(METRICS)}")
     if method is not None and (method == "rerank") != reranked:
-        wanted = "needs a reranker (--rerank-path)" if method == "rerank" else "takes no reranker"
+        wanted = "needs a reranker" if method == "rerank" else "takes no reranker"
         raise FastdissError(f"select {method} {wanted}")
 
 

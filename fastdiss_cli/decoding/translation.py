@@ -180,6 +180,8 @@ def open_outputs(stack: ExitStack, runs: list[Run], folder: Path | None, name: s
     if folder.is_file():
         raise FastdissError(f"--results-path {folder} is a file")
     folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK):
+        raise FastdissError(f"--results-path {folder} cannot be written: see its permissions")
     outputs = []
     for run in runs:
         steps = f".steps{run.options.steps}" if len(runs) > 1 else ""

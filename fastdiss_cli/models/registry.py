@@ -25,7 +25,7 @@ from fastdiss_cli.config import build
 from fastdiss_cli.data.batching import Batch
 from fastdiss_cli.data.layout import Layout
 from fastdiss_cli.device import out_of_memory
-from fastdiss_cli.errors import FastdissError, describe_bug, suggest
+from fastdiss_cli.errors import FastdissError, OptionError, describe_bug, suggest
 from fastdiss_cli.models import FAMILIES
 
 
@@ -213,13 +213,15 @@ def architecture(name: str, user_module: Path | None = None) -> Architecture:
     """Return one architecture.
 
     Raises:
-        FastdissError: no such name.
+        OptionError: no such name.
+        FastdissError: the user's module fails.
     """
     known = architectures(user_module)
     if name not in known:
-        raise FastdissError(
-            f"unknown architecture {name!r}{suggest(name, known)} (`fastdiss models` lists them, "
-            "--user-module adds your own)"
+        raise OptionError(
+            "train.arch",
+            f"{name!r} is unknown{suggest(name, known)} (`fastdiss models` lists what there is, "
+            "--user-module adds your own)",
         )
     return known[name]
 

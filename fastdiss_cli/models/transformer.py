@@ -59,7 +59,7 @@ class BeamDecoding:
         require(self, "max_len_b", 1 <= self.max_len_b <= 1_000_000, "from 1 to 1000000")
         require(self, "min_len", 0 <= self.min_len <= 1_000_000, "from 0 to 1000000")
         most = self.max_len_b if self.max_len_a == 0 else math.inf
-        require(self, "min_len", self.min_len <= most, "at most max_len_b")
+        require(self, "min_len", self.min_len <= most, f"at most max_len_b = {self.max_len_b}")
 
     @property
     def candidates(self) -> int:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from fastdiss_cli.config import build
 from fastdiss_cli.data.files import sync
 from fastdiss_cli.data.tokenizer import Tokenizer, make_tokenizer
-from fastdiss_cli.errors import FastdissError
+from fastdiss_cli.errors import FastdissError, OptionError
 from fastdiss_cli.models.frozen import freeze
 from fastdiss_cli.models.registry import Architecture, Seq2SeqModel, Vocabulary, architecture
 from fastdiss_cli.training.save_dir import best_of, elsewhere, replacing
@@ -237,7 +237,10 @@ def load_model(
     """
     path = best_of(path)
     checkpoint = Checkpoint.load(path)
-    arch = architecture(checkpoint.arch, user_module)
+    try:
+        arch = architecture(checkpoint.arch, user_module)
+    except OptionError as error:
+        raise FastdissError(f"{path}: its architecture {error.reason}") from None
     src, tgt = checkpoint.tokenizer("src"), checkpoint.tokenizer("tgt")
     # an option that the file does not know has its family's default: what was before the option
     config = build(arch.family.Config, checkpoint.model_config, "model")

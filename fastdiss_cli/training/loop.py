@@ -136,6 +136,7 @@ class Training:
             stop_on_signal(self.stop, "saving after this update"),
             logs.progress("training", config.max_update, progress.update) as self.bar,
         ):
+            self.bar.expect(self._expected_end())
             due = progress.validation_due and not self._must_wait()
             stopped = self._validate_and_save() if due else 0
             if not (stopped or self._finished()):
@@ -172,6 +173,7 @@ class Training:
         progress, batcher = self.progress, self.batcher
         if self._epoch_is_done():
             progress.epoch, progress.batch = progress.epoch + 1, 0
+            self.bar.expect(self._expected_end())
         rounds = self._epoch_rounds()[progress.batch : progress.batch + self.config.update_freq]
         progress.batch += len(rounds)
         # every rank knows the batches of the others, and need not ask them
@@ -186,6 +188,16 @@ class Training:
         if self._schedule is None or self._schedule[0] != self.progress.epoch:
             self._schedule = self.progress.epoch, self.batcher.rounds(self.progress.epoch)
         return self._schedule[1]
+
+    def _expected_end(self) -> int:
+        """Return the last update, of an epoch limit by what this epoch has."""
+        config, progress = self.config, self.progress
+        if not config.max_epoch:
+            return config.max_update
+        batches = len(self._epoch_rounds())
+        left = -(-(batches - progress.batch) // config.update_freq)
+        left += (config.max_epoch - progress.epoch) * -(-batches // config.update_freq)
+        return min(config.max_update, progress.update + left)
 
     def _finished(self) -> bool:
         config, progress = self.config, self.progress

@@ -43,7 +43,7 @@ def chosen_checkpoints(given: Sequence[Path], last: int) -> list[Path]:
             found = numbered(path)[-last:]
             if len(found) < last:
                 raise FastdissError(
-                    f"{path} has {len(found)} numbered checkpoints, not {last}: "
+                    f"{path} has {logs.counted(len(found), 'numbered checkpoint')}, not {last}: "
                     f"train with --keep-last {last}, or name the files"
                 )
             paths += found

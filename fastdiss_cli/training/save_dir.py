@@ -41,7 +41,8 @@ def elsewhere(folder: Path) -> str:
     here = sorted(file.name for file in folder.glob("[!.]*.safetensors"))
     if here:
         unborn = "" if BEST in here else "; the best is known after a validation"
-        return f"; {folder} has {', '.join(here[:4])}{unborn}"
+        where = "this folder" if folder == Path() else folder
+        return f"; {where} has {', '.join(here[:4])}{unborn}"
     below = sorted({str(file.parent) for file in folder.glob(f"*/{LAST}")})
     return f"; there are some in {', '.join(below)}" if below else ""
 
@@ -84,6 +85,8 @@ def occupied(folder: Path) -> Iterator[None]:
         raise FastdissError(f"--save-dir {folder} is a file")
     is_new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK):
+        raise FastdissError(f"--save-dir {folder} cannot be written: see its permissions")
     path = folder / ".lock"
     with _locked(path):
         try:

@@ -214,10 +214,6 @@ class TrainState:
             for name, value in asdict(self.model_config).items()
             if json.dumps(then.get(name)) != json.dumps(value)  # a tuple is a list in the file
         ]
-        logs.info(
-            f"beginning with the weights of {path}"
-            + (f"; model options that differ: {', '.join(differing)}" if differing else "")
-        )
         try:
             load_weights(self.model, checkpoint.averaged(), path)
         except FastdissError as error:
@@ -227,6 +223,10 @@ class TrainState:
                 f"{path} is a {checkpoint.arch}, whose weights do not fit a {self.arch.name}: "
                 f"give --arch {checkpoint.arch}"
             ) from error
+        logs.info(
+            f"beginning with the weights of {path}"
+            + (f"; model options that differ: {', '.join(differing)}" if differing else "")
+        )
 
     def _check_tokenizers(self, checkpoint: Checkpoint, where: str, remedy: str) -> None:
         for side, name in (("src", "source"), ("tgt", "target")):
