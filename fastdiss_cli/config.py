@@ -42,7 +42,9 @@ class _Recipe(yaml.SafeLoader):
         return node
 
 
-def option(default: Any, meaning: str, needs: tuple[str, object] | None = None) -> Any:
+def option(
+    default: Any, meaning: str, needs: tuple[str, object] | None = None, before: Any = None
+) -> Any:
     """Declare a field of a configuration; `fastdiss models ARCH` prints what it means.
 
     Args:
@@ -50,8 +52,11 @@ def option(default: Any, meaning: str, needs: tuple[str, object] | None = None) 
         meaning: a few words.
         needs: another field and the value without which this one changes nothing; True: any value
             but 0, false or empty.
+        before: what was done before there was this option, for checkpoints of then; None: what is
+            the default now.
     """
-    return dataclasses.field(default=default, metadata={"meaning": meaning, "needs": needs})
+    metadata = {"meaning": meaning, "needs": needs, "before": before}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True)
@@ -165,6 +170,14 @@ def build(cls: type[C], values: Mapping[str, Any], section: str = "") -> C:
         return cls(**typed)
     except OptionError as error:
         raise OptionError(f"{prefix}{error.option}", error.reason) from None
+
+
+def build_saved(cls: type[C], values: Mapping[str, Any], section: str = "") -> C:
+    """Make the configuration that a checkpoint was trained with; see `build` and `option`."""
+    fields = dataclasses.fields(cls)  # type: ignore[arg-type]
+    before = {field.name: field.metadata.get("before") for field in fields}
+    then = {name: value for name, value in before.items() if value is not None}
+    return build(cls, {**then, **values}, section)
 
 
 def read_recipe(path: Path | None) -> dict[str, dict[str, Any]]:

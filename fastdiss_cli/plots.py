@@ -100,7 +100,8 @@ def plot_quality(path: Path, points: Sequence[Point], quality: str) -> None:
     else:  # level lines only
         left.set_xticks([])
     right.set(xscale="log", xlabel="sentences/s (log scale; numbers are steps)")
-    right.margins(y=0.12)  # room for the numbers
+    for axes in (left, right):  # which share the vertical axis
+        axes.margins(y=0.12)  # room for the numbers
     _plain_ticks(right)
     _save(figure, path)
 

@@ -53,7 +53,9 @@ class DiffusionConfig(NetworkConfig):
     self_cond_form: str = option("expected", f"how they are told it: {', '.join(FORMS)}")
     logit_scale: str = option("matched", f"of z0_hat . embedding: {', '.join(LOGIT_SCALES)}")
     embedding_scale: bool = option(False, "learn a common scale of the target embeddings")
-    source_copy: float = option(0.0, "width of the soft copy that denoising begins with; 0: none")
+    source_copy: float = option(
+        1.0, "width of the soft copy that denoising begins with; 0: none", before=0.0
+    )
     length_loss: float = option(0.1, "weight of the loss of the length head")
     max_length_offset: int = option(128, "target length - source length, at most, either way")
 
@@ -203,15 +205,11 @@ class Difformer(SampledModel):
         return F.mse_loss(estimate, layout.flat(z_0)), anchor
 
 
-def register_sizes(name: str, family: type[Difformer], description: str, **options: object) -> None:
-    """Register a diffusion family in the sizes that all systems share.
-
-    The defaults of options that came later are here: those of the family are what was before,
-    because checkpoints that do not know an option have them.
-    """
+def register_sizes(name: str, family: type[Difformer], description: str) -> None:
+    """Register a diffusion family in the sizes that all systems share."""
     for size, sizes in SIZES.items():
-        network = {**sizes, "latent_dim": 64 if size == "tiny" else 128, "source_copy": 1.0}
-        register(f"{name}_{size}", family, description, **network, **options)
+        latent_dim = 64 if size == "tiny" else 128
+        register(f"{name}_{size}", family, description, latent_dim=latent_dim, **sizes)
 
 
 register_sizes("difformer", Difformer, "continuous diffusion, standard self-conditioning")

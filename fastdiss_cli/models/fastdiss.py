@@ -61,9 +61,10 @@ class FastDiSSConfig(DiffusionConfig):
         False, "take the confidence from SCP's pass, not an own one", needs=MANS_ON
     )
     mans_told: str = option(
-        "token",
+        "sentence",
         f"whose time the network is told: {', '.join(MANS_TOLD)}",
         needs=MANS_ON,
+        before="token",
     )
 
     def __post_init__(self) -> None:
@@ -144,9 +145,4 @@ class FastDiSS(Difformer):
         )
 
 
-register_sizes(
-    "fastdiss",
-    FastDiSS,
-    "continuous diffusion, SCP (and MANS) for few steps",
-    mans_told="sentence",
-)
+register_sizes("fastdiss", FastDiSS, "continuous diffusion, SCP (and MANS) for few steps")

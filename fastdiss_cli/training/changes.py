@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fastdiss_cli import logs
-from fastdiss_cli.config import TrainConfig, build, idle
+from fastdiss_cli.config import TrainConfig, build_saved, idle
 from fastdiss_cli.errors import FastdissError
 from fastdiss_cli.models.registry import Architecture
 from fastdiss_cli.training.checkpoint import Checkpoint, Progress
@@ -44,8 +44,8 @@ def changes(
         }
 
     same_arch = before.arch == arch.name
-    old_model = build(arch.family.Config, before.model_config, "model") if same_arch else None
-    old_train = build(TrainConfig, before.train_config, "train")
+    old_model = build_saved(arch.family.Config, before.model_config, "model") if same_arch else None
+    old_train = build_saved(TrainConfig, before.train_config, "train")
     then = options(before.arch, old_model, old_train, before.dataset_hash, before.world_size)
     now = options(arch.name, model_config, config, dataset_hash, world_size)
     may_differ = {f"train.{name}" for name in HARMLESS}

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fastdiss_cli.config import build
+from fastdiss_cli.config import build_saved
 from fastdiss_cli.data.files import sync
 from fastdiss_cli.data.tokenizer import Tokenizer, make_tokenizer
 from fastdiss_cli.errors import FastdissError, OptionError
@@ -108,7 +108,7 @@ class Checkpoint:
             "dataset": self.dataset,
             "card": self.card,
         }
-        tensors = {name: t.detach().contiguous() for name, t in sorted(self.tensors.items())}
+        tensors = {name: t.detach().cpu().contiguous() for name, t in sorted(self.tensors.items())}
         text = json.dumps(facts, sort_keys=True)
         about = {"format": FORMAT_VERSION, "facts": text, "sha256": _digest(text, tensors)}
         # one entry: safetensors writes several in random order
@@ -162,15 +162,15 @@ class Checkpoint:
         try:
             facts = json.loads(about["facts"])
             return cls(
-                str(facts["arch"]),
-                dict(facts["model"]),
-                dict(facts["train"]),
-                Progress(**facts["progress"]),
-                str(facts["dataset_hash"]),
-                int(facts["world_size"]),
-                tensors,
-                dict(facts.get("dataset", {})),
-                facts.get("card"),
+                arch=str(facts["arch"]),
+                model_config=dict(facts["model"]),
+                train_config=dict(facts["train"]),
+                progress=Progress(**facts["progress"]),
+                dataset_hash=str(facts["dataset_hash"]),
+                world_size=int(facts["world_size"]),
+                tensors=tensors,
+                dataset=dict(facts.get("dataset", {})),
+                card=facts.get("card"),
             )
         except (KeyError, ValueError, TypeError, RecursionError) as error:
             raise FastdissError(
@@ -242,8 +242,7 @@ def load_model(
     except OptionError as error:
         raise FastdissError(f"{path}: its architecture {error.reason}") from None
     src, tgt = checkpoint.tokenizer("src"), checkpoint.tokenizer("tgt")
-    # an option that the file does not know has its family's default: what was before the option
-    config = build(arch.family.Config, checkpoint.model_config, "model")
+    config = build_saved(arch.family.Config, checkpoint.model_config, "model")
     with torch.random.fork_rng(devices=[]):  # initial weights, which are replaced, are drawn
         model = arch.model(config, vocabulary(src), vocabulary(tgt))
     load_weights(model, checkpoint.averaged(), path)

@@ -84,23 +84,13 @@ def release(paths: Sequence[Path], license: str | None, text: str | None) -> Che
         f"model.{name}": (total / len(paths)).to(types[name]) for name, total in sums.items()
     }
     tensors |= {f"tokenizer.{side}": newest.tensors[f"tokenizer.{side}"] for side in ("src", "tgt")}
-    progress = newest.progress
     card = model_card(newest)
     if len(paths) > 1:
         card["training"]["averaged_updates"] = sorted(updates)
     card |= {"toolkit": f"fastdiss {__version__}", "license": license or card["license"]}
     card["text"] = card["text"] if text is None else text
-    return Checkpoint(
-        newest.arch,
-        newest.model_config,
-        newest.train_config,
-        dataclasses.replace(progress, batch=0, window={}),
-        newest.dataset_hash,
-        newest.world_size,
-        tensors,
-        newest.dataset,
-        card,
-    )
+    progress = dataclasses.replace(newest.progress, batch=0, window={})
+    return dataclasses.replace(newest, progress=progress, tensors=tensors, card=card)
 
 
 def model_card(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -243,12 +243,12 @@ class TrainState:
             model = getattr(self.dataset, f"{side}_tokenizer").model
             tensors[f"tokenizer.{side}"] = torch.frombuffer(bytearray(model), dtype=torch.uint8)
         return Checkpoint(
-            self.arch.name,
-            asdict(self.model_config),
-            asdict(self.config),
-            self.progress,
-            self.dataset.hash,
-            self.processes.world_size,
-            sharding.gather(tensors, self.processes),
-            self.dataset.summary,
+            arch=self.arch.name,
+            model_config=asdict(self.model_config),
+            train_config=asdict(self.config),
+            progress=self.progress,
+            dataset_hash=self.dataset.hash,
+            world_size=self.processes.world_size,
+            tensors=sharding.gather(tensors, self.processes),
+            dataset=self.dataset.summary,
         )
