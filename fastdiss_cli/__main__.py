@@ -12,8 +12,9 @@ from importlib import import_module
 import typer
 
 from fastdiss_cli import __version__, logs
-from fastdiss_cli.commands.fairseq_flags import translate
+from fastdiss_cli.commands.fairseq_flags import rewrite_flags
 from fastdiss_cli.errors import FastdissError, OptionError
+from fastdiss_cli.signals import BROKEN_PIPE
 
 # name: the module of fastdiss_cli.commands, and the function of the same name in it
 COMMANDS = {
@@ -86,7 +87,7 @@ def main() -> None:
         sys.exit(2)
     try:
         try:
-            words = translate(sys.argv[1:]) or ["--help"]
+            words = rewrite_flags(sys.argv[1:]) or ["--help"]
             # the same name whether or not it was started by `python -m`
             code = command_line(words[0])(words, prog_name="fastdiss", standalone_mode=False)
             if code == 130:  # typer has caught it
@@ -108,6 +109,9 @@ def main() -> None:
             told = f"--{error.option.replace('_', '-')} {error.reason}"
         logs.error(told)
         sys.exit(1)
+    except BrokenPipeError:  # whoever reads stdout has left, as `head` does
+        _drop_output()
+        sys.exit(BROKEN_PIPE)
     except OSError as error:
         _drop_output()
         where = error.filename or "input/output"

@@ -103,7 +103,7 @@ class Processes:
 
     def __enter__(self) -> Processes:
         if self.world_size > 1:
-            with self.others():
+            with self.naming_the_lost():
                 try:
                     dist.init_process_group(
                         "nccl" if self.device.type == "cuda" else "gloo", timeout=self._patience
@@ -141,7 +141,7 @@ class Processes:
         if self.world_size == 1:
             return values
         total = torch.tensor(values, dtype=torch.float64, device=self.device)
-        with self.others():
+        with self.naming_the_lost():
             dist.all_reduce(total)
         return total.tolist()
 
@@ -163,7 +163,7 @@ class Processes:
                 p.grad = torch.zeros_like(p)
             grads.append(p.grad)
         flat = torch.cat([*(grad.flatten() for grad in grads), grads[0].new_tensor([failed])])
-        with self.others():
+        with self.naming_the_lost():
             dist.all_reduce(flat)
         *summed, failures = flat.split([*(grad.numel() for grad in grads), 1])
         for grad, total in zip(grads, summed, strict=True):
@@ -175,14 +175,14 @@ class Processes:
         if self.world_size == 1:
             return items
         parts: list[Any] = [None] * self.world_size
-        with self.others():
+        with self.naming_the_lost():
             dist.all_gather_object(parts, items)
         return [item for part in parts for item in part]
 
     def barrier(self) -> None:
         """Wait until all ranks are here."""
         if self.world_size > 1:
-            with self.others():
+            with self.naming_the_lost():
                 dist.barrier()
 
     def attempt(
@@ -210,7 +210,7 @@ class Processes:
             raise CommonError(self.gather([tried.failure] if tried.failure else [])[0])
 
     @contextmanager
-    def others(self) -> Iterator[None]:
+    def naming_the_lost(self) -> Iterator[None]:
         """Tell in one line that another process is gone, whatever the transport says of it."""
         try:
             yield

@@ -12,6 +12,7 @@ from fastdiss_cli import logs
 
 # schedulers send the last one, which not every system has
 _NAMES = ("SIGINT", "SIGTERM", "SIGUSR1")
+BROKEN_PIPE = 141  # the exit code of what ends by SIGPIPE
 CAUGHT = tuple(getattr(signal, name) for name in _NAMES if hasattr(signal, name))
 
 

@@ -181,9 +181,9 @@ def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -
 
 def test_only_what_the_transport_says_is_told_of_another_process() -> None:
     ranks = Processes(torch.device("cpu"))
-    with pytest.raises(FastdissError, match="another process has ended"), ranks.others():
+    with pytest.raises(FastdissError, match="another process has ended"), ranks.naming_the_lost():
         raise RuntimeError("Connection closed by peer")
-    with pytest.raises(RuntimeError, match="device-side assert"), ranks.others():
+    with pytest.raises(RuntimeError, match="device-side assert"), ranks.naming_the_lost():
         raise RuntimeError("CUDA error: device-side assert triggered")
 
 

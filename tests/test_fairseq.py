@@ -26,7 +26,7 @@ from conftest import SIZES, one_line_error, run_cli
 from runs import NETWORK
 
 from fastdiss_cli.__main__ import command_line
-from fastdiss_cli.commands.fairseq_flags import OLD_FLAGS, NoEquivalent, translate
+from fastdiss_cli.commands.fairseq_flags import OLD_FLAGS, NoEquivalent, rewrite_flags
 from fastdiss_cli.data.dictionary import Dictionary
 from fastdiss_cli.data.fairseq import open_dataset
 from fastdiss_cli.data.tokenizer import SentencePiece, make_tokenizer, train_tokenizer
@@ -499,7 +499,7 @@ def test_old_flags_are_translated_with_a_line_each(capsys: pytest.CaptureFixture
         "--remove-bpe sentencepiece --bleu-mbr --post-process=@@ --remove-bpe --beam 4"
     )
     new = "generate D --path c --steps 20 --length-beam 7 --select mbr --beam 4"
-    assert " ".join(translate(line.split())) == new
+    assert " ".join(rewrite_flags(line.split())) == new
     told = capsys.readouterr().err.splitlines()
     assert len(told) == 7
     assert told[1] == "--decoding-steps is --steps 20 here"
@@ -509,22 +509,22 @@ def test_old_flags_are_translated_with_a_line_each(capsys: pytest.CaptureFixture
 def test_difformers_noise_of_decoding_is_the_temperature_here(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert translate(["generate", "D", "--decoding-noise-factor", "1"]) == ["generate", "D"]
+    assert rewrite_flags(["generate", "D", "--decoding-noise-factor", "1"]) == ["generate", "D"]
     with pytest.raises(SystemExit):
-        translate(["generate", "D", "--decoding-noise-factor", "2"])
+        rewrite_flags(["generate", "D", "--decoding-noise-factor", "2"])
     said = capsys.readouterr().err
     assert "--temperature 0.25" in said and "'2' is not there" in said
 
 
 def test_the_word_behind_remove_bpe_may_be_the_dataset() -> None:
-    assert translate(["generate", "--remove-bpe", "data-bin"]) == ["generate", "data-bin"]
+    assert rewrite_flags(["generate", "--remove-bpe", "data-bin"]) == ["generate", "data-bin"]
 
 
 def test_one_rank_speaks(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RANK", "1")
-    assert translate(["generate", "--decoding-steps", "2"]) == ["generate", "--steps", "2"]
+    assert rewrite_flags(["generate", "--decoding-steps", "2"]) == ["generate", "--steps", "2"]
     assert not capsys.readouterr().err
 
 
@@ -619,4 +619,4 @@ def test_every_flag_of_the_document_is_translated_as_it_says() -> None:
     rows = re.findall(r"^\| (\w+) \| `(-.*?)` \| `(.*?)` \|$", DOCUMENT.read_text(), re.MULTILINE)
     assert len(rows) == 27
     for command, old, new in rows:
-        assert translate([command, *shlex.split(old)]) == [command, *shlex.split(new)]
+        assert rewrite_flags([command, *shlex.split(old)]) == [command, *shlex.split(new)]

@@ -173,3 +173,22 @@ def test_an_answer_comes_before_the_next_line(
     more = ["generate", "--path", checkpoint, "--steps=1", "--device=cpu", "--input=-"]
     assert found == answers(run_cli(*more, stdin="\n".join(LINES[:61])).stdout)
     assert piped.returncode == 0 and b"61 sentences in" in told.splitlines()[-1]
+
+
+def test_who_reads_no_further_ends_it_silently(checkpoint: Path) -> None:
+    line = [sys.executable, "-m", "fastdiss_cli", "generate", "--path", checkpoint, "--input", "-"]
+    with subprocess.Popen(
+        [*line, "--plain", "--device=cpu"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        process.stdin.write("drei vier\n")
+        process.stdin.flush()
+        assert process.stdout.readline().strip()
+        process.stdout.close()
+        process.stdin.write("fünf\n")
+        process.stdin.flush()
+        assert process.wait(60) == 141
+        assert len(process.stderr.read().splitlines()) == 1  # what it began to do

@@ -296,7 +296,7 @@ OLD_FLAGS: dict[str, dict[str, OldFlag]] = {
 }
 
 
-def translate(arguments: Sequence[str]) -> list[str]:
+def rewrite_flags(arguments: Sequence[str]) -> list[str]:
     """Return a command line with the flags of fairseq and Difformer replaced by ours.
 
     Args:

@@ -394,11 +394,11 @@ def _diagnose(
     generator: SequenceGenerator, runs: Sequence[Run], outputs: Sequence[Output], corpus: Input
 ) -> None:
     """Print the diagnosis of each run and write it beside the hypotheses."""
-    from fastdiss_cli.decoding.diagnosis import describe, diagnosis_of
+    from fastdiss_cli.decoding.diagnosis import describe_diagnosis, diagnosis_of
 
     for run, output in zip(runs, outputs, strict=True):
         tables = diagnosis_of(run, generator, corpus.split)
-        print(describe(run.options.steps, tables))
+        print(describe_diagnosis(run.options.steps, tables))
         beside = output.path.with_suffix(".diagnosis.json")
         beside.write_text(json.dumps(tables, indent=1) + "\n", encoding="utf-8")
         logs.info(f"wrote {beside}")

@@ -109,7 +109,7 @@ def by_time(
     return table
 
 
-def describe(steps: int, tables: dict[str, list[Row]]) -> str:
+def describe_diagnosis(steps: int, tables: dict[str, list[Row]]) -> str:
     """Return the tables of a run as text."""
     return (
         f"\n{counted(steps, 'step')}, by step of sampling\n{_table(tables['by_step'])}\n\n"

@@ -74,7 +74,7 @@ class SequenceGenerator:
         first: int = 0,
         gold: Sequence[Sequence[int]] | None = None,
         done: Done = lambda sentences: None,
-        stop: Callable[[], int] = lambda: 0,
+        should_stop: Callable[[], int] = lambda: 0,
         share: tuple[int, int] = (0, 1),
     ) -> None:
         """Decode sentences in every given way; the answers are left in ``runs``.
@@ -85,7 +85,8 @@ class SequenceGenerator:
             first: the number of the first sentence in the corpus, for messages.
             gold: the right answers, for options that diagnose with them.
             done: called after each batch.
-            stop: asked after each batch; if true, the sentences left over stay None in `Run.best`.
+            should_stop: asked after each batch; if true, the sentences left over stay None in
+                `Run.best`.
             share: (r, n): of every n batches only the r-th; the other sentences stay None.
 
         Raises:
@@ -118,7 +119,7 @@ class SequenceGenerator:
                     f"out of memory decoding {batch}, {widest} candidates each: lower {remedy}"
                 ) from None
             done(len(rows))
-            if stop():
+            if should_stop():
                 break
 
     def _decode_batch(

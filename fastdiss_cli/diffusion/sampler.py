@@ -29,7 +29,7 @@ def sample(
     tell: Tell = lambda z0_hat: z0_hat,
     clamp: Callable[[Tensor], Tensor] | None = None,
     watch: Callable[[Tensor, Tensor, Tensor], None] | None = None,
-    go_on: Callable[[Tensor], Tensor | None] | None = None,
+    drop: Callable[[Tensor], Tensor | None] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Sample with exactly ``steps`` steps.
 
@@ -51,8 +51,8 @@ def sample(
         tell: maps an estimate z0_hat to the form in which the network is told it.
         clamp: maps an estimate to what the solver takes for z_0; None: what ``tell`` gives.
         watch: called at every step with its t (0-d), z and z0_hat.
-        go_on: called between steps with z0_hat; returns which rows (int64) go on, or None for all.
-            From then on N is those rows, for all of these functions.
+        drop: called between steps with z0_hat; drops the rows that are finished and returns which
+            are left (int64), or None: all. From then on N is those, for all of these functions.
 
     Returns:
         The last z0_hat of each row, float [N, T, D], and its number of denoiser evaluations [N].
@@ -85,7 +85,7 @@ def sample(
         if k + 1 == steps:
             answer[rows] = z0_hat
             break
-        kept = go_on(z0_hat) if go_on else None
+        kept = drop(z0_hat) if drop else None
         if kept is not None:
             answer[rows] = z0_hat
             rows, z, z0_hat = rows[kept], z[kept], z0_hat[kept]

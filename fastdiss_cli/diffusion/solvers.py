@@ -17,7 +17,7 @@ from fastdiss_cli.diffusion.schedule import NoiseSchedule
 
 
 class Solver(Protocol):
-    """The contract: ``noise`` draws a standard normal [N, T, D]; t > s > 0 broadcast with z.
+    """The contract: ``noise`` draws a standard normal [N, T, D]; t >= s > 0 broadcast with z.
 
     In sampling t and s are 0-d and on the CPU, wherever z is, and what ``noise`` draws is scaled by
     the temperature. ``adds_noise``: it is drawn at all.

@@ -193,7 +193,7 @@ class SampledModel(Seq2SeqModel):
             for place, step in zip(running.places.tolist(), steps, strict=True):
                 history[place].append(step)
 
-        def go_on(z0_hat: Tensor) -> Tensor | None:
+        def drop(z0_hat: Tensor) -> Tensor | None:
             tokens = self._logits(z0_hat, denoiser.layout).argmax(-1)
             return running.drop_unchanged(denoiser.layout.padded(tokens))
 
@@ -214,7 +214,7 @@ class SampledModel(Seq2SeqModel):
             tell=denoiser.tell,
             clamp=clamp,
             watch=watch if options.history or options.diagnose else None,
-            go_on=go_on if options.early_exit else None,
+            drop=drop if options.early_exit else None,
         )
         return *self._read(z0_hat, layout), nfe
 

@@ -79,7 +79,7 @@ def forget_changed(progress: Progress, differing: dict[str, tuple[Any, Any]]) ->
         logs.info(f"the batches are others than before: epoch {progress.epoch} begins")
 
 
-def describe(differing: dict[str, tuple[Any, Any]]) -> str:
+def describe_changes(differing: dict[str, tuple[Any, Any]]) -> str:
     """Say what differs, or the first few of it."""
     if "arch" in differing:  # then all options may differ, which says nothing
         differing = {"arch": differing["arch"]}
@@ -96,7 +96,7 @@ def refuse_changes(path: Path, differing: dict[str, tuple[Any, Any]]) -> None:
     Raises:
         FastdissError: what differs.
     """
-    named = describe(differing)
+    named = describe_changes(differing)
     if "train.max_update" in list(differing)[:4]:
         named += " (where the cosine ends, so that all learning rates differ)"
     raise FastdissError(

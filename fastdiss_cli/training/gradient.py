@@ -25,7 +25,7 @@ def update_attempt(processes: Processes, config: TrainConfig) -> Attempt:
     return processes.attempt("an update", remedy, alone=config.shard)
 
 
-def describe(update: int, batch: Batch) -> str:
+def describe_batch(update: int, batch: Batch) -> str:
     """Say what is being computed, for the message if it fails."""
     (B, S), T = batch.src_tokens.shape, batch.tgt_tokens.shape[1]
     return (

@@ -24,7 +24,7 @@ from fastdiss_cli.signals import Stop, Stopped, elected, stop_on_signal
 from fastdiss_cli.training.batches import make_batcher
 from fastdiss_cli.training.gradient import (
     add_gradient,
-    describe,
+    describe_batch,
     sum_and_clip,
     update_attempt,
 )
@@ -136,8 +136,7 @@ class Training:
             stop_on_signal(self.stop, "saving after this update"),
             logs.progress("training", config.max_update, progress.update) as self.bar,
         ):
-            self.bar.expect(self._expected_end())
-            due = progress.validation_due and not self._must_wait()
+            due = progress.validation_due and not self._is_suspect()
             stopped = self._validate_and_save() if due else 0
             if not (stopped or self._finished()):
                 stopped = self._try_largest_batch()
@@ -145,6 +144,7 @@ class Training:
                     self._save_stopped()
                 self.window.restart_clock()
             while not (stopped or self._finished()):
+                self.bar.expect(self._expected_end())
                 micro_batches, tokens = self._next_batches()
                 figures, stopped = self._update(micro_batches, tokens)
                 window = self.window
@@ -159,7 +159,7 @@ class Training:
                 progress.validation_due = progress.validation_due or self._validation_is_due()
                 if stopped:
                     self._save_stopped()
-                elif self._must_wait():
+                elif self._is_suspect():
                     continue
                 elif progress.validation_due:
                     stopped = self._validate_and_save()
@@ -173,7 +173,6 @@ class Training:
         progress, batcher = self.progress, self.batcher
         if self._epoch_is_done():
             progress.epoch, progress.batch = progress.epoch + 1, 0
-            self.bar.expect(self._expected_end())
         rounds = self._epoch_rounds()[progress.batch : progress.batch + self.config.update_freq]
         progress.batch += len(rounds)
         # every rank knows the batches of the others, and need not ask them
@@ -213,8 +212,8 @@ class Training:
         regular = self.progress.update % interval == 0 if interval else self._epoch_is_done()
         return regular or self._finished()
 
-    def _must_wait(self) -> bool:
-        """Whether weights that may be broken must take the place of no file, and are not judged."""
+    def _is_suspect(self) -> bool:
+        """Whether the last update was not finite: its weights are neither saved nor validated."""
         return self.progress.skipped_in_a_row > 0 and not self._finished()
 
     def _try_largest_batch(self) -> int:
@@ -237,7 +236,7 @@ class Training:
             reserve = [torch.empty_like(p) for p in self.model.parameters() for _ in range(copies)]
             seed_everything(config.seed, "try", self.progress.epoch, self.processes.rank)
             update = self.progress.update + 1
-            tried.what = describe(update, batch)
+            tried.what = describe_batch(update, batch)
             add_gradient(self.model, batch, update, 1.0, self.dtype)
             del reserve
         self.state.optimizer.zero_grad(set_to_none=True)
@@ -259,12 +258,12 @@ class Training:
             for micro_step, batch in enumerate(micro_batches):
                 seed_everything(config.seed, "train", update, self.processes.rank, micro_step)
                 share = batch.num_tgt_tokens / all_tokens
-                tried.what = describe(update, batch)
+                tried.what = describe_batch(update, batch)
                 losses = add_gradient(self.model, batch, update, share, self.dtype)
                 for name, value in losses.items():
                     sums[name] = sums.get(name, 0) + value
         grad_norm = sum_and_clip(self.model, config, self.processes, tried)
-        # with one process the only wait for the device; with several, the message that stops them
+        # here the host waits for the device; of several processes it is their one message, too
         means = self.processes.sum([*torch.stack([*sums.values()]).tolist(), *self.stop.votes])
         figures = dict(zip(sums, means, strict=False)) | {"grad_norm": float(grad_norm)}
         if all(map(math.isfinite, figures.values())):
@@ -337,7 +336,7 @@ class Training:
 
     def _save_stopped(self) -> None:
         """Save because a signal came, unless the weights may be broken: then the file stays."""
-        if not self._must_wait():
+        if not self._is_suspect():
             self._save(final=True)
 
     def _save(self, numbered: bool = False, final: bool = False) -> bool:

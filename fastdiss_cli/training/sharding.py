@@ -52,7 +52,7 @@ def shard(model: nn.Module, processes: Processes) -> None:
             raise FastdissError(f"train.shard cannot divide {name}, which has no dimension")
     # keys and values are projected before the layers that they belong to are called
     early = [m.key_value for m in model.modules() if isinstance(m, CrossAttention)]
-    with processes.others():
+    with processes.naming_the_lost():
         mesh = init_device_mesh(processes.device.type, (processes.world_size,))
         model.gradient_factor = _gradient_factor(mesh)
     for module in [*early, *layers, model]:  # who is named first owns what it has
@@ -139,7 +139,7 @@ def gather_into(model: M, weights: dict[str, Tensor], processes: Processes) -> M
 def _whole(tensor: Tensor, processes: Processes) -> Tensor:
     if not isinstance(tensor, DTensor):
         return tensor
-    with processes.others():
+    with processes.naming_the_lost():
         return tensor.full_tensor()
 
 

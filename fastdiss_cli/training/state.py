@@ -23,7 +23,7 @@ from fastdiss_cli.randomness import seed_everything
 from fastdiss_cli.training import sharding
 from fastdiss_cli.training.changes import (
     changes,
-    describe,
+    describe_changes,
     forget_changed,
     refuse_changes,
 )
@@ -175,7 +175,7 @@ class TrainState:
         if differing and not accept_changes:
             refuse_changes(path, differing)
         if differing:
-            logs.warn(f"resuming although {describe(differing)}")
+            logs.warn(f"resuming although {describe_changes(differing)}")
         checkpoint.tensors = sharding.divide(checkpoint.tensors, self.model)
         load_weights(self.model, checkpoint.group("model"), path)
         if self.ema:  # one that is switched on now begins with the weights
