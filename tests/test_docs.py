@@ -95,3 +95,18 @@ def test_flags_in_the_documentation_exist() -> None:
             continue
         named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", page.read_text(encoding="utf-8")))
         assert named <= known | others, (page.name, named - known - others)
+
+
+def test_every_test_that_the_list_of_tests_names_exists() -> None:
+    """``..._`` stands for the beginning of a name, or for the file that was named last."""
+    missing, names = [], []
+    for row in (ROOT / "tests" / "README.md").read_text(encoding="utf-8").splitlines():
+        for file, name in re.findall(r"`(test_\w+\.py)?(?:::)?((?:\.\.\.)?\w*(?:\.\.\.)?)`", row):
+            if file:
+                text = (ROOT / "tests" / file).read_text(encoding="utf-8")
+                names = re.findall(r"^def (test_\w+)\(", text, re.MULTILINE)
+            wanted = name.strip(".").strip("_")
+            tells_a_test = file or name.startswith("...")
+            if wanted and tells_a_test and not any(wanted in known for known in names):
+                missing.append(f"{file} {name}")
+    assert not missing
