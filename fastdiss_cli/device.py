@@ -50,10 +50,12 @@ def pick_device(name: str | torch.device) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, TypeError):
+    except RuntimeError:
         device = None
-    if device is None or (name != "cpu" and device.type != "cuda"):
+    # asked, not tried: a process of several would take memory of a GPU that is another's
+    there = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    is_gpu = device is not None and device.type == "cuda" and (device.index or 0) < there
+    if name != "cpu" and not is_gpu:
         others = "cpu, cuda or auto" if torch.cuda.is_available() else "cpu or auto"
         raise OptionError("device", f"{name}: no such device here; use {others}")
     return device
