@@ -63,7 +63,9 @@ class Bar:
         self._started = self._said = time.monotonic()
         self._first: tuple[float, int] | None = None  # when the first items were done, and how many
         if bar is not None:
-            self._task = bar.add_task(what, total=total, completed=done, figures="")
+            self._task = bar.add_task(
+                what, total=total, completed=done, count=self._count(), figures=""
+            )
 
     def advance(self, count: int = 1, **figures: Any) -> None:
         """Count items as done and show the figures, such as ``loss="2.1"``."""
@@ -73,7 +75,7 @@ class Bar:
         text = "  ".join(f"{name} {value}" for name, value in figures.items())
         if self._bar is not None:
             shown = {"figures": text} if figures else {}
-            self._bar.update(self._task, completed=self.done, **shown)
+            self._bar.update(self._task, completed=self.done, count=self._count(), **shown)
         elif not self._hidden and time.monotonic() - self._said >= PLAIN_EVERY:
             self._said = time.monotonic()
             info(f"{self.what} {self._progress()}  {text}".rstrip())
@@ -82,17 +84,20 @@ class Bar:
         """Take another number of items for the end."""
         self.total = total
         if self._bar is not None:
-            self._bar.update(self._task, total=total)
+            self._bar.update(self._task, total=total, count=self._count())
+
+    def _count(self) -> str:
+        return f"{self.done:,}" if self.total is None else f"{self.done:,}/{self.total:,}"
 
     def _progress(self) -> str:
         elapsed = time.monotonic() - self._started
         if self.total is None:
-            return f"{self.done:,} in {_clock(elapsed)}"
+            return f"{self._count()} in {_clock(elapsed)}"
         since, before = self._first or (self._started, self.done)
         rate = (self.done - before) / max(time.monotonic() - since, 1e-9)
         left = _clock((self.total - self.done) / rate) if rate else "?"
         share = 100 * self.done / max(self.total, 1)
-        return f"{self.done:,}/{self.total:,} ({share:.0f} %), {_clock(elapsed)} < {left}"
+        return f"{self._count()} ({share:.0f} %), {_clock(elapsed)} < {left}"
 
 
 @contextmanager
@@ -112,7 +117,6 @@ def progress(
         return
     from rich.progress import (
         BarColumn,
-        MofNCompleteColumn,
         Progress,
         SpinnerColumn,
         TextColumn,
@@ -124,7 +128,7 @@ def progress(
         SpinnerColumn(),
         TextColumn("{task.description}"),
         BarColumn(bar_width=24),
-        MofNCompleteColumn(),
+        TextColumn("{task.fields[count]}"),
         TimeElapsedColumn(),
         TextColumn("<"),
         TimeRemainingColumn(),
