@@ -8,6 +8,7 @@ is Python and torch's dispatch (the profiler adds to it).
 
 from __future__ import annotations
 
+import argparse
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +27,7 @@ from fastdiss_cli.training.gradient import add_gradient
 from fastdiss_cli.training.optimizer import EMA, make_optimizer
 
 CPU = torch.device("cpu")
+BATCHED, SINGLE = 192, 12  # sentences
 # the first kind one of whose words is in the name of an operator
 KINDS = {
     "matrix products": ("linear_pointwise", "::mm", "::addmm", "::linear", "mkldnn_linear"),
@@ -88,12 +90,15 @@ def update(dtype: torch.dtype) -> Callable[[], object]:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent, metavar="FOLDER")
+    out = parser.parse_args().out
     keep_freed_memory()
     columns: dict[str, dict[str, float]] = {}
     for dtype in DTYPES:
         name = str(dtype).removeprefix("torch.")
-        columns[f"in batches, {name}"] = shares(decoding(dtype, default_max_tokens(CPU), 192))
-        columns[f"one by one, {name}"] = shares(decoding(dtype, 1, 12))
+        columns[f"in batches, {name}"] = shares(decoding(dtype, default_max_tokens(CPU), BATCHED))
+        columns[f"one by one, {name}"] = shares(decoding(dtype, 1, SINGLE))
         columns[f"update, {name}"] = shares(update(dtype))
     lines = [
         "# Where the time goes",
@@ -108,7 +113,7 @@ def main() -> None:
     for kind in next(iter(columns.values())):
         cells = (f"{100 * column[kind]:.0f}" for column in columns.values())
         lines.append(f"| {kind} | {' | '.join(cells)} |")
-    page = Path(__file__).parent / "PROFILE.md"
+    page = out / "PROFILE.md"
     page.write_text("\n".join(lines) + "\n", encoding="utf-8")
     print(page.read_text(encoding="utf-8"))
 
