@@ -16,15 +16,16 @@ _LOOK = [sys.executable, "-c", "import sys, torch; sys.exit(not torch.cuda.is_av
 HAS_GPU = (
     torch.version.cuda is not None and not subprocess.run(_LOOK, env=GPU_ENVIRONMENT).returncode
 )
-pytestmark = [pytest.mark.skipif(not HAS_GPU, reason="no GPU"), pytest.mark.slow]
+pytestmark = pytest.mark.slow
+needs_gpu = pytest.mark.skipif(not HAS_GPU, reason="no GPU")
 
 # prints how many sentences, one by one, are answered otherwise by a graph than without, how many by
 # a CPU, and how many graphs were captured
 ONE_BY_ONE = """
 import json, sys
 import fastdiss_cli
-path, *sentences = sys.argv[1:]
-gpu, cpu = (fastdiss_cli.load(path, device, "float32") for device in ("cuda", "cpu"))
+device, path, *sentences = sys.argv[1:]
+gpu, cpu = (fastdiss_cli.load(path, name, "float32") for name in (device, "cpu"))
 
 def answers(translator):
     options = {"steps": 5, "length_beam": 2, "noise_beam": 2}
@@ -32,10 +33,25 @@ def answers(translator):
 
 for _ in range(3):
     replayed = answers(gpu)
-graphs, gpu.model.graphs = gpu.model.graphs, None
+model = gpu.loaded.model
+graphs, model.graphs = model.graphs, None
 differ = [sum(a != b for a, b in zip(answers(other), replayed)) for other in (gpu, cpu)]
-print(json.dumps([*differ, graphs.captured]))
+print(json.dumps([*differ, graphs.captured if graphs else 0]))
 """
+
+
+def one_by_one(device: str, checkpoint: Path, sentences: list[str]) -> list[int]:
+    words = [sys.executable, "-c", ONE_BY_ONE, device, str(checkpoint), *sentences]
+    done = subprocess.run(words, capture_output=True, text=True, env=GPU_ENVIRONMENT)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_what_the_gpu_is_compared_with_runs(data_bin: Path, tmp_path: Path) -> None:
+    """On a CPU, so that it is not first known to be broken where there is a GPU."""
+    assert run_process(*command(data_bin, tmp_path, max_update=2)).returncode == 0
+    checkpoint = tmp_path / "checkpoint_last.safetensors"
+    assert one_by_one("cpu", checkpoint, ["drei", "vier fünf"]) == [0, 0, 0]
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +66,7 @@ def trained(data_bin: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@needs_gpu
 def test_a_training_goes_on_and_learns(trained: Path) -> None:
     lines = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
     losses = [line["loss"] for line in lines if line["split"] == "train"]
@@ -57,18 +74,18 @@ def test_a_training_goes_on_and_learns(trained: Path) -> None:
     assert sum(losses[-10:]) < 0.8 * sum(losses[:10])
 
 
+@needs_gpu
 def test_replayed_and_launched_and_on_a_cpu_the_answers_are_the_same(
     trained: Path, corpus: Path
 ) -> None:
     sentences = (corpus / "test.de").read_text().splitlines()
-    words = [sys.executable, "-c", ONE_BY_ONE, str(trained / "checkpoint_best.safetensors")]
-    done = subprocess.run([*words, *sentences], capture_output=True, text=True, env=GPU_ENVIRONMENT)
-    assert done.returncode == 0, done.stderr
-    launched, on_cpu, graphs = json.loads(done.stdout)
+    checkpoint = trained / "checkpoint_best.safetensors"
+    launched, on_cpu, graphs = one_by_one("cuda", checkpoint, sentences)
     assert graphs > 0
     assert max(launched, on_cpu) <= SIZES["test"] // 10  # near ties are rounded either way
 
 
+@needs_gpu
 @pytest.mark.parametrize(
     ("arch", "options"), [("difformer_tiny", ["--early-exit"]), ("transformer_tiny", [])]
 )
