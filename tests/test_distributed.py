@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
@@ -289,6 +290,24 @@ def test_several_processes_write_what_one_writes(
     assert not list((tmp_path / "many").glob(".*"))
     columns = [row.split()[:3] for row in one.stdout.splitlines()]
     assert columns == [row.split()[:3] for row in first.stdout.splitlines()]
+
+
+def test_ranks_wait_for_stdin_as_long_as_it_takes(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[timedelta | None] = []
+
+    def refuse(backend: str, timeout: timedelta | None) -> None:
+        given.append(timeout)
+        raise ValueError("enough is known")
+
+    monkeypatch.setattr(torch.distributed, "init_process_group", refuse)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    (tmp_path / "in").write_text("drei\n")
+    for text in ("-", tmp_path / "in"):
+        run_cli("generate", "--path", trained, "--device=cpu", "--input", text, stdin="drei\n")
+    stdin, file = given
+    assert stdin.days > 30 and file is None
 
 
 def test_several_processes_share_raw_text_on_stdout(trained: Path, tmp_path: Path) -> None:
