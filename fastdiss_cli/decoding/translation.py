@@ -238,7 +238,7 @@ def translate(
         corpus: what is decoded.
         outputs: of the runs, on the first rank; nothing on the others.
         gold: tell the model the right answers.
-        keep: keep texts and references, for scores.
+        keep: keep texts and references, for scores; the first rank does.
         plain: write the text of the hypotheses alone.
         processes: this process among the others.
         stop: after a signal the batch at hand is the last.
@@ -276,6 +276,9 @@ def translate(
                     if gapless:
                         break
                     continue
+                done += 1
+                if not first_rank:
+                    continue
                 source_text = src.decode(source)
                 reference = None if target is None else tgt.decode(target)
                 if keep and reference is not None:
@@ -284,12 +287,11 @@ def translate(
                     best = run.best[i]
                     if keep:
                         so_far.texts[n].append(hypothesis_text(best, tgt))
-                    if outputs and plain:
+                    if plain:
                         lines[n].append(hypothesis_text(best, tgt) + "\n")
-                    elif outputs:
+                    else:
                         shown = (first + i, source_text, best, tgt, reference, colour)
                         lines[n].append(format_lines(*shown))
-                done += 1
             for output, written in zip(outputs, lines, strict=True):
                 output.write("".join(written))
             so_far.sentences += done
