@@ -1,16 +1,21 @@
-"""The flags of `generate` as a model's decoding options; what does not fit is wrong usage."""
+"""The flags of `generate` as decoding options and a selection; what does not fit is wrong usage."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
 
+from fastdiss_cli import logs
 from fastdiss_cli.errors import FastdissError, OptionError
 
 if TYPE_CHECKING:
+    from fastdiss_cli.decoding.selection import Select
     from fastdiss_cli.models.registry import Seq2SeqModel
+    from fastdiss_cli.training.checkpoint import Loaded
 
 # the options of decoding that have a flag, besides `steps`, which may be several
 FLAGS = (
@@ -101,6 +106,35 @@ def decoding_options(model: Seq2SeqModel, arch: str, given: dict[str, Any]) -> A
         return model.Decoding(**given)
     except OptionError as error:
         raise typer.BadParameter(f"{_flag(error.option)} {error.reason}") from None
+
+
+def selection(
+    given: dict[str, Any], loaded: Loaded, candidates: int, load: Callable[[Path], Loaded]
+) -> tuple[Select, dict[str, str]]:
+    """Return what chooses among so many candidates, and what the summary says of it.
+
+    Args:
+        given: the flags.
+        loaded: the model that makes the candidates.
+        load: loads another one, which is to rerank them.
+    """
+    from fastdiss_cli.decoding.selection import check_reranker, selector, with_runners_up
+
+    reranker = None
+    if "rerank_path" in given:
+        reranker = load(given["rerank_path"])
+        check_reranker(loaded, reranker)
+    method = "rerank" if reranker else given.get("select", loaded.model.default_select)
+    if candidates == 1 and (reranker or "select" in given):
+        logs.warn(f"--select {method} has no effect: there is one candidate")
+    if "mbr_metric" in given and method != "mbr":
+        raise typer.BadParameter(f"--mbr-metric is of --select mbr, not of {method}")
+    metric = given.get("mbr_metric", "bleu")
+    choose = selector(method, metric, loaded.tgt, reranker)
+    if given["nbest"] > 1:
+        choose = with_runners_up(choose, given["nbest"] - 1)
+    said = {"select": method} if candidates > 1 else {}
+    return choose, said | ({"mbr_metric": metric} if said and method == "mbr" else {})
 
 
 def _flag(option: str) -> str:

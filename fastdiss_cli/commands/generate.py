@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -18,6 +18,7 @@ from fastdiss_cli.commands.decoding_flags import (
     FLAGS,
     check_usage,
     decoding_options,
+    selection,
     step_options,
 )
 from fastdiss_cli.commands.options import Device, SourceLang, TargetLang, UserModule, choice
@@ -26,9 +27,7 @@ from fastdiss_cli.errors import FastdissError
 
 if TYPE_CHECKING:
     from fastdiss_cli.decoding.generation import Run, SequenceGenerator
-    from fastdiss_cli.decoding.selection import Select
     from fastdiss_cli.decoding.translation import Input, Output
-    from fastdiss_cli.training.checkpoint import Loaded
 
 INPUT = {"rich_help_panel": "Input and output"}
 SAMPLING = {"rich_help_panel": "Sampling (diffusion models)"}
@@ -255,7 +254,7 @@ def generate(
         raise typer.BadParameter(
             f"--nbest {nbest}: a sentence has {most} candidate{'s' * (most > 1)}; raise {more}"
         )
-    choose, said = _selection(given, loaded, most, load)
+    choose, said = selection(given, loaded, most, load)
     computed_in = str(torch_dtype).removeprefix("torch.")
     if torch_dtype != torch.float32:
         said = {"dtype": computed_in, **said}
@@ -320,35 +319,6 @@ def _keep(outputs: Sequence[Output]) -> str:
     """Keep what is written of outputs that are not complete, and say where it is."""
     kept = [str(output.keep()) for output in outputs if output.path]
     return f"in {', '.join(kept)}" if kept else "written"
-
-
-def _selection(
-    given: dict[str, Any], loaded: Loaded, candidates: int, load: Callable[[Path], Loaded]
-) -> tuple[Select, dict[str, str]]:
-    """Return what chooses among so many candidates, and what the summary says of it.
-
-    Args:
-        given: the flags.
-        loaded: the model that makes the candidates.
-        load: loads another one, which is to rerank them.
-    """
-    from fastdiss_cli.decoding.selection import check_reranker, selector, with_runners_up
-
-    reranker = None
-    if "rerank_path" in given:
-        reranker = load(given["rerank_path"])
-        check_reranker(loaded, reranker)
-    method = "rerank" if reranker else given.get("select", loaded.model.default_select)
-    if candidates == 1 and (reranker or "select" in given):
-        logs.warn(f"--select {method} has no effect: there is one candidate")
-    if "mbr_metric" in given and method != "mbr":
-        raise typer.BadParameter(f"--mbr-metric is of --select mbr, not of {method}")
-    metric = given.get("mbr_metric", "bleu")
-    choose = selector(method, metric, loaded.tgt, reranker)
-    if given["nbest"] > 1:
-        choose = with_runners_up(choose, given["nbest"] - 1)
-    said = {"select": method} if candidates > 1 else {}
-    return choose, said | ({"mbr_metric": metric} if said and method == "mbr" else {})
 
 
 def _conclude(
