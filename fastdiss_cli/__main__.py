@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import io
 import os
 import re
 import sys
+from collections.abc import Callable
 from importlib import import_module
+from typing import Any
 
 import typer
 
@@ -47,8 +50,21 @@ def command_line(name: str = "") -> typer.Typer:
         function = getattr(import_module(f"fastdiss_cli.commands.{place}"), place)
         # typer would keep the line breaks of the source
         help = re.sub(r"(?<!\n)\n(?!\n)", " ", inspect.getdoc(function))
-        app.command(command, help=HELP.get(command, help))(function)
+        app.command(command, help=HELP.get(command, help))(_ending_with_its_reader(function))
     return app
+
+
+def _ending_with_its_reader(function: Callable[..., None]) -> Callable[..., None]:
+    """End silently where whoever reads stdout has left, as `head` does; click would exit with 1."""
+
+    @functools.wraps(function)
+    def command(*args: Any, **options: Any) -> None:
+        try:
+            function(*args, **options)
+        except BrokenPipeError:
+            raise SystemExit(BROKEN_PIPE) from None
+
+    return command
 
 
 def _print_version(wanted: bool) -> None:
@@ -109,7 +125,7 @@ def main() -> None:
             told = f"--{error.option.replace('_', '-')} {error.reason}"
         logs.error(told)
         sys.exit(1)
-    except BrokenPipeError:  # whoever reads stdout has left, as `head` does
+    except BrokenPipeError:  # told by the last flush
         _drop_output()
         sys.exit(BROKEN_PIPE)
     except OSError as error:

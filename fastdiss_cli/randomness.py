@@ -1,7 +1,7 @@
 """Counter-based randomness: every draw is a function of what it is for, never of what ran before.
 
 Training re-seeds torch before each micro-step from (seed, purpose, update, rank, micro-step), so
-a resumed run needs no generator state. Decoding computes its noise from (seed, words of the
+a resumed run needs no generator state. Decoding computes its noise from (seed, tokens of the
 source, candidate, step, position), so a hypothesis depends neither on its batch nor on its
 neighbours, nor on its place in the text.
 """
@@ -71,7 +71,7 @@ def counter_normal(
 
     Args:
         keys: int64 [10, 2, K], of the draws wanted: see `draw_keys`.
-        sentences: int64 [N], a number of the sentence that each row belongs to.
+        sentences: int64 [N], the seed of the sentence that each row belongs to.
         candidates: int64 [N], the number of the candidate's noise within its sentence.
         length, dim: T and D; the value at a position does not depend on T.
 

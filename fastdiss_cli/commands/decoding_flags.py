@@ -74,7 +74,7 @@ def step_options(steps: str | None) -> list[dict[str, int]]:
     """Return the option ``steps`` for each count of ``--steps``; none: the model's default.
 
     Raises:
-        BadParameter: they are no different whole numbers of at least 1.
+        BadParameter: they are not distinct whole numbers of at least 1.
     """
     if steps is None:
         return [{}]

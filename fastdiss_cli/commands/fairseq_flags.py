@@ -1,6 +1,6 @@
 """The flags of fairseq and Difformer, by command, and what they are here.
 
-`translate` rewrites a command line before it is parsed, and says so in a line for each flag.
+`rewrite_flags` rewrites a command line before it is parsed, and says so in a line for each flag.
 Flags that are spelt alike in both and mean the same (``--max-tokens``, ``--lr``, ``--beam``, ...)
 are not in the table.
 """
@@ -179,7 +179,7 @@ _TRAIN = {
     "--reset-lr-scheduler": without(_RESET, "none"),
     "--reset-meters": without(_RESET, "none"),
     "--noise": without("masks are of masked models; here see --set model.noise_schedule"),
-    "--save-interval": only("1", remark="every epoch, or --save-interval-updates"),
+    "--save-interval": only("1", remark="saved every --save-interval-updates and at validations"),
     "--no-save": without("a training always saves: give a --save-dir that you delete", "none"),
     "--no-last-checkpoints": without("a training can always be resumed", "none"),
     "--report-accuracy": needless("metrics.jsonl has what there is"),
@@ -217,7 +217,7 @@ _TRAIN = {
     "--eval-tokenized-bleu": without("BLEU is sacreBLEU's, tokenised by 13a", "none"),
     "--best-checkpoint-metric": OldFlag("one", _best_by, "by BLEU; by loss where there is none"),
     "--maximize-best-checkpoint-metric": needless("the best BLEU is the highest"),
-    "--validate-interval": only("1", remark="every epoch, or --validate-interval-updates"),
+    "--validate-interval": only("1", remark="see --validate-interval-updates; 0: every epoch"),
     "--restore-file": without("it resumes from checkpoint_last in --save-dir by itself"),
 }
 _GENERATE = {
@@ -253,8 +253,8 @@ _GENERATE = {
     "--score-reference": without("--diagnose measures the losses on the answers", "none"),
     "--prefix-size": without("answers are made as a whole"),
     "--no-repeat-ngram-size": without("nothing is forbidden to an answer"),
-    "--unkpen": without("no piece is unknown"),
-    "--replace-unk": without("no piece is unknown", "maybe"),
+    "--unkpen": without("<unk> is scored like any other piece"),
+    "--replace-unk": without("<unk> stays as it is", "maybe"),
     "--no-early-stop": without("a beam is done when it is full", "none"),
     "--lm-path": without("there is no language model beside the model"),
     "--match-source-len": without("see --max-len-a and --max-len-b", "none"),

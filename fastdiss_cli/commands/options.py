@@ -99,6 +99,7 @@ def drawable(path: Path | None) -> Path | None:
     """Check, before any work is done, that a picture can be drawn.
 
     Raises:
+        BadParameter: its name ends in none of `PICTURE_FORMATS`.
         FastdissError: matplotlib is not installed.
     """
     if path is None:

@@ -65,7 +65,7 @@ class Figures:
         arch: the architecture.
         options: of decoding, as text.
         speed: sentences per second.
-        nfe: decoder evaluations per sentence.
+        nfe: decoder evaluations per sentence that is not empty.
     """
 
     arch: str

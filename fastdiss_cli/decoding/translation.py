@@ -19,7 +19,7 @@ from fastdiss_cli.decoding.generation import Run, SequenceGenerator
 from fastdiss_cli.decoding.output import format_lines, hypothesis_text
 from fastdiss_cli.distributed import Processes
 from fastdiss_cli.errors import FastdissError
-from fastdiss_cli.signals import BROKEN_PIPE, Stop, Stopped
+from fastdiss_cli.signals import Stop, Stopped
 
 WINDOW = 4096  # sentences that are sorted by length together, and held in memory
 
@@ -153,8 +153,6 @@ class Output:
         try:
             self.file.write(text)
             self.file.flush()
-        except BrokenPipeError:  # whoever reads them wants no more
-            raise SystemExit(BROKEN_PIPE) from None
         except OSError as error:
             if self.path is None:
                 raise

@@ -35,7 +35,7 @@ def bleu(tokenize: str = "13a", lowercase: bool = False) -> BLEU:
     raise FastdissError(f"--tokenize {tokenize}: {reason}")
 
 
-# against references
+# a sum over sentences, with sacreBLEU's interface
 METRICS: dict[str, Callable[..., Metric]] = {
     "bleu": bleu,
     "chrf": CHRF,

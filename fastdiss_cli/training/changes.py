@@ -30,8 +30,8 @@ def changes(
 ) -> dict[str, tuple[Any, Any]]:
     """Return what was and what is now, by name, as far as it differs and changes the result.
 
-    Options that the checkpoint does not know yet have their defaults there; what an option that is
-    off would need does not differ.
+    An option that the checkpoint does not know yet has what was done before there was one; those
+    that need another that is off do not differ.
     """
 
     def options(of_arch: str, model: Any, train: Any, dataset: str, processes: int) -> dict:
