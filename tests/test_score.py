@@ -328,7 +328,7 @@ def test_a_picture_is_whole_or_the_older_one(
     file = generated(tmp_path / "out.txt", POOR, summary("fastdiss_tiny", 9, steps=5))
 
     def full(path: Path, content: bytes) -> None:
-        path.touch()
+        path.open("wb").close()
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(Path, "write_bytes", full)
