@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -89,6 +91,9 @@ def test_flags_in_the_documentation_exist() -> None:
     known = set()
     for command in commands:
         known |= set(re.findall(r"--[a-z][a-z-]+", run_cli(command, "--help").stdout))
+    tool = [sys.executable, ROOT / "recipes" / "bench" / "preprocess.py", "--help"]
+    said = subprocess.run(tool, capture_output=True, text=True, check=True).stdout
+    known |= set(re.findall(r"--[a-z][a-z-]+", said))
     others = {"--install-completion", "--nproc-per-node"}
     for page in PAGES:
         if page.name in ("fairseq.md", "cluster.md"):  # tables of other programs' flags
