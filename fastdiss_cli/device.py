@@ -8,15 +8,14 @@ import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from threading import Lock
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastdiss_cli.config import DTYPES
 from fastdiss_cli.errors import OptionError, suggest
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3  # of <malloc.h>
-_ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 # what torch's CPU allocator, cuBLAS and cuDNN say
 _OUT_OF_MEMORY = (
     "can't allocate memory", "not enough memory", "out of memory", "STATUS_ALLOC_FAILED",
@@ -72,8 +71,11 @@ def pick_dtype(name: str | torch.dtype, device: torch.device) -> torch.dtype:
         known = ", ".join(DTYPES)
         raise OptionError("dtype", f"must be one of {known}, not {name!r}{suggest(name, DTYPES)}")
     if name == "auto":
-        has_it = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        name = "bfloat16" if has_it else "float32"
+        name = "float32"
+        if device.type == "cuda":
+            with torch.cuda.device(device):
+                if torch.cuda.is_bf16_supported(including_emulation=False):
+                    name = "bfloat16"
     return getattr(torch, name)
 
 
@@ -96,11 +98,38 @@ def autocast(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
     """
     with ExitStack() as stack:
         if device.type == "cuda":
-            stack.enter_context(sdpa_kernel(_ATTENTION))
+            stack.enter_context(_without_cudnn)
         stack.enter_context(
             torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
         )
         yield
+
+
+class _WithoutCudnn:
+    """Attention without cuDNN while any thread is inside.
+
+    The flag is one for the whole process, whatever thread sets it: the first to come notes what it
+    was, and the last to leave restores that.
+    """
+
+    def __init__(self) -> None:
+        self._lock, self._inside, self._before = Lock(), 0, True
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._inside:
+                self._before = torch.backends.cuda.cudnn_sdp_enabled()
+                torch.backends.cuda.enable_cudnn_sdp(False)
+            self._inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside:
+                torch.backends.cuda.enable_cudnn_sdp(self._before)
+
+
+_without_cudnn = _WithoutCudnn()
 
 
 def out_of_memory(error: BaseException) -> bool:

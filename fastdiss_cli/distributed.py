@@ -105,8 +105,11 @@ class Processes:
         if self.world_size > 1:
             with self.naming_the_lost():
                 try:
+                    on_gpu = self.device.type == "cuda"
                     dist.init_process_group(
-                        "nccl" if self.device.type == "cuda" else "gloo", timeout=self._patience
+                        "nccl" if on_gpu else "gloo",
+                        timeout=self._patience,
+                        device_id=self.device if on_gpu else None,
                     )
                 except ValueError as error:
                     raise FastdissError(

@@ -66,9 +66,18 @@ def test_a_layout_takes_padding_away_and_puts_it_back() -> None:
 
 
 def test_a_gpu_attends_without_cudnn() -> None:
-    """The flag is there without a GPU, too; what it was before is what it is after."""
+    """The flag is there without a GPU, too; what it was before is what it is after.
+
+    It is one for all threads: the first to leave must not switch it on for the others, nor the last
+    one take for good what it found.
+    """
     allowed = torch.backends.cuda.cudnn_sdp_enabled
     before = allowed()
-    with autocast(torch.device("cuda"), torch.float32):
-        assert not allowed()
+    first, second = (autocast(torch.device("cuda"), torch.float32) for _ in range(2))
+    first.__enter__()
+    assert not allowed()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert not allowed()
+    second.__exit__(None, None, None)
     assert allowed() == before

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -85,6 +86,54 @@ def test_a_graph_is_captured_for_what_comes_again() -> None:
         assert not graphs.has_seen(key)
     assert not graphs.has_seen("a")  # long ago
     assert graphs.captured == 0
+
+
+def test_a_graph_is_captured_where_the_model_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stand-ins for torch.cuda, whose current device is the first one, note where it begins."""
+    current, captured = ["cuda:0"], []
+
+    class Stream:
+        def __init__(self, device: str = "") -> None:
+            self.device = device or current[0]
+
+        def wait_stream(self, other: Stream) -> None:
+            assert other.device == self.device
+
+    @contextmanager
+    def on(device: str) -> Iterator[None]:
+        before, current[0] = current[0], device
+        yield
+        current[0] = before
+
+    @contextmanager
+    def capture(graph: object, pool: object, stream: Stream, **_: Any) -> Iterator[None]:
+        captured.append((pool, stream, stream.device, current[0]))
+        yield
+
+    class Input:  # a tensor there
+        device = "cuda:1"
+
+        def clone(self) -> Input:
+            return self
+
+    cuda = SimpleNamespace(
+        Stream=Stream,
+        device=on,
+        stream=lambda stream: on(stream.device),
+        current_stream=Stream,
+        CUDAGraph=lambda: SimpleNamespace(replay=lambda: None),
+        graph=capture,
+        graph_pool_handle=object,
+    )
+    monkeypatch.setattr(torch, "cuda", cuda)
+    monkeypatch.setattr(torch, "_foreach_copy_", lambda *_: None)
+    graphs = GraphCache()
+    for key in ("a", "b", "a"):
+        graphs.run(key, lambda x: (x,), [Input()])
+    assert len(captured) == graphs.captured == 2
+    assert len({(pool, stream) for pool, stream, *_ in captured}) == 1  # they share their memory
+    assert {where for *_, where in captured} == {"cuda:1"} == {c[2] for c in captured}
+    assert current == ["cuda:0"]
 
 
 def test_other_sentences_and_seeds_draw_other_noise() -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 _MOST = 64  # graphs that are kept, each with its input and its results
+_CAPTURING = Lock()  # torch captures one graph at a time in a process
 
 
 class GraphCache:
@@ -21,7 +22,7 @@ class GraphCache:
 
     def __init__(self) -> None:
         self._graphs: OrderedDict[Hashable, _Graph | None] = OrderedDict()
-        self._pool: object = None
+        self._memory: tuple[object, torch.cuda.Stream] | None = None  # that all graphs share
         self._lock = Lock()
 
     @property
@@ -52,9 +53,10 @@ class GraphCache:
         with self._lock:
             graph = self._graphs.get(key)
             if graph is None:
-                if self._pool is None:
-                    self._pool = torch.cuda.graph_pool_handle()
-                graph = self._graphs[key] = _Graph(function, inputs, self._pool)
+                if self._memory is None:
+                    stream = torch.cuda.Stream(inputs[0].device)
+                    self._memory = torch.cuda.graph_pool_handle(), stream
+                graph = self._graphs[key] = _Graph(function, inputs, *self._memory)
             return tuple(x.clone() for x in graph.replay(inputs))
 
 
@@ -64,23 +66,25 @@ class _Graph:
         function: Callable[..., tuple[Tensor, ...]],
         inputs: Sequence[Tensor],
         pool: object,
+        stream: torch.cuda.Stream,
     ) -> None:
         self.inputs = [x.clone() for x in inputs]
         kind = "cuda"
         # what autocast keeps would be freed before the next replay
-        with torch.autocast(
+        uncached = torch.autocast(
             kind,
             torch.get_autocast_dtype(kind),
             enabled=torch.is_autocast_enabled(kind),
             cache_enabled=False,
-        ):
-            stream = torch.cuda.Stream()
+        )
+        # torch takes the current device, which need not be that of the model
+        with _CAPTURING, torch.cuda.device(inputs[0].device), uncached:
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):  # a first run, in which libraries allocate
                 function(*self.inputs)
             torch.cuda.current_stream().wait_stream(stream)
             self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local"):
+            with torch.cuda.graph(self.graph, pool, stream, capture_error_mode="thread_local"):
                 self.results = function(*self.inputs)
 
     def replay(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
