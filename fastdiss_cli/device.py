@@ -71,11 +71,8 @@ def pick_dtype(name: str | torch.dtype, device: torch.device) -> torch.dtype:
         known = ", ".join(DTYPES)
         raise OptionError("dtype", f"must be one of {known}, not {name!r}{suggest(name, DTYPES)}")
     if name == "auto":
-        name = "float32"
-        if device.type == "cuda":
-            with torch.cuda.device(device):
-                if torch.cuda.is_bf16_supported(including_emulation=False):
-                    name = "bfloat16"
+        has_it = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        name = "bfloat16" if has_it else "float32"
     return getattr(torch, name)
 
 

@@ -52,7 +52,8 @@ class Attempt:
         error: BaseException | None,
         _: TracebackType | None,
     ) -> bool:
-        if not isinstance(error, Exception):  # nothing, or somebody wants to leave
+        # nothing, or somebody wants to leave, or who reads the output has left
+        if not isinstance(error, Exception) or isinstance(error, BrokenPipeError):
             return False
         if isinstance(error, FastdissError):
             self.failure = f"{self._where}{error}"

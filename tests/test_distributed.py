@@ -297,7 +297,7 @@ def test_ranks_wait_for_stdin_as_long_as_it_takes(
 ) -> None:
     given: list[timedelta | None] = []
 
-    def refuse(backend: str, timeout: timedelta | None) -> None:
+    def refuse(backend: str, timeout: timedelta | None, device_id: None) -> None:
         given.append(timeout)
         raise ValueError("enough is known")
 
@@ -318,6 +318,14 @@ def test_several_processes_share_raw_text_on_stdout(trained: Path, tmp_path: Pat
     first, second = run_ranks(2, *generate)
     assert first.returncode == second.returncode == 0, first.stderr
     assert without_times(first.stdout) == without_times(one.stdout) and second.stdout == ""
+
+
+def test_a_line_that_is_no_text_is_told_once(trained: Path, tmp_path: Path) -> None:
+    (tmp_path / "in").write_bytes(b"drei\n\xff\n")
+    generate = ["generate", "--path", trained, "--input", tmp_path / "in", "--device=cpu"]
+    first, second = run_ranks(2, *generate)
+    one_line_error(first, "rank 0: ", "line 2", "is not valid UTF-8")
+    assert (second.returncode, second.stderr) == (1, "")
 
 
 @pytest.mark.parametrize("at", [1, 6])  # in the warm-up, and in earnest

@@ -252,9 +252,15 @@ def translate(
         _kept_if_it_fails(so_far, outputs),
         logs.progress("generating", corpus.total, hidden=to_terminal) as bar,
     ):
-        while not so_far.signal and (
-            pairs := processes.gather(_read(corpus, stop) if first_rank else [])
-        ):
+        while not so_far.signal:
+            window: list[Pair] = []
+            with processes.attempt("reading") as tried:
+                if first_rank:
+                    window = _read(corpus, stop)
+            so_far.signal = processes.agree(tried, stop)
+            pairs = processes.gather(window)
+            if not pairs:
+                break
             sources, targets = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
             first = so_far.sentences
             answers = targets if gold else None
@@ -290,10 +296,11 @@ def translate(
                     else:
                         shown = (first + i, source_text, best, tgt, reference, colour)
                         lines[n].append(format_lines(*shown))
-            for output, written in zip(outputs, lines, strict=True):
-                output.write("".join(written))
+            with processes.attempt("writing") as tried:
+                for output, written in zip(outputs, lines, strict=True):
+                    output.write("".join(written))
+            so_far.signal = processes.agree(tried, stop)
             so_far.sentences += done
-    so_far.signal = so_far.signal or stop.signal
     return so_far
 
 
