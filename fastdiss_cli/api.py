@@ -13,12 +13,7 @@ import torch
 from fastdiss_cli.config import build
 from fastdiss_cli.decoding.generation import Run, SequenceGenerator, default_max_tokens
 from fastdiss_cli.decoding.output import hypothesis_text, reference_streams
-from fastdiss_cli.decoding.selection import (
-    check_reranker,
-    check_selection,
-    selector,
-    with_runners_up,
-)
+from fastdiss_cli.decoding.selection import selector, with_runners_up
 from fastdiss_cli.device import pick_device, pick_dtype
 from fastdiss_cli.errors import FastdissError, suggest
 from fastdiss_cli.models.registry import Hypothesis
@@ -156,7 +151,7 @@ class Translator:
     def _decode(self, sentences: Sequence[str], options: GenerateOptions) -> list[Hypothesis]:
         """Return the chosen hypothesis of each sentence, the other candidates with it."""
         sentences = _strings(sentences, "sentences")
-        decoding, model, tgt = dict(options), self.loaded.model, self.loaded.tgt
+        decoding, model = dict(options), self.loaded.model
         device = next(model.parameters()).device
         max_tokens = decoding.pop("max_tokens", default_max_tokens(device))
         if not isinstance(max_tokens, int) or max_tokens < 1:
@@ -164,12 +159,8 @@ class Translator:
         reranker = decoding.pop("reranker", None)
         if not isinstance(reranker, (Translator, type(None))):
             raise FastdissError("reranker must be what fastdiss_cli.load returns")
-        method, metric = decoding.pop("select", None), decoding.pop("mbr_metric", "bleu")
-        check_selection(method, metric, reranker is not None)
-        if reranker is not None:
-            check_reranker(self.loaded, reranker.loaded)
-        method = method or model.default_select
-        select = selector(method, metric, tgt, reranker and reranker.loaded)
+        method, metric = decoding.pop("select", None), decoding.pop("mbr_metric", None)
+        _, select = selector(self.loaded, method, metric, reranker and reranker.loaded)
         fields = [field.name for field in dataclasses.fields(model.Decoding)]
         known = [name for name in (*fields, *_OF_ALL_MODELS) if name not in _OBSERVING]
         for name in decoding:

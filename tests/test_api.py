@@ -115,6 +115,7 @@ def test_candidates_are_all_with_the_chosen_one_first(
         ({"select": "best"}, "select best: choose from score, mbr, rerank"),
         ({"mbr_metric": "ter"}, "mbr_metric ter: choose from bleu, chrf"),
         ({"select": "rerank"}, "select rerank needs a reranker"),
+        ({"select": "score", "mbr_metric": "chrf"}, "mbr_metric applies to mbr, not to score"),
     ],
 )
 def test_a_wrong_option_is_named(diffusion: Path, options: dict[str, object], said: str) -> None:

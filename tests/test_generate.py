@@ -339,7 +339,10 @@ def test_an_option_that_a_checkpoint_does_not_know_is_as_before_it(
     ("more", "said"),
     [
         (["--input=-", "--gen-subset", "valid"], "--gen-subset is of a dataset"),
-        (["--input=-", "--mbr-metric", "chrf", "--select", "score"], "--mbr-metric is of"),
+        (
+            ["--input=-", "--mbr-metric", "chrf", "--select", "score"],
+            "--mbr-metric applies to mbr, not to score",
+        ),
         (["--input=-", "--solver", "dimm"], "--solver must be one of ddpm, ddim, dpm-solver++"),
         (["--input=-", "--solver=ddim", "--temperature=1"], "--temperature must be 0 with ddim"),
         (["data", "--self-cond=gold", "--length-beam=3"], "--length-beam must be 1 with"),

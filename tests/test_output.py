@@ -161,7 +161,8 @@ def test_a_reranker_computes_in_its_own_type(tokenizer: Tokenizer, dtype: torch.
             return torch.zeros(len(answers))
 
     loaded = Loaded(Reranker(1, 1), tokenizer, tokenizer, None, ("de", "en"), dtype)
-    choose = selector("rerank", "bleu", tokenizer, loaded)
+    method, choose = selector(loaded, None, None, loaded)
+    assert method == "rerank"
     for of_the_model in (torch.float32, torch.bfloat16):
         with autocast(torch.device("cpu"), of_the_model):
             choose([[5, 2]], [[hypothesis(tokenizer, "a"), hypothesis(tokenizer, "a dog")]])

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from fastdiss_cli import logs
-from fastdiss_cli.errors import FastdissError, OptionError
+from fastdiss_cli.errors import OptionError
 
 if TYPE_CHECKING:
     from fastdiss_cli.decoding.selection import Select
@@ -65,9 +65,9 @@ def check_usage(given: dict[str, Any]) -> None:
     from fastdiss_cli.decoding.selection import check_selection
 
     try:
-        check_selection(given.get("select"), given.get("mbr_metric", "bleu"), reranked)
-    except FastdissError as error:
-        raise typer.BadParameter(f"--{error}") from None
+        check_selection(given.get("select"), given.get("mbr_metric"), reranked)
+    except OptionError as error:
+        raise _wrong_usage(error) from None
 
 
 def step_options(steps: str | None) -> list[dict[str, int]]:
@@ -105,7 +105,7 @@ def decoding_options(model: Seq2SeqModel, arch: str, given: dict[str, Any]) -> A
     try:
         return model.Decoding(**given)
     except OptionError as error:
-        raise typer.BadParameter(f"{_flag(error.option)} {error.reason}") from None
+        raise _wrong_usage(error) from None
 
 
 def selection(
@@ -117,24 +117,30 @@ def selection(
         given: the flags.
         loaded: the model that makes the candidates.
         load: loads another one, which is to rerank them.
-    """
-    from fastdiss_cli.decoding.selection import check_reranker, selector, with_runners_up
 
-    reranker = None
-    if "rerank_path" in given:
-        reranker = load(given["rerank_path"])
-        check_reranker(loaded, reranker)
-    method = "rerank" if reranker else given.get("select", loaded.model.default_select)
+    Raises:
+        BadParameter: the flags do not fit this model.
+        FastdissError: the reranker does not.
+    """
+    from fastdiss_cli.decoding.selection import MBR_METRIC, selector, with_runners_up
+
+    reranker = load(given["rerank_path"]) if "rerank_path" in given else None
+    try:
+        method, choose = selector(loaded, given.get("select"), given.get("mbr_metric"), reranker)
+    except OptionError as error:
+        raise _wrong_usage(error) from None
     if candidates == 1 and (reranker or "select" in given):
         logs.warn(f"--select {method} has no effect: there is one candidate")
-    if "mbr_metric" in given and method != "mbr":
-        raise typer.BadParameter(f"--mbr-metric is of --select mbr, not of {method}")
-    metric = given.get("mbr_metric", "bleu")
-    choose = selector(method, metric, loaded.tgt, reranker)
     if given["nbest"] > 1:
         choose = with_runners_up(choose, given["nbest"] - 1)
     said = {"select": method} if candidates > 1 else {}
-    return choose, said | ({"mbr_metric": metric} if said and method == "mbr" else {})
+    if said and method == "mbr":
+        said["mbr_metric"] = given.get("mbr_metric", MBR_METRIC)
+    return choose, said
+
+
+def _wrong_usage(error: OptionError) -> typer.BadParameter:
+    return typer.BadParameter(f"{_flag(error.option)} {error.reason}")
 
 
 def _flag(option: str) -> str:

@@ -13,37 +13,41 @@ from fastdiss_cli.data.batching import pad
 from fastdiss_cli.data.tokenizer import Tokenizer, check_same
 from fastdiss_cli.decoding.mbr import METRICS, expected_utilities
 from fastdiss_cli.device import autocast
-from fastdiss_cli.errors import FastdissError
+from fastdiss_cli.errors import FastdissError, OptionError
 from fastdiss_cli.models.registry import Hypothesis, Seq2SeqModel
 
 if TYPE_CHECKING:
     from fastdiss_cli.training.checkpoint import Loaded
 
 METHODS = ("score", "mbr", "rerank")
+MBR_METRIC = "bleu"  # unless the user says
 
 # (sources [B], candidates [B][C]) -> the chosen one of each sentence
 Select = Callable[[Sequence[Sequence[int]], list[list[Hypothesis]]], list[Hypothesis]]
 
 
-def check_selection(method: str | None, metric: str, reranked: bool) -> None:
-    """Check how candidates are to be chosen, before anything is loaded.
+def check_selection(method: str | None, metric: str | None, reranked: bool) -> None:
+    """Check how candidates are to be chosen; nothing need be loaded for it.
 
     Args:
         method: one of `METHODS`; None: the default of the model, or ``rerank`` if there is a
             reranker.
-        metric: of MBR.
+        metric: of MBR, one of `mbr.METRICS`; None: `MBR_METRIC`.
         reranked: whether there is a reranker.
 
     Raises:
-        FastdissError: there is no such method or metric, or a reranker too many or too few.
+        OptionError: there is no such method or metric, a metric without MBR, or a reranker too
+            many or too few.
     """
     if method not in (None, *METHODS):
-        raise FastdissError(f"select {method}: choose from {', '.join(METHODS)}")
-    if metric not in METRICS:
-        raise FastdissError(f"mbr_metric {metric}: choose from {', '.join(METRICS)}")
+        raise OptionError("select", f"{method}: choose from {', '.join(METHODS)}")
+    if metric not in (None, *METRICS):
+        raise OptionError("mbr_metric", f"{metric}: choose from {', '.join(METRICS)}")
     if method is not None and (method == "rerank") != reranked:
         wanted = "needs a reranker" if method == "rerank" else "takes no reranker"
-        raise FastdissError(f"select {method} {wanted}")
+        raise OptionError("select", f"{method} {wanted}")
+    if metric is not None and method not in (None, "mbr"):
+        raise OptionError("mbr_metric", f"applies to mbr, not to {method}")
 
 
 def check_reranker(model: Loaded, reranker: Loaded) -> None:
@@ -64,15 +68,19 @@ def check_reranker(model: Loaded, reranker: Loaded) -> None:
         )
 
 
-def selector(method: str, metric: str, tokenizer: Tokenizer, reranker: Loaded | None) -> Select:
-    """Return the function that chooses; `check_selection` has the arguments.
+def selector(
+    model: Loaded, method: str | None, metric: str | None, reranker: Loaded | None
+) -> tuple[str, Select]:
+    """Return how the candidates of a model are chosen: the method's name and its function.
 
-    Args:
-        tokenizer: of the target side.
+    Args and errors are those of `check_selection` and `check_reranker`.
     """
+    method = method or ("rerank" if reranker else model.model.default_select)
+    check_selection(method, metric, reranker is not None)
     if reranker is not None:
-        return by_reranking(reranker.model, reranker.dtype)
-    return by_mbr(tokenizer, metric) if method == "mbr" else by_score
+        check_reranker(model, reranker)
+        return method, by_reranking(reranker.model, reranker.dtype)
+    return method, by_mbr(model.tgt, metric or MBR_METRIC) if method == "mbr" else by_score
 
 
 def by_score(
