@@ -38,7 +38,7 @@ def beam_search(
     """
     device = memory.hidden.device
     B, K = len(memory.hidden), options.beam
-    limits = (options.max_len_a * memory.layout.lengths + options.max_len_b).long()
+    limits = (options.max_len_a * memory.layout.lengths + options.max_len_b).long().tolist()
     answers: list[list[Hypothesis]] = [[] for _ in range(B)]
     sentences = list(range(B))  # the active ones
     tokens = torch.full((B, K, 1), eos, device=device)
@@ -50,14 +50,15 @@ def beam_search(
         B = len(sentences)
         logits = step(tokens[:, :, -1].reshape(B * K, 1), position, memory)
         norm = logits.logsumexp(-1, keepdim=True)
-        at_limit = limits <= position
-        if at_limit.any():
-            forced = at_limit.repeat_interleave(K)[:, None] & (
-                torch.arange(logits.shape[1], device=device) != eos
-            )
-            logits.masked_fill_(forced, float("-inf"))
-        if position < options.min_len:
-            logits[~at_limit.repeat_interleave(K), eos] = float("-inf")
+        at_limit = [limits[sentence] <= position for sentence in sentences]
+        if any(at_limit):
+            forced = torch.tensor(at_limit, device=device).repeat_interleave(K)
+            if position < options.min_len:
+                logits[:, eos].masked_fill_(~forced, float("-inf"))
+            others = torch.arange(logits.shape[1], device=device) != eos
+            logits.masked_fill_(forced[:, None] & others, float("-inf"))
+        elif position < options.min_len:
+            logits[:, eos] = float("-inf")
         # the 2K best of a sentence are among the 2K best of each of its beams
         log_probs, found = logits.topk(min(2 * K, logits.shape[1]))
         totals = running[:, :, -1:] + (log_probs - norm).view(B, K, -1)
@@ -65,37 +66,40 @@ def beam_search(
         totals, flat = totals.flatten(1).topk(min(2 * K, K * width))
         parents, best = flat // width, found.view(B, -1).gather(1, flat)
         ends = best == eos
+        # the only wait for a GPU at a position where nothing ends
         b, rank = (ends[:, :K] & totals[:, :K].isfinite()).nonzero().unbind(1)
-        parent, total = parents[b, rank], totals[b, rank]
-        token_scores = torch.cat([running[b, parent], total[:, None]], dim=1).diff()
-        found = (b, tokens[b, parent, 1:], total, token_scores)
-        for place, ids, score, parts in zip(*(x.tolist() for x in found), strict=True):
-            ended = answers[sentences[place]]
-            if len(ended) < K:
-                score /= (position + 1) ** options.lenpen
-                ended.append(Hypothesis(ids, score, parts, nfe=0))
+        if len(b):
+            parent, total = parents[b, rank], totals[b, rank]
+            token_scores = torch.cat([running[b, parent], total[:, None]], dim=1).diff()
+            found = (b, tokens[b, parent, 1:], total, token_scores)
+            for place, ids, score, parts in zip(*(x.tolist() for x in found), strict=True):
+                ended = answers[sentences[place]]
+                if len(ended) < K:
+                    score /= (position + 1) ** options.lenpen
+                    ended.append(Hypothesis(ids, score, parts, nfe=0))
 
         # the K best that go on: false sorts before true, and the sort keeps the order of scores
         go_on = torch.sort(ends.int(), dim=1, stable=True).indices[:, :K]
         parents, best, totals = (x.gather(1, go_on) for x in (parents, best, totals))
         kept = []
-        for b, (sentence, full) in enumerate(zip(sentences, at_limit.tolist(), strict=True)):
-            if full or len(answers[sentence]) == K:
+        for place, (sentence, is_last) in enumerate(zip(sentences, at_limit, strict=True)):
+            if is_last or len(answers[sentence]) == K:
                 for answer in answers[sentence]:
                     answer.nfe = position + 1  # of the search, however short the answer
             else:
-                kept.append(b)
+                kept.append(place)
         if len(kept) < B:
             rows = torch.tensor(kept, dtype=torch.long, device=device)
-            memory, limits = memory.select(rows), limits[rows]
+            memory = memory.select(rows)
             parents, best, totals = parents[rows], best[rows], totals[rows]
         else:
             rows = torch.arange(B, device=device)
         tokens = torch.cat([tokens[rows[:, None], parents], best[..., None]], dim=2)
         running = torch.cat([running[rows[:, None], parents], totals[..., None]], dim=2)
-        order = (rows[:, None] * K + parents).flatten()
-        for cache in caches:
-            cache.select(order)
-        sentences = [sentences[b] for b in kept]
+        if K > 1 or len(kept) < B:  # of greedy search each row goes on from itself
+            order = (rows[:, None] * K + parents).flatten()
+            for cache in caches:
+                cache.select(order)
+        sentences = [sentences[place] for place in kept]
         position += 1
     return [sorted(ended, key=lambda h: -h.score) for ended in answers]
