@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, TypedDict
 
 import torch
 
+from fastdiss_cli.checkpoints.loading import Loaded, load_model
 from fastdiss_cli.config import build
 from fastdiss_cli.decoding.generation import Run, SequenceGenerator, default_max_tokens
 from fastdiss_cli.decoding.output import hypothesis_text, reference_streams
@@ -17,7 +18,6 @@ from fastdiss_cli.decoding.selection import selector, with_runners_up
 from fastdiss_cli.device import pick_device, pick_dtype
 from fastdiss_cli.errors import FastdissError, suggest
 from fastdiss_cli.models.registry import Hypothesis
-from fastdiss_cli.training.checkpoint import Loaded, load_model
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack  # of Python 3.11

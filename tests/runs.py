@@ -15,14 +15,15 @@ from pathlib import Path
 
 import torch
 
+from fastdiss_cli.checkpoints import checkpoint
+from fastdiss_cli.checkpoints.checkpoint import Checkpoint
 from fastdiss_cli.config import TrainConfig, build
 from fastdiss_cli.data.binarized import BinarizedDataset
 from fastdiss_cli.decoding.generation import SequenceGenerator
 from fastdiss_cli.distributed import Processes
 from fastdiss_cli.models.difformer import Difformer
 from fastdiss_cli.models.registry import architecture
-from fastdiss_cli.training import checkpoint, loop, state, validation
-from fastdiss_cli.training.checkpoint import Checkpoint
+from fastdiss_cli.training import loop, state, validation
 from fastdiss_cli.training.loop import Training
 
 NETWORK = {"model_dim": 16, "ffn_dim": 32, "heads": 2, "encoder_layers": 1, "decoder_layers": 1}

@@ -30,12 +30,12 @@ import pytest
 import torch
 from conftest import one_line_error, run_cli, write_pairs
 
+from fastdiss_cli.checkpoints.checkpoint import Checkpoint, Progress
+from fastdiss_cli.checkpoints.folder import copy_checkpoint, prune_numbered
 from fastdiss_cli.data import encoding
 from fastdiss_cli.data.binarized import BinarizedDataset, TokenWriter
 from fastdiss_cli.data.tokenizer import train_tokenizer
 from fastdiss_cli.errors import FastdissError
-from fastdiss_cli.training.checkpoint import Checkpoint, Progress
-from fastdiss_cli.training.save_dir import copy_checkpoint, prune_numbered
 
 DONE, REFUSED, BUG = 0, 1, 3
 CALLS = {"open", "os.rename", "os.link", "os.mkdir", "os.chmod", "os.fsync"}

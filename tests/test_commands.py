@@ -312,7 +312,7 @@ def test_flags_override_the_recipe_and_set_overrides_flags(data_bin: Path, tmp_p
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "the learning rate rises until update 4,000, and training ends at 1" in done.stderr
-    from fastdiss_cli.training.checkpoint import Checkpoint
+    from fastdiss_cli.checkpoints.checkpoint import Checkpoint
 
     checkpoint = Checkpoint.load(tmp_path / "c" / "checkpoint_last.safetensors")
     assert checkpoint.arch == "difformer_tiny"

@@ -28,17 +28,12 @@ from hypothesis import strategies as st
 from test_binarized import Tokens, make_dataset, tokens_of
 
 import fastdiss_cli
+from fastdiss_cli.checkpoints.checkpoint import Checkpoint, Progress, _digest
+from fastdiss_cli.checkpoints.loading import load_model, vocabulary
 from fastdiss_cli.data.binarized import BinarizedDataset, SideInfo, TokenFile
 from fastdiss_cli.errors import FastdissError
 from fastdiss_cli.models.registry import architecture
-from fastdiss_cli.training.checkpoint import (
-    Checkpoint,
-    Progress,
-    _digest,
-    load_model,
-    pack_optimizer,
-    vocabulary,
-)
+from fastdiss_cli.training.optimizer import pack_optimizer
 
 CPU = torch.device("cpu")
 HUGE = [2**31 - 1, 2**31, 2**40, 2**53, 2**60, 2**63 - 1, 2**63, 2**64 - 1]

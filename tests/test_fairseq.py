@@ -26,12 +26,12 @@ from conftest import SIZES, one_line_error, run_cli
 from runs import NETWORK
 
 from fastdiss_cli.__main__ import command_line
+from fastdiss_cli.checkpoints.checkpoint import Checkpoint
 from fastdiss_cli.commands.fairseq_flags import OLD_FLAGS, NoEquivalent, rewrite_flags
 from fastdiss_cli.data.dictionary import Dictionary
 from fastdiss_cli.data.fairseq import open_dataset
 from fastdiss_cli.data.tokenizer import SentencePiece, make_tokenizer, train_tokenizer
 from fastdiss_cli.errors import FastdissError
-from fastdiss_cli.training.checkpoint import Checkpoint
 
 CODES = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2", 9: "<u4", 10: "<u8"}
 LANGUAGES = ("de", "en")

@@ -13,10 +13,11 @@ import torch
 from conftest import Ranks, one_line_error, run_cli
 from runs import assert_same, command, full_disk, metrics, newest, start, tensors
 
+from fastdiss_cli.checkpoints import checkpoint
 from fastdiss_cli.errors import FastdissError
 from fastdiss_cli.models.difformer import Difformer
 from fastdiss_cli.models.registry import Loss
-from fastdiss_cli.training import checkpoint, loop
+from fastdiss_cli.training import loop
 
 
 def failing_saves(monkeypatch: pytest.MonkeyPatch, calls: set[int]) -> None:

@@ -15,9 +15,10 @@ import torch
 from conftest import Ranks, one_line_error, run_cli
 from runs import command, signalled_in_batch
 
+from fastdiss_cli.checkpoints.checkpoint import Checkpoint
+from fastdiss_cli.checkpoints.loading import load_model
 from fastdiss_cli.errors import FastdissError
 from fastdiss_cli.models.transformer import BeamDecoding
-from fastdiss_cli.training.checkpoint import Checkpoint, load_model
 
 TYPES = ["transformer_tiny", "difformer_tiny", "fastdiss_tiny"]
 

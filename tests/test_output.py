@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from fastdiss_cli import logs
+from fastdiss_cli.checkpoints.loading import Loaded
 from fastdiss_cli.data.layout import Layout
 from fastdiss_cli.data.tokenizer import Tokenizer, train_tokenizer
 from fastdiss_cli.decoding.output import (
@@ -27,7 +28,6 @@ from fastdiss_cli.decoding.selection import (
 from fastdiss_cli.device import autocast
 from fastdiss_cli.errors import FastdissError
 from fastdiss_cli.models.registry import HistoryStep, Hypothesis
-from fastdiss_cli.training.checkpoint import Loaded
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import fastdiss_cli
-from fastdiss_cli.training.checkpoint import Checkpoint
+from fastdiss_cli.checkpoints.checkpoint import Checkpoint
 
 RUN = {"validate_interval_updates": 4, "keep_last": 3, "lr": 1e-2, "ema_decay": 0.5}
 

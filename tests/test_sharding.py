@@ -23,10 +23,10 @@ from runs import (
 )
 from torch import nn
 
+from fastdiss_cli.checkpoints.folder import BEST
 from fastdiss_cli.distributed import Processes
 from fastdiss_cli.errors import FastdissError
 from fastdiss_cli.models.layers import Layer, NetworkConfig
-from fastdiss_cli.training.save_dir import BEST
 from fastdiss_cli.training.sharding import shard
 
 # dropout and accumulation are on; saves and validations end elsewhere

@@ -23,6 +23,9 @@ from runs import CPU, NETWORK, metrics, start, tensors
 from torch import nn
 
 from fastdiss_cli import logs
+from fastdiss_cli.checkpoints.checkpoint import Checkpoint, Progress
+from fastdiss_cli.checkpoints.folder import occupied
+from fastdiss_cli.checkpoints.loading import load_model
 from fastdiss_cli.config import TrainConfig, build
 from fastdiss_cli.data.binarized import BinarizedDataset
 from fastdiss_cli.decoding.generation import SequenceGenerator
@@ -31,9 +34,7 @@ from fastdiss_cli.errors import FastdissError
 from fastdiss_cli.models import layers
 from fastdiss_cli.models.registry import Hypothesis, Loss, architecture
 from fastdiss_cli.training import log, loop, validation
-from fastdiss_cli.training.checkpoint import Checkpoint, Progress, load_model
 from fastdiss_cli.training.loop import Training
-from fastdiss_cli.training.save_dir import occupied
 from fastdiss_cli.training.validation import judge
 
 
@@ -526,7 +527,7 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_older_one(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("fastdiss_cli.training.checkpoint.save_file", full)
+    monkeypatch.setattr("fastdiss_cli.checkpoints.checkpoint.save_file", full)
     with pytest.raises(FastdissError, match="No space left on device"):
         training._save(final=True)
     assert path.read_bytes() == before

@@ -18,9 +18,9 @@ def card(
 
     The form is Markdown with YAML front matter, as model hubs expect it.
     """
-    from fastdiss_cli.training.checkpoint import Checkpoint
-    from fastdiss_cli.training.release import card_as_text, model_card
-    from fastdiss_cli.training.save_dir import best_of
+    from fastdiss_cli.checkpoints.checkpoint import Checkpoint
+    from fastdiss_cli.checkpoints.folder import best_of
+    from fastdiss_cli.checkpoints.release import card_as_text, model_card
 
     text = card_as_text(model_card(Checkpoint.load(best_of(checkpoint))))
     typer.echo(text, nl=not text.endswith("\n"))

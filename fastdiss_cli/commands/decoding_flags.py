@@ -13,9 +13,9 @@ from fastdiss_cli import logs
 from fastdiss_cli.errors import OptionError
 
 if TYPE_CHECKING:
+    from fastdiss_cli.checkpoints.loading import Loaded
     from fastdiss_cli.decoding.selection import Select
     from fastdiss_cli.models.registry import Seq2SeqModel
-    from fastdiss_cli.training.checkpoint import Loaded
 
 # the options of decoding that have a flag, besides `steps`, which may be several
 FLAGS = (

@@ -54,7 +54,7 @@ def export(
         raise typer.BadParameter(f"--output {output}: the name must end in .safetensors")
     text = None if card is None else _read(card)
 
-    from fastdiss_cli.training.release import chosen_checkpoints, release
+    from fastdiss_cli.checkpoints.release import chosen_checkpoints, release
 
     paths = chosen_checkpoints(given, last)
     if len(paths) > 1:

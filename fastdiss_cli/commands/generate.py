@@ -216,6 +216,8 @@ def generate(
 
     import torch
 
+    from fastdiss_cli.checkpoints.folder import best_of
+    from fastdiss_cli.checkpoints.loading import load_model
     from fastdiss_cli.data.fairseq import open_dataset
     from fastdiss_cli.decoding.generation import Run, SequenceGenerator, default_max_tokens
     from fastdiss_cli.decoding.output import confidence_legend, read_all_references
@@ -230,8 +232,6 @@ def generate(
     from fastdiss_cli.device import keep_freed_memory, pick_device, pick_dtype
     from fastdiss_cli.distributed import Processes
     from fastdiss_cli.signals import Stop, stop_on_signal
-    from fastdiss_cli.training.checkpoint import load_model
-    from fastdiss_cli.training.save_dir import best_of
 
     keep_freed_memory()
     path = best_of(path)

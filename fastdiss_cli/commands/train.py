@@ -141,12 +141,12 @@ def train(
         "model": {name: given[name] for name in ("dropout", "label_smoothing") if name in given},
     }
 
+    from fastdiss_cli.checkpoints.folder import BEST, LAST, occupied
     from fastdiss_cli.data.fairseq import open_dataset
     from fastdiss_cli.device import keep_freed_memory, pick_device
     from fastdiss_cli.distributed import Processes
     from fastdiss_cli.models.registry import architecture
     from fastdiss_cli.training.loop import Training
-    from fastdiss_cli.training.save_dir import BEST, LAST, occupied
 
     keep_freed_memory()
     recipe = read_recipe(config)

@@ -17,7 +17,7 @@ from fastdiss_cli.errors import FastdissError, OptionError
 from fastdiss_cli.models.registry import Hypothesis, Seq2SeqModel
 
 if TYPE_CHECKING:
-    from fastdiss_cli.training.checkpoint import Loaded
+    from fastdiss_cli.checkpoints.loading import Loaded
 
 METHODS = ("score", "mbr", "rerank")
 MBR_METRIC = "bleu"  # unless the user says

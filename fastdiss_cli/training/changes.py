@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from fastdiss_cli import logs
+from fastdiss_cli.checkpoints.checkpoint import Checkpoint, Progress
 from fastdiss_cli.config import TrainConfig, build_saved, idle
 from fastdiss_cli.errors import FastdissError
 from fastdiss_cli.models.registry import Architecture
-from fastdiss_cli.training.checkpoint import Checkpoint, Progress
 
 # what may differ: it changes how long or how a training runs, not what an update computes
 HARMLESS = (

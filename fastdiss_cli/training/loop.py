@@ -13,6 +13,13 @@ import numpy as np
 import torch
 
 from fastdiss_cli import logs
+from fastdiss_cli.checkpoints.folder import (
+    LAST,
+    number_of,
+    numbered,
+    refuse_others,
+    warn_of_little_space,
+)
 from fastdiss_cli.config import TrainConfig
 from fastdiss_cli.data.batching import Batch, TokenBatcher
 from fastdiss_cli.data.binarized import BinarizedDataset
@@ -30,13 +37,6 @@ from fastdiss_cli.training.gradient import (
 )
 from fastdiss_cli.training.log import Events, MetricsFile, Window
 from fastdiss_cli.training.optimizer import learning_rate
-from fastdiss_cli.training.save_dir import (
-    LAST,
-    number_of,
-    numbered,
-    refuse_others,
-    warn_of_little_space,
-)
 from fastdiss_cli.training.state import TrainState
 from fastdiss_cli.training.validation import (
     judge,

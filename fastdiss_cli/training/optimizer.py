@@ -62,3 +62,23 @@ class EMA:
             kept = p.detach().clone()
             p.copy_(self.weights[name])
             self.weights[name].copy_(kept)
+
+
+def pack_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Return the optimizer's state as tensors named by weight and kind."""
+    return {
+        f"{name}/{kind}": value
+        for name, p in model.named_parameters()
+        for kind, value in optimizer.state.get(p, {}).items()
+    }
+
+
+def unpack_optimizer(
+    model: nn.Module, optimizer: torch.optim.Optimizer, packed: dict[str, Tensor]
+) -> None:
+    """Restore what `pack_optimizer` returned."""
+    own = dict(model.named_parameters())
+    for key, value in packed.items():
+        name, kind = key.rsplit("/", 1)
+        # the step counters of fused AdamW live where its parameters do
+        optimizer.state[own[name]][kind] = value.clone().to(own[name].device)

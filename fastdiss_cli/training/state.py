@@ -13,6 +13,16 @@ import torch
 from torch import Tensor
 
 from fastdiss_cli import logs
+from fastdiss_cli.checkpoints.checkpoint import Checkpoint, Progress, update_of
+from fastdiss_cli.checkpoints.folder import (
+    BEST,
+    LAST,
+    best_of,
+    copy_checkpoint,
+    link_checkpoint,
+    prune_numbered,
+)
+from fastdiss_cli.checkpoints.loading import load_weights, vocabulary
 from fastdiss_cli.config import TrainConfig
 from fastdiss_cli.data.binarized import BinarizedDataset
 from fastdiss_cli.data.tokenizer import check_same
@@ -27,24 +37,7 @@ from fastdiss_cli.training.changes import (
     forget_changed,
     refuse_changes,
 )
-from fastdiss_cli.training.checkpoint import (
-    Checkpoint,
-    Progress,
-    load_weights,
-    pack_optimizer,
-    unpack_optimizer,
-    update_of,
-    vocabulary,
-)
-from fastdiss_cli.training.optimizer import EMA, make_optimizer
-from fastdiss_cli.training.save_dir import (
-    BEST,
-    LAST,
-    best_of,
-    copy_checkpoint,
-    link_checkpoint,
-    prune_numbered,
-)
+from fastdiss_cli.training.optimizer import EMA, make_optimizer, pack_optimizer, unpack_optimizer
 
 
 class TrainState:

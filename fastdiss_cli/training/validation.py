@@ -9,6 +9,7 @@ from collections.abc import Callable
 import torch
 from sacrebleu import BLEU
 
+from fastdiss_cli.checkpoints.checkpoint import Progress
 from fastdiss_cli.config import TrainConfig
 from fastdiss_cli.data.batching import TokenBatcher
 from fastdiss_cli.data.binarized import BinarizedDataset
@@ -19,7 +20,6 @@ from fastdiss_cli.distributed import Processes
 from fastdiss_cli.models.registry import Seq2SeqModel
 from fastdiss_cli.randomness import seed_everything
 from fastdiss_cli.signals import Stop, Stopped
-from fastdiss_cli.training.checkpoint import Progress
 
 Show = Callable[[str], None]  # told how far it is
 CHUNK = 64  # sentences, about, that a rank decodes before it asks whether to stop

@@ -15,9 +15,9 @@ import yaml
 from torch import Tensor
 
 from fastdiss_cli import __version__, logs
+from fastdiss_cli.checkpoints.checkpoint import Checkpoint
+from fastdiss_cli.checkpoints.folder import best_of, numbered
 from fastdiss_cli.errors import FastdissError
-from fastdiss_cli.training.checkpoint import Checkpoint
-from fastdiss_cli.training.save_dir import best_of, numbered
 
 _FACTS = (
     "architecture", "license", "source", "target", "parameters", "vocabulary", "model", "training",

@@ -12,21 +12,18 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
-from fastdiss_cli.config import build_saved
+from fastdiss_cli.checkpoints.folder import elsewhere, replacing
 from fastdiss_cli.data.files import sync
 from fastdiss_cli.data.tokenizer import Tokenizer, make_tokenizer
-from fastdiss_cli.errors import FastdissError, OptionError
-from fastdiss_cli.models.frozen import freeze
-from fastdiss_cli.models.registry import Architecture, Seq2SeqModel, Vocabulary, architecture
-from fastdiss_cli.training.save_dir import best_of, elsewhere, replacing
+from fastdiss_cli.errors import FastdissError
 
 FORMAT_VERSION = "3"
 
@@ -196,97 +193,6 @@ def update_of(path: Path) -> int | None:
         return None
 
 
-def vocabulary(tokenizer: Tokenizer) -> Vocabulary:
-    """Return what a model knows of a tokenizer."""
-    ids = (tokenizer.bos, tokenizer.pad, tokenizer.eos)
-    return Vocabulary(tokenizer.vocab_size, *ids, hash=tokenizer.hash)
-
-
-class Loaded(NamedTuple):
-    """A checkpoint, ready to decode.
-
-    Attributes:
-        languages: source and target, "" where unknown.
-        dtype: float32 or bfloat16, in which the model decodes.
-    """
-
-    model: Seq2SeqModel
-    src: Tokenizer
-    tgt: Tokenizer
-    arch: Architecture
-    languages: tuple[str, str]
-    dtype: torch.dtype
-
-
-def load_model(
-    path: Path,
-    device: torch.device,
-    user_module: Path | None = None,
-    dtype: torch.dtype = torch.float32,
-) -> Loaded:
-    """Load a checkpoint's model (averaged weights, for inference only) and its tokenizers.
-
-    Args:
-        path: the checkpoint; of a folder its ``checkpoint_best``.
-        device: where it is to decode.
-        user_module: registers architectures that are not in this package.
-        dtype: float32 or bfloat16, in which it is to decode.
-
-    Raises:
-        FastdissError: see `Checkpoint.load`; or its architecture is not registered.
-    """
-    path = best_of(path)
-    checkpoint = Checkpoint.load(path)
-    try:
-        arch = architecture(checkpoint.arch, user_module)
-    except OptionError as error:
-        raise FastdissError(f"{path}: its architecture {error.reason}") from None
-    src, tgt = checkpoint.tokenizer("src"), checkpoint.tokenizer("tgt")
-    config = build_saved(arch.family.Config, checkpoint.model_config, "model")
-    with torch.random.fork_rng(devices=[]):  # initial weights, which are replaced, are drawn
-        model = arch.model(config, vocabulary(src), vocabulary(tgt))
-    load_weights(model, checkpoint.averaged(), path)
-    model = model.to(device).eval()
-    freeze(model, dtype)
-    source, target = (checkpoint.dataset.get(side, "") for side in ("source", "target"))
-    return Loaded(model, src, tgt, arch, (source, target), dtype)
-
-
-@torch.no_grad()
-def load_weights(model: nn.Module, weights: dict[str, Tensor], path: Path) -> None:
-    """Copy named weights into a model."""
-    own = dict(model.named_parameters())
-    different = {n for n in own.keys() | weights.keys() if _shape(own, n) != _shape(weights, n)}
-    if different:
-        name = min(different)
-        raise FastdissError(
-            f"{path}: the weights do not fit the model: {name} has shape {_shape(weights, name)} "
-            f"in the file and {_shape(own, name)} in the model"
-        )
-    for name, p in own.items():
-        p.copy_(weights[name])
-
-
-def pack_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Return the optimizer's state as tensors named by weight and kind."""
-    return {
-        f"{name}/{kind}": value
-        for name, p in model.named_parameters()
-        for kind, value in optimizer.state.get(p, {}).items()
-    }
-
-
-def unpack_optimizer(
-    model: nn.Module, optimizer: torch.optim.Optimizer, packed: dict[str, Tensor]
-) -> None:
-    """Restore what `pack_optimizer` returned."""
-    own = dict(model.named_parameters())
-    for key, value in packed.items():
-        name, kind = key.rsplit("/", 1)
-        # the step counters of fused AdamW live where its parameters do
-        optimizer.state[own[name]][kind] = value.clone().to(own[name].device)
-
-
 def _about(metadata: dict[str, str]) -> dict[str, str]:
     """Return format, facts and sha256; format 2 had them side by side in the metadata."""
     said = metadata.get("fastdiss")
@@ -301,10 +207,6 @@ def _about(metadata: dict[str, str]) -> dict[str, str]:
     if not isinstance(about, dict) or not all(isinstance(v, str) for v in about.values()):
         return {"format": said}
     return about
-
-
-def _shape(tensors: dict[str, Any], name: str) -> list[int] | None:
-    return list(tensors[name].shape) if name in tensors else None
 
 
 def _digest(text: str, tensors: dict[str, Tensor]) -> str:
