@@ -34,7 +34,8 @@ class GenerateOptions(TypedDict, total=False):
         time_grid: ``uniform``, ``quadratic`` or ``log-snr`` (log-snr).
         clamp: ``raw``, ``nearest`` or ``expected``: what the solver takes for z_0 (expected).
         self_cond: ``reuse``, ``none`` or ``recompute`` (reuse).
-        early_exit: stop a sentence when a step changes none of its tokens (False).
+        early_exit: stop a sentence when two steps in a row give the same tokens, each with a
+            probability above 0.5 (False).
         seed: of the noise, which also depends on the sentence itself (1).
 
     Decoding, for autoregressive models:

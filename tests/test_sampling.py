@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
@@ -276,6 +277,20 @@ def test_an_early_exit_stops_sentences_that_do_not_change(self_cond: str) -> Non
             if cost < 8:
                 assert h.history[-1].tokens == h.history[-2].tokens
     assert min(costs) < max(costs) <= 8
+
+
+@pytest.mark.parametrize(("probability", "cost"), [(0.51, 2), (0.49, 6)])
+def test_an_early_exit_waits_until_the_network_is_sure(probability: float, cost: int) -> None:
+    model, sources = make_model("difformer"), random_sentences(5)
+    model.latent_out.weight.zero_()
+    model.latent_out.bias.zero_()  # all estimates are 0, so that only the bias tells tokens apart
+    others = VOCAB.size - 3  # neither bos nor pad is an answer
+    model.embedding.bias.zero_()
+    model.embedding.bias[7] = math.log(others * probability / (1 - probability))
+    memory = model.encode(*pad(sources, VOCAB.pad))
+    options = model.Decoding(steps=6, early_exit=True)
+    found = [h for (h,) in model.decode(memory, torch.arange(5), options)]
+    assert {h.nfe for h in found} == {cost} and {t for h in found for t in h.tokens} == {7}
 
 
 @pytest.mark.parametrize("solver", ["ddim", "dpm-solver++"])

@@ -148,7 +148,8 @@ def generate(
         bool,
         typer.Option(
             "--early-exit",
-            help="Stop a sentence when a step changes none of its tokens; NFE is then a mean.",
+            help="Stop a sentence when two steps give the same tokens, each more likely than not; "
+            "NFE is then a mean.",
             **SAMPLING,
         ),
     ] = False,

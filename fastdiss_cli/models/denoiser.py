@@ -60,7 +60,8 @@ class Candidates:
         seeds, numbers: int64 [N], the seed of the sentence and the number within it, of which the
             noise is made.
         keys: int64 [10, 2, K], of the draws of noise of a run: see `randomness.draw_keys`.
-        tokens: int64 [N, T], the best tokens of the step before, for an early exit.
+        before: int64 [N, T] and bool [N]: the best tokens of the step before, and whether the
+            network was sure of them, for an early exit.
         drawn: float [N, T, D], the draws that are made and not yet taken, by their number.
     """
 
@@ -69,7 +70,7 @@ class Candidates:
     seeds: Tensor
     numbers: Tensor
     keys: Tensor
-    tokens: Tensor | None = None
+    before: tuple[Tensor, Tensor] | None = None
     drawn: dict[int, Tensor] = field(default_factory=dict)
 
     def noise(self, dim: int, draw: int) -> Tensor:
@@ -87,24 +88,30 @@ class Candidates:
             self.drawn = dict(enumerate(noise, draw))
         return self.drawn.pop(draw)
 
-    def drop_unchanged(self, tokens: Tensor) -> Tensor | None:
-        """Drop the sentences none of whose candidates differs from the step before.
+    def drop_settled(self, tokens: Tensor, sure: Tensor) -> Tensor | None:
+        """Drop the sentences of all of whose candidates two steps are sure, and say the same.
+
+        Args:
+            tokens: int64 [N, T], the best of this step.
+            sure: bool [N], whether the network is sure of them.
 
         Returns:
             The rows that are kept, int64 indices into N, or None: all.
         """
-        before, self.tokens = self.tokens, tokens
+        before, self.before = self.before, (tokens, sure)
         if before is None:
             return None
         memory, layout = self.denoiser.memory, self.denoiser.layout
-        changed = (tokens != before).reshape(len(memory.hidden), -1).any(1)
-        if changed.all():
+        settled = (tokens == before[0]).all(1) & before[1] & sure
+        go_on = ~settled.reshape(len(memory.hidden), -1).all(1)
+        if go_on.all():
             return None
-        rows = changed.repeat_interleave(len(tokens) // len(changed)).nonzero().squeeze(1)
-        self.denoiser.memory = memory.select(changed.nonzero().squeeze(1))
+        rows = go_on.repeat_interleave(len(tokens) // len(go_on)).nonzero().squeeze(1)
+        self.denoiser.memory = memory.select(go_on.nonzero().squeeze(1))
         self.denoiser.layout = layout.select(rows)
-        self.places, self.seeds, self.numbers, self.tokens = (
-            x[rows] for x in (self.places, self.seeds, self.numbers, tokens)
+        self.places, self.seeds, self.numbers = (
+            x[rows] for x in (self.places, self.seeds, self.numbers)
         )
+        self.before = tokens[rows], sure[rows]
         self.drawn = {draw: noise[rows] for draw, noise in self.drawn.items()}
         return rows

@@ -30,6 +30,7 @@ from fastdiss_cli.models.registry import HistoryStep, Hypothesis, Seq2SeqModel, 
 from fastdiss_cli.randomness import draw_keys
 
 TEMPERATURE = 0.25  # of ddpm: see docs/method.md
+EXIT_PROBABILITY = 0.5  # of each token of a sentence that an early exit stops: see docs/method.md
 # a GPU replays at most so many positions of either side and steps; both sides are widened to a
 # multiple of WIDEN
 REPLAYED, REPLAYED_STEPS, WIDEN = 1024, 32, 8
@@ -48,7 +49,7 @@ class DiffusionDecoding:
     clamp: str = "expected"  # what the solver takes for z_0: the raw, nearest or expected embedding
     self_cond: str = "reuse"
     seed: int = 1
-    early_exit: bool = False  # stop a sentence when a step leaves the tokens of it as they are
+    early_exit: bool = False  # stop a sentence when two steps are sure of the same tokens
     history: bool = False
     diagnose: bool = False  # history with the gap between told and fresh estimates
 
@@ -194,8 +195,9 @@ class SampledModel(Seq2SeqModel):
                 history[place].append(step)
 
         def drop(z0_hat: Tensor) -> Tensor | None:
-            tokens = self._logits(z0_hat, denoiser.layout).argmax(-1)
-            return running.drop_unchanged(denoiser.layout.padded(tokens))
+            scores, tokens = self._read(z0_hat, denoiser.layout)
+            sure = (scores > math.log(EXIT_PROBABILITY)) | denoiser.layout.pad_mask
+            return running.drop_settled(tokens, sure.all(1))
 
         clamp = None  # where it is what the network is told it is not computed twice
         if options.clamp != self.config.self_cond_form:
