@@ -199,6 +199,9 @@ def test_paired_tests_mark_what_differs_from_the_baseline(
     assert bleu["score"] == pytest.approx(100) and bleu["p_value"] < 0.01
     assert f"{test}:{drawn}" in bleu["signature"] and ser["score"] == 0
     assert distinct["p_value"] is None  # it is no sum over sentences
+    assert ("mean" in bleu, "ci" in ser) == (test == "bs", test == "bs")
+    plain = json.loads(run_cli(*command[:6], "--metrics=bleu", "--json").stdout)
+    assert plain[0].keys() == bleu.keys() - {"p_value", "mean", "ci"}
     others = [write(tmp_path / name, [name] * len(REFERENCES)) for name in ("wrong", "bad")]
     equal = run_cli("score", *others, "--ref", ref, "--paired", others[0], "--metrics=bleu,ser")
     assert equal.stdout.count("1.0000") == 2  # as wrong, with other words

@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,6 +18,8 @@ from fastdiss_cli.commands.options import choice, drawable
 from fastdiss_cli.errors import FastdissError, OptionError, suggest
 
 if TYPE_CHECKING:
+    from sacrebleu.significance import Result as SignificanceResult
+
     from fastdiss_cli.decoding.output import Generated
 
 # sacreBLEU takes a while to import, so that --help does not ask it
@@ -75,8 +77,8 @@ def score(
         typer.Option(
             help="Comma-separated: bleu, chrf, ter; rouge (or rouge1, rouge2, rougeL); bertscore; "
             "wer, ser (share of wrong words and sentences; for pronunciations: of phonemes and "
-            "words), repetition (doubled words); distinct (or distinct1, distinct2), "
-            "sentence-distinct, self-bleu (over the candidates of `generate --nbest`)."
+            "words), repetition (share of words that equal the word before them); distinct (or "
+            "distinct1, distinct2), sentence-distinct, self-bleu (over the candidates of `generate --nbest`)."
         ),
     ] = "bleu,chrf,ter",
     tokenize: Annotated[
@@ -249,15 +251,7 @@ def _score(
         }
     except OptionError as error:
         raise typer.BadParameter(f"--{error}") from None
-    if test is not None and used:
-        hypotheses = [system.hypotheses for system in systems]
-        tested = metrics.paired_test(hypotheses, streams, used, test)
-        for key, (name, scores, p_values, signature) in zip(used, tested, strict=True):
-            pairs = zip(scores, [None, *p_values], strict=True)
-            columns[key] = [Result(name, value, signature, p_value=p) for value, p in pairs]
     for name in wanted:
-        if name in columns:
-            continue
         column = columns[name] = []
         for system in systems:
             if name in used:
@@ -270,7 +264,23 @@ def _score(
             details = json.loads(found.format(signature=signature, is_json=True))
             said = found.format(signature=signature)
             column.append(Result(found.name, found.score, signature, said, details))
+    if test is not None and used:
+        hypotheses = [system.hypotheses for system in systems]
+        for name, tested in zip(
+            used, metrics.paired_test(hypotheses, streams, used, test), strict=True
+        ):
+            columns[name] = [
+                _with_test(*pair, tested.signature)
+                for pair in zip(columns[name], tested.results, strict=True)
+            ]
     return [list(row) for row in zip(*(columns[name] for name in wanted), strict=True)]
+
+
+def _with_test(result: Result, tested: SignificanceResult, signature: str) -> Result:
+    details = dict(result.details)
+    if tested.mean is not None:  # of the bootstrap
+        details |= {"mean": tested.mean, "ci": tested.ci}
+    return replace(result, signature=signature, details=details, p_value=tested.p_value)
 
 
 def _say(paths: list[Path], rows: list[list[Result]], test: str | None, as_json: bool) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 from sacrebleu.metrics import BLEU, CHRF, TER
 from sacrebleu.metrics.base import Metric
@@ -11,6 +12,9 @@ from fastdiss_cli.errors import FastdissError, OptionError, suggest
 from fastdiss_cli.metrics.diversity import Distinct, Diversity, SelfBLEU, SentenceDistinct
 from fastdiss_cli.metrics.rates import SER, WER, Repetition
 from fastdiss_cli.metrics.similarity import ROUGES, BERTScore
+
+if TYPE_CHECKING:
+    from sacrebleu.significance import Result
 
 
 def bleu(tokenize: str = "13a", lowercase: bool = False) -> BLEU:
@@ -56,12 +60,26 @@ DIVERSITY: dict[str, Callable[[], Diversity]] = {
 }
 
 
+class Tested(NamedTuple):
+    """A paired test by one metric.
+
+    Attributes:
+        results: of each system, the baseline first: ``score``; ``p_value``, 1 where the score is
+            the baseline's, None for the baseline itself; and of the bootstrap ``mean`` and ``ci``,
+            half the width of the 95 % interval.
+    """
+
+    name: str
+    signature: str
+    results: list[Result]
+
+
 def paired_test(
     systems: Sequence[Sequence[str]],
     streams: Sequence[Sequence[str | None]],
     metrics: dict[str, Metric],
     test: str = "bs",
-) -> list[tuple[str, list[float], list[float], str]]:
+) -> list[Tested]:
     """Compare systems with the first of them, on the same sentences.
 
     Args:
@@ -69,19 +87,14 @@ def paired_test(
         streams: sacreBLEU's reference streams.
         metrics: by name, such as those of `METRICS`.
         test: ``bs`` (paired bootstrap, Koehn 2004) or ``ar`` (approximate randomisation).
-
-    Returns:
-        For each metric: its name, the scores of all systems, the p-values of all but the first
-        (1 where a system's score is the baseline's), and the signature.
     """
     from sacrebleu.significance import PairedTest  # numpy is slow to import
 
     named = [(str(number), hypotheses) for number, hypotheses in enumerate(systems)]
     signatures, scores = PairedTest(named, metrics, streams, test_type=test)()
-    tests = []
-    for name, signature in signatures.items():
-        baseline, *others = scores[name]
-        # of equal scores sacreBLEU finds that chance cannot explain their difference
-        p_values = [1.0 if r.score == baseline.score else r.p_value for r in others]
-        tests.append((name, [r.score for r in scores[name]], p_values, str(signature)))
-    return tests
+    for baseline, *others in (scores[name] for name in signatures):
+        for result in others:
+            if result.score == baseline.score:
+                # here sacreBLEU finds that chance cannot explain their difference
+                result.p_value = 1.0
+    return [Tested(name, str(signature), scores[name]) for name, signature in signatures.items()]

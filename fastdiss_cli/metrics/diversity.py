@@ -12,6 +12,7 @@ from statistics import fmean
 from sacrebleu.metrics.base import Score, Signature
 
 from fastdiss_cli.errors import FastdissError
+from fastdiss_cli.metrics.ratio import with_fields
 
 
 class Diversity(ABC):
@@ -20,8 +21,8 @@ class Diversity(ABC):
     name: str
 
     @abstractmethod
-    def signature_fields(self) -> dict[str, str]:
-        """Return what the signature says besides sacreBLEU's version."""
+    def signature_fields(self) -> dict[str, str | None]:
+        """Return what the signature says besides our version."""
 
     @abstractmethod
     def measure(self, candidates: Sequence[Sequence[str]]) -> float:
@@ -31,10 +32,7 @@ class Diversity(ABC):
         return Score(self.name, 100 * self.measure(candidates))
 
     def get_signature(self) -> Signature:
-        signature = Signature({"num_refs": None})
-        for key, value in self.signature_fields().items():
-            signature.update(key, value)
-        return signature
+        return with_fields(Signature({"num_refs": None}), self.signature_fields())
 
 
 class Distinct(Diversity):

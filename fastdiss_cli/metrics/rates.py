@@ -6,6 +6,8 @@ from itertools import pairwise
 
 from fastdiss_cli.metrics.ratio import RatioMetric
 
+_OF_WORDS: dict[str, str | None] = {"case": "mixed", "tok": "none"}  # they end at blanks
+
 
 class WER(RatioMetric):
     """Edits (insert, delete, replace a word) to the nearest reference, over its words.
@@ -14,6 +16,9 @@ class WER(RatioMetric):
     """
 
     name = "WER"
+
+    def signature_fields(self) -> dict[str, str | None]:
+        return _OF_WORDS
 
     def measure(self, hypothesis: str, references: list[str]) -> tuple[int, int]:
         words, rows = hypothesis.split(), [reference.split() for reference in references]
@@ -28,6 +33,9 @@ class SER(RatioMetric):
 
     name = "SER"
 
+    def signature_fields(self) -> dict[str, str | None]:
+        return _OF_WORDS
+
     def measure(self, hypothesis: str, references: list[str]) -> tuple[int, int]:
         words = hypothesis.split()
         return int(all(words != reference.split() for reference in references)), 1
@@ -37,6 +45,9 @@ class Repetition(RatioMetric):
     """Words that equal the word before them, over all pairs of neighbours."""
 
     name = "repetition"
+
+    def signature_fields(self) -> dict[str, str | None]:
+        return {**_OF_WORDS, "nrefs": None}  # it looks at none
 
     def measure(self, hypothesis: str, references: list[str]) -> tuple[int, int]:
         words = hypothesis.split()

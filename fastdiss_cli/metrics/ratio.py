@@ -12,6 +12,15 @@ from typing import Any
 
 from sacrebleu.metrics.base import Metric, Score, Signature
 
+from fastdiss_cli import __version__
+
+
+def with_fields(signature: Signature, fields: dict[str, str | None]) -> Signature:
+    """Add fields to the signature of one of our own metrics, whose version is ours."""
+    for key, value in {**fields, "version": f"fastdiss-{__version__}"}.items():
+        signature.update(key, value)
+    return signature
+
 
 class RatioMetric(Metric):
     """100 times a sum over all sentences, over another; a mean where the other counts sentences.
@@ -22,8 +31,8 @@ class RatioMetric(Metric):
 
     name: str
 
-    def signature_fields(self) -> dict[str, str]:
-        """Return what the signature says besides the number of references and the version."""
+    def signature_fields(self) -> dict[str, str | None]:
+        """Return what the signature says besides the number of references and our version."""
         return {}
 
     @abstractmethod
@@ -37,10 +46,7 @@ class RatioMetric(Metric):
         return [self.measure(*pair) for pair in zip(hypotheses, references, strict=True)]
 
     def get_signature(self) -> Signature:
-        signature = super().get_signature()
-        for key, value in self.signature_fields().items():
-            signature.update(key, value)
-        return signature
+        return with_fields(super().get_signature(), self.signature_fields())
 
     # what sacreBLEU asks of a metric
 

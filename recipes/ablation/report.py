@@ -101,8 +101,8 @@ def significance(results: Results) -> tuple[str, dict[str, tuple[float, str, boo
         p_values = []
         for files in both:
             pair = [read_system(path).hypotheses for path in files]
-            _, _, (p,), signature = paired_test(pair, streams, {results.metric: metric})[0]
-            p_values.append(p)
+            _, signature, (_, other) = paired_test(pair, streams, {results.metric: metric})[0]
+            p_values.append(other.p_value)
         mean, half = interval([results.score(new) - results.score(old) for old, new in both])
         sure[name] = mean, f"p = {p_values[0]:.3f}", p_values[0] < 0.05
         cells = [f"{value:.3f}" for value in p_values] + ["-"] * (len(results.seeds) - len(both))
