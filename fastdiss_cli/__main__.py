@@ -116,8 +116,9 @@ def main() -> None:
     except UsageError as error:
         of = " ".join(["fastdiss", *(word for word in words[:1] if word in COMMANDS)])
         said = " ".join(error.format_message().removeprefix("Invalid value: ").split())
+        hint = "" if "`fastdiss " in said else f" (see `{of} --help`)"
         if os.environ.get("RANK", "0") == "0":  # all ranks have the same
-            logs.error(f"{said.removesuffix('.')} (see `{of} --help`)")
+            logs.error(said.removesuffix(".") + hint)
         sys.exit(2)
     except FastdissError as error:
         told = str(error)

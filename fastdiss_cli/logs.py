@@ -156,6 +156,11 @@ def stdout_is_terminal() -> bool:
     return sys.stdout.isatty()
 
 
+def stdin_is_terminal() -> bool:
+    """Tell whether nothing comes from stdin unless somebody types it."""
+    return sys.stdin.isatty()
+
+
 def stdout_is_seen() -> bool:
     """Tell whether who reads stderr reads stdout, too: a terminal, or one file for both."""
     if stdout_is_terminal():

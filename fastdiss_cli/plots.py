@@ -79,7 +79,7 @@ def plot_quality(path: Path, points: Sequence[Point], quality: str) -> None:
     for number, (label, group) in enumerate(groups.items()):
         style = _style(number) | {"label": label}
         scores, speeds = [p.score for p in group], [p.figures.speed for p in group]
-        steps = [p.figures.steps for p in group]
+        steps = [_steps_taken(p.figures) for p in group]
         if None in steps:
             for score in scores:
                 left.axhline(score, **style, clip_on=False)  # its markers are at its ends
@@ -89,8 +89,11 @@ def plot_quality(path: Path, points: Sequence[Point], quality: str) -> None:
         right.plot(speeds, scores, **style)
         place = (0, -13) if number % 2 else (0, 6)  # above one curve, below the next
         beside = {"xytext": place, "textcoords": "offset points", "ha": "center", "fontsize": 8}
-        for x, y, count in zip(speeds, scores, steps, strict=True):
-            right.annotate(str(count), (x, y), color=style["color"], **beside)
+        for x, point in zip(speeds, group, strict=True):
+            count = str(point.figures.steps)
+            if point.figures.stops_early:
+                count += f" ({point.figures.nfe:g})"
+            right.annotate(count, (x, point.score), color=style["color"], **beside)
     ticks = sorted({p.figures.steps for p in points if p.figures.steps is not None})
     left.set(xlabel="denoising steps (log scale)", ylabel=quality)
     if ticks:
@@ -146,6 +149,11 @@ def plot_training(path: Path, runs: Sequence[Curves]) -> None:
     _save(figure, path)
 
 
+def _steps_taken(figures: Figures) -> float | None:
+    """Return the steps of a run, the mean over sentences where some are stopped early."""
+    return figures.nfe if figures.stops_early else figures.steps
+
+
 def _is_drawn(key: str, runs: Sequence[Curves]) -> bool:
     """Tell whether a figure has numbers, and not only zeros, such as updates that were skipped."""
     values = _values(key, runs)
@@ -173,7 +181,9 @@ def _groups(points: Sequence[Point]) -> dict[str, list[Point]]:
     ]
     folders = _distinct_ends([key[0] for key in keys])
     everything = [f"{folder}: {said}" for folder, said in zip(folders, options, strict=True)]
-    several = [found for found in (archs, options, folders) if len(set(found)) == len(keys)]
+    # the folders first, which the files were named by; that of a single curve tells nothing
+    ways = (archs, options, folders) if len(keys) == 1 else (folders, archs, options)
+    several = [found for found in ways if len(set(found)) == len(keys)]
     short = [found for found in several if max(map(len, found)) <= LONGEST_LABEL]
     labels = next(iter(short + several), everything)
     named = zip(labels, groups.values(), strict=True)

@@ -87,6 +87,8 @@ def test_a_release_generates_what_the_checkpoint_does(files: list[Path], tmp_pat
 
 def test_several_are_averaged(trained: Path, files: list[Path], tmp_path: Path) -> None:
     by_name, by_count = tmp_path / "by_name.safetensors", tmp_path / "by_count.safetensors"
+    alone = run_cli("average", trained, "--output", by_name)
+    one_line_error(alone, "stands for one checkpoint: name several, or --last N", code=2)
     assert run_cli("average", files[1], files[2], "--output", by_name).returncode == 0
     assert run_cli("export", trained, "--last", "2", "-o", by_count).returncode == 0
     one, two, mean, same = (
@@ -99,6 +101,7 @@ def test_several_are_averaged(trained: Path, files: list[Path], tmp_path: Path) 
         assert torch.equal(weight, expected.float())
     facts = facts_of(by_name)["training"]
     assert (facts["averaged_updates"], facts["updates"]) == ([8, 12], 12)
+    assert "best_validation" not in facts  # the mean was never validated
     backwards = tmp_path / "backwards.safetensors"  # as a shell sorts 12 before 4 and 8
     assert run_cli("average", files[2], files[1], "--output", backwards).returncode == 0
     assert facts_of(backwards)["training"] == facts
@@ -142,7 +145,11 @@ def test_the_card(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         "sentences": 200,
         "updates": best.update,
         "epochs": best.epoch,
-        "best_validation": {"bleu": round(best.best, 3), "update": best.best_update},
+        "best_validation": {
+            "bleu": round(best.best, 3),
+            "update": best.best_update,
+            "sentences": 4,
+        },
     }
     with safe_open("model.safetensors", framework="pt") as file:  # for other tools than ours
         about = json.loads(file.metadata()["fastdiss"])

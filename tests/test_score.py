@@ -135,8 +135,26 @@ def test_wrong_usage_exits_with_2(tmp_path: Path, options: list[str], message: s
     one_line_error(done, message, "(see `fastdiss score --help`)", code=2)
 
 
-def test_a_system_is_needed() -> None:
+def test_a_system_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    one_line_error(run_cli("score"), "stdin is empty: give --sys FILE")
+    monkeypatch.setattr("fastdiss_cli.logs.stdin_is_terminal", lambda: True)
     one_line_error(run_cli("score"), "error: give --sys FILE, or several files (see", code=2)
+
+
+def test_a_system_comes_from_stdin(tmp_path: Path) -> None:
+    ref, text = write(tmp_path / "ref", REFERENCES), "".join(f"{line}\n" for line in POOR)
+    expected = run_cli("score", write(tmp_path / "hyp", POOR), "--ref", ref, "--metrics=ser").stdout
+    for named in ([], ["-"], ["--sys", "-"]):
+        done = run_cli("score", *named, "--ref", ref, "--metrics=ser", stdin=text)
+        assert done.stdout == expected and " = 50.00" in expected
+    one_line_error(run_cli("score", "-", "-", "--ref", ref), "stdin can be read once", code=2)
+
+
+def test_a_folder_stands_for_its_generate_files(tmp_path: Path) -> None:
+    files = [generated(tmp_path / f"x/generate-test.steps{n}.txt", POOR) for n in (5, 20)]
+    assert run_cli("score", tmp_path / "x").stdout == run_cli("score", *files).stdout
+    said = one_line_error(run_cli("score", tmp_path))
+    assert f"without generate-*.txt; there are some in {tmp_path / 'x'}" in said
 
 
 # several systems
@@ -292,7 +310,7 @@ def test_quality_is_drawn_against_steps_and_speed(tmp_path: Path, ending: str) -
     if ending == "svg":
         for text in (
             "SER (lower is better)", "denoising steps", "sentences/s", ">20<",
-            "difformer_tiny", "fastdiss_tiny", "transformer_tiny",
+            ">difformer_tiny<", ">fastdiss_tiny<", ">ar<",
         ):  # fmt: skip
             assert text in drawn.decode()
         assert "steps=" not in drawn.decode()
@@ -303,23 +321,40 @@ def test_quality_is_drawn_against_steps_and_speed(tmp_path: Path, ending: str) -
 @needs_matplotlib
 def test_curves_are_told_apart_by_what_differs(tmp_path: Path) -> None:
     out = tmp_path / "out.svg"
-    for options, labels in (
-        (
-            [{"beam": 1, "lenpen": 1.0}, {"beam": 5, "lenpen": 1.0}],
-            ["transformer_tiny, beam=1", "transformer_tiny, beam=5"],
-        ),
-        ([{"beam": 5}, {"beam": 5}], ["one/x", "two/x"]),
-        # names that would be wider than the picture
-        ([{f"option{i}": n for i in range(9)} for n in (1, 2)], ["one/x", "two/x"]),
+    long = "n" * 70  # a name that would be wider than the picture
+    one, two = ("transformer_tiny, beam=1", "transformer_tiny, beam=5")
+    for paths, beams, labels in (
+        (["one/x/out", "two/x/out"], [1, 5], ["one", "two"]),  # what all end with says nothing
+        (["x/one", "x/two"], [1, 5], [one, two]),
+        ([f"{long}1/out", f"{long}2/out"], [1, 5], [one, two]),
+        ([f"{long}1/out", f"{long}2/out"], [5, 5], [f"{long}1", f"{long}2"]),
+        (["x/one"], [5], ["transformer_tiny"]),
     ):
         files = [
-            generated(tmp_path / name / "out.txt", POOR, summary("transformer_tiny", 9, **given))
-            for name, given in zip(("one/x", "two/x"), options, strict=True)
+            generated(tmp_path / path, POOR, summary("transformer_tiny", 9, beam=beam, lenpen=1.0))
+            for path, beam in zip(paths, beams, strict=True)
         ]
         assert run_cli("score", *files, "--metrics=bleu", "--plot", out).returncode == 0
-        # what all folders end with says nothing
         shown = out.read_text()
-        assert all(f">{label.removesuffix('/x')}<" in shown for label in labels)
+        assert all(f">{label}<" in shown for label in labels)
+
+
+def test_what_stops_early_is_drawn_at_the_steps_it_took(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    end = summary("fastdiss_tiny", 9, steps=20, early_exit=True).replace("NFE 0.0", "NFE 2.8")
+    file, out = generated(tmp_path / "out.txt", POOR, end), tmp_path / "out.svg"
+    drawn: list[Sequence[float]] = []
+    axes = pytest.importorskip("matplotlib.axes").Axes
+    right = axes.plot
+
+    def plot(self: object, x: Sequence[float], y: Sequence[float], **how: object) -> object:
+        drawn.append(x)
+        return right(self, x, y, **how)
+
+    monkeypatch.setattr(axes, "plot", plot)
+    assert run_cli("score", file, "--metrics=bleu", "--plot", out).returncode == 0
+    assert drawn[0] == [2.8] and ">20 (2.8)<" in out.read_text()
 
 
 @needs_matplotlib

@@ -7,6 +7,7 @@ does, except to go on training. Its card is in the file's metadata.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -87,6 +88,7 @@ def release(paths: Sequence[Path], license: str | None, text: str | None) -> Che
     card = model_card(newest)
     if len(paths) > 1:
         card["training"]["averaged_updates"] = sorted(updates)
+        card["training"].pop("best_validation", None)  # of one of them, not of their mean
     card |= {"toolkit": f"fastdiss {__version__}", "license": license or card["license"]}
     card["text"] = card["text"] if text is None else text
     progress = dataclasses.replace(newest.progress, batch=0, window={})
@@ -107,6 +109,9 @@ def model_card(checkpoint: Checkpoint) -> dict[str, Any]:
     if progress.best is not None:
         measure = "bleu" if progress.best_is_bleu else "loss"
         best = {measure: round(abs(progress.best), 3), "update": progress.best_update}
+        if progress.best_is_bleu:
+            most = dataset.get("sentences", {}).get("valid", math.inf)
+            best["sentences"] = min(checkpoint.train_config["valid_sentences"], most)
         training["best_validation"] = best
     sides = {side: dataset.get(side, "unknown") for side in ("source", "target")}
     return {

@@ -15,6 +15,7 @@ _OF_TRAINING = re.compile(r"checkpoint_(last|best|\d+_\d+)\.safetensors")
 
 
 def export(
+    context: typer.Context,
     checkpoints: Annotated[
         list[Path] | None,
         typer.Argument(
@@ -46,6 +47,8 @@ def export(
     given = checkpoints or [Path("checkpoints")]
     if last and not all(path.is_dir() for path in given):
         raise typer.BadParameter("--last needs a folder, not files")
+    if context.info_name == "average" and not last and len(given) == 1 and given[0].is_dir():
+        raise typer.BadParameter(f"{given[0]} stands for one checkpoint: name several, or --last N")
     if _OF_TRAINING.fullmatch(output.name):
         raise typer.BadParameter(f"--output {output}: the name belongs to `fastdiss train`")
     if output.is_dir():

@@ -260,7 +260,7 @@ _GENERATE = {
     "--match-source-len": without("see --max-len-a and --max-len-b", "none"),
     "--sampling": without("beam search is the one way of `transformer`", "none"),
     "--diverse-beam-groups": without("beam search is the one way of `transformer`"),
-    "--quiet": needless("with --results-path only the summary is printed"),
+    "--quiet": without("with --results-path only the summary is printed", "none"),
     "--model-overrides": without("a checkpoint holds its options, and they stay"),
 }
 _PREPROCESS = {

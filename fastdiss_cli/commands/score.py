@@ -30,6 +30,7 @@ DIVERSITY = ("distinct1", "distinct2", "sentence-distinct", "self-bleu")
 GROUPS = {"rouge": ("rouge1", "rouge2", "rougeL"), "distinct": ("distinct1", "distinct2")}
 NAMES = (*AGAINST_REFERENCES, *DIVERSITY, *GROUPS)
 COUNTED = ("wer", "ser", "repetition")
+STDIN = Path("-")
 TESTS = {"bs": "paired bootstrap", "ar": "approximate randomisation"}
 
 
@@ -55,13 +56,16 @@ def score(
     systems: Annotated[
         list[Path] | None,
         typer.Argument(
-            metavar="[FILE]...", help="More hypothesis files, as a shell wildcard gives them."
+            metavar="[FILE|DIR|-]...",
+            help="More of them, as a shell wildcard gives them. (default: stdin, where it is none)",
         ),
     ] = None,
     sys: Annotated[
         list[Path] | None,
         typer.Option(
-            metavar="FILE", help="Hypotheses: plain text or a generate file. Repeatable: a table."
+            metavar="FILE|DIR|-",
+            help="Hypotheses: plain text or a generate file; a folder: its generate files; -: "
+            "stdin. Repeatable: a table.",
         ),
     ] = None,
     ref: Annotated[
@@ -78,7 +82,8 @@ def score(
             help="Comma-separated: bleu, chrf, ter; rouge (or rouge1, rouge2, rougeL); bertscore; "
             "wer, ser (share of wrong words and sentences; for pronunciations: of phonemes and "
             "words), repetition (share of words that equal the word before them); distinct (or "
-            "distinct1, distinct2), sentence-distinct, self-bleu (over the candidates of `generate --nbest`)."
+            "distinct1, distinct2), sentence-distinct, self-bleu (over the candidates of "
+            "`generate --nbest`)."
         ),
     ] = "bleu,chrf,ter",
     tokenize: Annotated[
@@ -120,9 +125,14 @@ def score(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Score hypotheses with sacreBLEU and others; every score comes with its signature."""
-    paths = _by_steps([*(sys or []), *(systems or [])])
+    named = [*(sys or []), *(systems or [])]
+    if not named and not logs.stdin_is_terminal():
+        named = [STDIN]
+    paths = _by_steps([file for path in named for file in _files(path)])
     if not paths:
         raise typer.BadParameter("give --sys FILE, or several files")
+    if paths.count(STDIN) > 1:
+        raise typer.BadParameter("-: stdin can be read once")
     spelt = {name.lower() for name in NAMES}
     if apart := [str(p) for p in paths if str(p).lower().strip(",") in spelt and not p.exists()]:
         raise typer.BadParameter(
@@ -177,6 +187,22 @@ def score(
     _say(paths, rows, test, as_json)
     if plot is not None:
         _plot(plot, paths, read, [results[0] for results in rows], wanted[0])
+
+
+def _files(path: Path) -> list[Path]:
+    """Return a file, or the generate files of a folder.
+
+    Raises:
+        FastdissError: a folder has none.
+    """
+    if not path.is_dir():
+        return [path]
+    found = sorted(path.glob("generate-*.txt"))
+    if not found:
+        below = sorted({str(file.parent) for file in path.glob("*/generate-*.txt")})
+        hint = f"; there are some in {', '.join(below[:4])}" if below else ""
+        raise FastdissError(f"{path} is a folder without generate-*.txt{hint}")
+    return found
 
 
 def _by_steps(paths: list[Path]) -> list[Path]:

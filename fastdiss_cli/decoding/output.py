@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import itertools
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastdiss_cli import logs
-from fastdiss_cli.data.text import read_lines, read_references
+from fastdiss_cli.data.text import decode_lines, read_lines, read_references
 from fastdiss_cli.errors import FastdissError
 
 if TYPE_CHECKING:  # `score` reads these files, and need not wait for torch
@@ -108,14 +109,15 @@ class Generated:
 
 
 def read_system(path: Path) -> Generated:
-    """Read a system's answers from plain text or from a generate file.
+    """Read a system's answers from plain text or from a generate file; ``-`` is stdin.
 
     Raises:
         FastdissError: the file is empty, or a generate file has a sentence twice or not at all.
     """
-    lines = list(read_lines(path))
+    from_stdin = str(path) == "-"
+    lines = list(decode_lines(sys.stdin.buffer, "stdin") if from_stdin else read_lines(path))
     if not lines:
-        raise FastdissError(f"{path} is empty")
+        raise FastdissError("stdin is empty: give --sys FILE" if from_stdin else f"{path} is empty")
     plain = Generated([[line] for line in lines])
     summary = next((line for line in reversed(lines) if _SUMMARY.match(line)), "")
     # where stdout and stderr went into one file, a log comes first, and the summary tells it

@@ -78,6 +78,10 @@ class Figures:
         """Denoising steps; None for a model that has none."""
         return int(self.options["steps"]) if "steps" in self.options else None
 
+    @property
+    def stops_early(self) -> bool:
+        return "early_exit" in self.options
+
 
 def parse_summary(line: str) -> Figures | None:
     """Read the figures from `Summary.line`; None if it is no such line."""
