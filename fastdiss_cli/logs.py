@@ -123,15 +123,19 @@ def progress(
         TimeElapsedColumn,
         TimeRemainingColumn,
     )
+    from rich.table import Column
+
+    def whole() -> Column:  # in a narrow terminal the figures are cut, not the times
+        return Column(no_wrap=True, min_width=7)
 
     columns = (
         SpinnerColumn(),
         TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
+        *([BarColumn(bar_width=24)] if _console().width >= 80 else []),
         TextColumn("{task.fields[count]}"),
-        TimeElapsedColumn(),
+        TimeElapsedColumn(whole()),
         TextColumn("<"),
-        TimeRemainingColumn(),
+        TimeRemainingColumn(table_column=whole()),
         TextColumn("{task.fields[figures]}"),
     )
     with Progress(*columns, console=_console(), transient=True) as bar:

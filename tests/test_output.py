@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import io
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from rich.console import Console
 
 from fastdiss_cli import logs
 from fastdiss_cli.checkpoints.loading import Loaded
@@ -174,6 +177,17 @@ def test_the_best_of_the_others_are_shown_in_their_order(tokenizer: Tokenizer) -
     second = lambda sources, candidates: [row[1] for row in candidates]  # noqa: E731
     (best,) = with_runners_up(second, 2)([[2]], [row])
     assert best is row[1] and best.runners_up == [row[0], row[2]]
+
+
+def test_a_narrow_terminal_shows_all_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = io.StringIO()
+    console = Console(file=shown, force_terminal=True, width=62, color_system=None)
+    monkeypatch.setattr(logs, "_console", lambda: console)
+    monkeypatch.setenv("TERM", "xterm")
+    with logs.progress("training", 600, 20) as bar:
+        bar.advance(loss="9.186", **{"tok/s": "3,209"})
+    said = r"training 21/600 0:00:0\d < -:--:-- loss 9.186  tok/s 3,209"
+    assert re.search(said, shown.getvalue())
 
 
 def test_the_time_left_counts_from_the_first_item(
