@@ -180,10 +180,10 @@ def test_the_best_of_the_others_are_shown_in_their_order(tokenizer: Tokenizer) -
 
 
 def test_a_narrow_terminal_shows_all_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
     shown = io.StringIO()
     console = Console(file=shown, force_terminal=True, width=62, color_system=None)
     monkeypatch.setattr(logs, "_console", lambda: console)
-    monkeypatch.setenv("TERM", "xterm")
     with logs.progress("training", 600, 20) as bar:
         bar.advance(loss="9.186", **{"tok/s": "3,209"})
     said = r"training 21/600 0:00:0\d < -:--:-- loss 9.186  tok/s 3,209"
