@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +16,7 @@ from networks import SMALL, VOCAB, answers, make_batch, make_model, random_sente
 from fastdiss_cli.config import build
 from fastdiss_cli.data.batching import Batch, pad
 from fastdiss_cli.data.layout import Layout
+from fastdiss_cli.decoding import generation
 from fastdiss_cli.decoding.diagnosis import by_time
 from fastdiss_cli.decoding.generation import Run, SequenceGenerator
 from fastdiss_cli.decoding.selection import by_score
@@ -206,6 +207,25 @@ def test_all_step_counts_share_one_encoder_pass(monkeypatch: pytest.MonkeyPatch)
     SequenceGenerator(model, by_score, 40).decode(sources, runs)
     assert len(calls) > 1 and sum(calls) == 8  # each sentence once, in several batches
     assert [run.nfe for run in runs] == [8, 16, 40]
+
+
+def test_the_time_of_the_encoder_counts_in_every_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, sources, clock = make_model("difformer"), random_sentences(8), [0.0]
+    monkeypatch.setattr(generation, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+
+    def taking(seconds: float, work: Callable[..., Any]) -> Callable[..., Any]:
+        def slow(*given: Any) -> Any:
+            clock[0] += seconds
+            return work(*given)
+
+        return slow
+
+    monkeypatch.setattr(model, "encode", taking(10, model.encode))
+    monkeypatch.setattr(model, "decode", taking(3, model.decode))
+    choose = taking(1, by_score)
+    runs = [Run(model.Decoding(steps=n)) for n in (1, 5)]
+    SequenceGenerator(model, choose, 1000).decode(sources, runs)
+    assert [run.seconds for run in runs] == [14, 14]
 
 
 # the registry
@@ -421,6 +441,14 @@ def test_a_frozen_model_decodes_as_the_trained_one(family: str) -> None:
     freeze(model, torch.float32)
     assert not any(isinstance(m, torch.nn.Linear) for m in model.modules())
     assert answers(model, sources, 200) == wanted
+
+
+def test_a_module_prepares_itself_for_decoding() -> None:
+    """As the diffusion models do, whose table is normalised once and not in every step."""
+    model = make_model("difformer")
+    assert model.embedding.rows() is not model.embedding.rows()
+    freeze(model, torch.float32)
+    assert model.embedding.rows() is model.embedding.rows()
 
 
 def test_where_layers_cannot_be_packed_they_stay(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -387,6 +387,24 @@ def test_validation_bleu_of_answers_under_four_words(
     assert validation.validation_bleu(training.model, training.dataset, *how) == pytest.approx(100)
 
 
+def test_validation_bleu_leaves_a_batch_for_each_process(
+    data_bin: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many tokens a batch may have."""
+    training = start(data_bin, tmp_path, max_tokens=100_000, valid_sentences=1000)
+    sizes: list[tuple[int, int]] = []
+
+    def answer(self, sources, runs, *_):
+        sizes.append((self.max_tokens, max(map(len, sources))))
+        runs[0].best = [Hypothesis([], 0.0, [], 1) for _ in sources]
+        return 0
+
+    monkeypatch.setattr(SequenceGenerator, "decode_together", answer)
+    how = (training.config, training.processes, training.stop, training.dtype, print)
+    validation.validation_bleu(training.model, training.dataset, *how)
+    assert sizes and all(size == validation.CHUNK * longest for size, longest in sizes)
+
+
 @pytest.mark.parametrize("change", [{"valid_sentences": 3}, {"valid_steps": 2}])
 def test_another_validation_starts_anew(
     data_bin: Path, tmp_path: Path, change: dict[str, int]
