@@ -49,7 +49,7 @@ def command_line(name: str = "") -> typer.Typer:
         place = COMMANDS[command]
         function = getattr(import_module(f"fastdiss_cli.commands.{place}"), place)
         # typer would keep the line breaks of the source
-        help = re.sub(r"(?<!\n)\n(?!\n)", " ", inspect.getdoc(function))
+        help = re.sub(r"(?<!\n)\n(?!\n)", " ", inspect.getdoc(function) or "")  # none with -OO
         app.command(command, help=HELP.get(command, help))(_ending_with_its_reader(function))
     return app
 
@@ -98,9 +98,11 @@ def main() -> None:
         if isinstance(stream, io.TextIOWrapper):  # whatever the locale says, text is UTF-8
             # the name of a file may be no text at all, and is told all the same
             stream.reconfigure(encoding="utf-8", errors="backslashreplace")
-    if "" in sys.argv[1:]:
-        logs.error("an argument is empty, as of a variable that is not set")
-        sys.exit(2)
+    for word in sys.argv[1:]:
+        if not word or re.fullmatch(r"--?[\w-]+=", word):
+            which = word.removesuffix("=") or "an argument"
+            logs.error(f"{which} is empty, as of a variable that is not set")
+            sys.exit(2)
     try:
         try:
             words = rewrite_flags(sys.argv[1:]) or ["--help"]
@@ -117,7 +119,7 @@ def main() -> None:
         of = " ".join(["fastdiss", *(word for word in words[:1] if word in COMMANDS)])
         said = " ".join(error.format_message().removeprefix("Invalid value: ").split())
         hint = "" if "`fastdiss " in said else f" (see `{of} --help`)"
-        if os.environ.get("RANK", "0") == "0":  # all ranks have the same
+        if logs.speaks_for_all():
             logs.error(said.removesuffix(".") + hint)
         sys.exit(2)
     except FastdissError as error:

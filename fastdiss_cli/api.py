@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
 
+import numpy as np
 import torch
 
 from fastdiss_cli.checkpoints.loading import Loaded, load_model
@@ -152,11 +153,13 @@ class Translator:
     def _decode(self, sentences: Sequence[str], options: GenerateOptions) -> list[Hypothesis]:
         """Return the chosen hypothesis of each sentence, the other candidates with it."""
         sentences = _strings(sentences, "sentences")
-        decoding, model = dict(options), self.loaded.model
+        model = self.loaded.model
+        # numpy's numbers are numbers, too
+        decoding = {k: v.item() if isinstance(v, np.generic) else v for k, v in options.items()}
         device = next(model.parameters()).device
         max_tokens = decoding.pop("max_tokens", default_max_tokens(device))
-        if not isinstance(max_tokens, int) or max_tokens < 1:
-            raise FastdissError(f"max_tokens must be at least 1, not {max_tokens!r}")
+        if type(max_tokens) is not int or max_tokens < 1:
+            raise FastdissError(f"max_tokens must be a whole number above 0, not {max_tokens!r}")
         reranker = decoding.pop("reranker", None)
         if not isinstance(reranker, (Translator, type(None))):
             raise FastdissError("reranker must be what fastdiss_cli.load returns")
@@ -202,6 +205,9 @@ def load(
     Raises:
         FastdissError: no such checkpoint, device or type; or the file is damaged.
     """
+    for name, given in (("path", path), ("user_module", user_module or "")):
+        if not isinstance(given, (str, Path)):
+            raise FastdissError(f"{name}: give a string or a Path, not {type(given).__name__}")
     torch_device = pick_device(device)
     torch_dtype = pick_dtype(dtype, torch_device)
     module = None if user_module is None else Path(user_module)
@@ -238,6 +244,9 @@ def score(
     ]
     if not all(alternatives):
         raise FastdissError("every sentence needs a reference")
+    for i, row in enumerate(alternatives):
+        if len(row) > 1 and not all(map(str.strip, row)):
+            raise FastdissError(f"references of sentence {i}: one is empty, beside others")
     if not hypotheses or len(hypotheses) != len(alternatives):
         raise FastdissError(
             f"hypotheses and references number {len(hypotheses):,} and {len(alternatives):,}: "
@@ -259,7 +268,8 @@ def score(
 
 def _strings(values: Sequence[str], what: str) -> list[str]:
     """Return a list of strings, or refuse what is none."""
-    if isinstance(values, str) or not isinstance(values, Iterable):
+    unordered = isinstance(values, (str, bytes, Set, Mapping))
+    if unordered or not isinstance(values, Iterable):
         raise FastdissError(f"{what}: give a list of strings, not {type(values).__name__}")
     values = list(values)
     for i, value in enumerate(values):

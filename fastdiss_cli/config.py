@@ -101,6 +101,7 @@ class TrainConfig:
             "validate_interval_updates", "valid_sentences", "keep_last",
         ):  # fmt: skip
             require(self, key, getattr(self, key) >= 0, "at least 0")
+        require(self, "valid_steps", self.valid_steps <= 10_000, "at most 10000")
         require(self, "lr", self.lr > 0, "above 0")
         require(self, "ema_decay", 0 <= self.ema_decay < 1, "in [0, 1)")
         require(self, "adam_betas", all(0 <= b < 1 for b in self.adam_betas), "two in [0, 1)")

@@ -28,6 +28,9 @@ class OptionError(FastdissError):
         super().__init__(f"{option} {reason}")
         self.option, self.reason = option, reason
 
+    def __reduce__(self) -> tuple[type[OptionError], tuple[str, str]]:  # between processes
+        return type(self), (self.option, self.reason)
+
 
 def suggest(name: str, known: Iterable[str]) -> str:
     """Return ``"; did you mean 'x'?"`` for the closest known name, or an empty string."""

@@ -25,3 +25,5 @@ def load_extra(module: str, extra: str, what: str) -> ModuleType:
         raise FastdissError(
             f"{what} needs {error.name or module}: pip install 'fastdiss[{extra}]'"
         ) from None
+    except ValueError as error:  # as of MPLBACKEND with an unknown name
+        raise FastdissError(f"{what}: {' '.join(str(error).split())}") from None

@@ -25,16 +25,21 @@ def quiet() -> None:
     _quiet = True
 
 
+def speaks_for_all() -> bool:
+    """Tell whether, of processes that read one command line, this is the one to tell of it."""
+    return os.environ.get("RANK", "0") == "0" or "WORLD_SIZE" not in os.environ
+
+
 def info(message: str | Text) -> None:
     """Say one line."""
     if not _quiet:
-        _console().print(message, markup=False)
+        _say(message)
 
 
 def warn(message: str) -> None:
     """Say one line that the user should look at."""
     if not _quiet:
-        _console().print(f"warning: {message}", style="yellow", markup=False)
+        _say(f"warning: {message}", "yellow")
 
 
 def counted(count: int, noun: str) -> str:
@@ -44,7 +49,18 @@ def counted(count: int, noun: str) -> str:
 
 def error(message: str) -> None:
     """Say why the command fails."""
-    _console().print(f"fastdiss: error: {message}", style="bold red", markup=False)
+    _say(f"fastdiss: error: {message}", "bold red")
+
+
+def _say(message: str | Text, style: str | None = None) -> None:
+    """Print to stderr; if nothing can be, because a disk is full or a pipe closed, go on without.
+
+    Hours of training are worth more than a line about them.
+    """
+    try:
+        _console().print(message, style=style, markup=False)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 
 
 class Bar:
@@ -146,7 +162,11 @@ def progress(
 def _console() -> Console:
     from rich.console import Console
 
-    return Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
+    class Stderr(Console):
+        def on_broken_pipe(self) -> None:  # rich would end the process
+            raise BrokenPipeError
+
+    return Stderr(stderr=True, highlight=False, soft_wrap=True, emoji=False)
 
 
 def _clock(seconds: float) -> str:

@@ -77,7 +77,7 @@ def plot_quality(path: Path, points: Sequence[Point], quality: str) -> None:
     figure = _figure(9, 4.2)
     left, right = figure.subplots(1, 2, sharey=True)
     for number, (label, group) in enumerate(groups.items()):
-        style = _style(number) | {"label": label}
+        style = _style(number) | {"label": _as_text(label)}
         scores, speeds = [p.score for p in group], [p.figures.speed for p in group]
         steps = [_steps_taken(p.figures) for p in group]
         if None in steps:
@@ -120,6 +120,8 @@ def plot_training(path: Path, runs: Sequence[Curves]) -> None:
         FastdissError: there is nothing to draw.
     """
     labels = _distinct_ends([run.path.parent for run in runs])
+    if len(set(labels)) < len(labels):
+        labels = _distinct_ends([run.path for run in runs])
     keys = dict.fromkeys(key for run in runs for row in run.rows for key in row)
     drawn = [key for key in keys if key not in NO_CURVE and _is_drawn(key, runs)]
     if not drawn:
@@ -133,7 +135,7 @@ def plot_training(path: Path, runs: Sequence[Curves]) -> None:
             both = [*run.of(key, "train"), *run.of(key, "valid")]
             axes.plot(*both[:2], color=style["color"], linewidth=1, linestyle=":")
             # validations are few: markers show them, and a single one
-            axes.plot(*both[2:], **style, label=label)
+            axes.plot(*both[2:], **style, label=_as_text(label))
         values = _values(key, runs)
         if key not in LINEAR and min(values) > 0 and max(values) > 5 * min(values):
             axes.set_yscale("log")
@@ -200,6 +202,12 @@ def _distinct_ends(folders: Sequence[Path]) -> list[str]:
     while len({tuple(part[-1:]) for part in parts}) == 1:
         parts = [part[:-1] for part in parts]
     return ["/".join(part) or "." for part in parts]
+
+
+def _as_text(label: str) -> str:
+    """Return a label that matplotlib shows as it is: it hides _names and sets $formulas$."""
+    label = label.replace("$", r"\$")
+    return f" {label}" if label.startswith("_") else label
 
 
 def _style(number: int) -> dict[str, Any]:

@@ -524,8 +524,12 @@ def test_one_rank_speaks(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
     assert rewrite_flags(["generate", "--decoding-steps", "2"]) == ["generate", "--steps", "2"]
     assert not capsys.readouterr().err
+    monkeypatch.delenv("WORLD_SIZE")  # left over: there are no others
+    rewrite_flags(["generate", "--decoding-steps", "2"])
+    assert "--decoding-steps is --steps 2 here" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

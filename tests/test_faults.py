@@ -5,15 +5,20 @@ from __future__ import annotations
 import math
 import os
 import signal
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import Ranks, one_line_error, run_cli
+from networks import make_model
 from runs import assert_same, command, full_disk, metrics, newest, start, tensors
 
 from fastdiss_cli.checkpoints import checkpoint
+from fastdiss_cli.decoding.generation import Run, SequenceGenerator
+from fastdiss_cli.decoding.selection import by_score
 from fastdiss_cli.errors import FastdissError
 from fastdiss_cli.models.difformer import Difformer
 from fastdiss_cli.models.registry import Loss
@@ -377,6 +382,47 @@ def test_weights_that_may_be_broken_take_the_place_of_no_checkpoint(
     assert run(parts, stop_after=4) == [0, 1, 2, 2]
     assert run(parts) == [2, 2, 2, 5, 6, 6, 6]
     assert_same(whole, parts)
+
+
+def test_what_ends_diverged_takes_the_place_of_no_checkpoint(
+    data_bin: Path, tmp_path: Path
+) -> None:
+    """Where training ends before as many updates are skipped as stop it."""
+    often = {"save_interval_updates": 1, "validate_interval_updates": 99}
+    for folder, validated in ((tmp_path / "a", True), (tmp_path / "b", False)):
+        training = start(data_bin, folder, max_update=4, max_skipped=4, **often)
+        right = training.model.loss
+        training.model.loss = lambda batch, update, right=right: Loss(
+            right(batch, update).total * (math.nan if update > 2 else 1)
+        )
+        training._try_largest_batch = lambda: 0
+        if not validated:
+            training.valid_batcher = None
+        with pytest.raises(FastdissError, match=r"finite: lower --lr.* is of update 2$"):
+            training.run()
+        assert newest(folder).progress.update == 2
+
+
+def test_a_model_that_has_diverged_gives_no_answers() -> None:
+    for family in ("transformer", "fastdiss"):
+        model = make_model(family)
+        for p in model.parameters():
+            p.data.fill_(math.nan)
+        runs = [Run(model.Decoding())]
+        with pytest.raises(FastdissError, match="what the model gives is not finite"):
+            SequenceGenerator(model, by_score, 100).decode([[5, 6, 2]], runs)
+
+
+def test_training_goes_on_though_nobody_hears_of_it(data_bin: Path, tmp_path: Path) -> None:
+    """Its log is a full disk, or a pipe whose reader has left."""
+    read, closed = os.pipe()
+    os.close(read)
+    for name, log in (("full", os.open("/dev/full", os.O_WRONLY)), ("closed", closed)):
+        words = map(str, command(data_bin, tmp_path / name, max_update=3))
+        done = subprocess.run([sys.executable, "-m", "fastdiss_cli", *words], stderr=log)
+        os.close(log)
+        assert done.returncode == 0
+        assert newest(tmp_path / name).progress.update == 3
 
 
 def test_losses_that_are_no_numbers_are_bounded(data_bin: Path, tmp_path: Path) -> None:

@@ -277,9 +277,10 @@ def test_reading_a_folder(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("gz", ["", ".gz"])
-def test_references(tmp_path: Path, gz: str) -> None:
+def test_references(tmp_path: Path, gz: str, capsys: pytest.CaptureFixture[str]) -> None:
     text = "one\tuno\n\nthree\t\tdrei\n"
     several = read_references(write(tmp_path / f"ref.tsv{gz}", text))
-    assert several == [["one", "uno"], [""], ["three", "", "drei"]]
+    assert several == [["one", "uno"], [""], ["three", "drei"]]
+    assert f"ref.tsv{gz}: the empty alternatives of 1 line are left out" in capsys.readouterr().err
     single = read_references(write(tmp_path / f"ref.txt{gz}", text))
     assert single == [["one\tuno"], [""], ["three\t\tdrei"]]

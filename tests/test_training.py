@@ -554,7 +554,7 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_older_one(
 def test_what_validation_would_refuse_is_refused_before_the_first_update(
     data_bin: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(FastdissError, match="steps must be from 1 to 10000,"):
+    with pytest.raises(FastdissError, match="valid_steps must be at most 10000,"):
         start(data_bin, tmp_path, valid_steps=100_001)
     with pytest.raises(FastdissError, match="latent_dim must be at least 2"):
         architecture("difformer_tiny").config({"latent_dim": 1})

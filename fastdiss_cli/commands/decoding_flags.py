@@ -79,7 +79,8 @@ def step_options(steps: str | None) -> list[dict[str, int]]:
     if steps is None:
         return [{}]
     counts = steps.split(",")
-    if not all(count.strip().isdecimal() and int(count) >= 1 for count in counts):
+    digits = [count.strip() for count in counts]
+    if not all(d.isdecimal() and len(d) < 10 and int(d) >= 1 for d in digits):
         raise typer.BadParameter(f"--steps {steps}: give whole numbers of at least 1, as in 1,2,5")
     if len(set(map(int, counts))) < len(counts):
         raise typer.BadParameter(f"--steps {steps}: a step count is given twice")

@@ -7,7 +7,6 @@ are not in the table.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -331,5 +330,5 @@ def rewrite_flags(arguments: Sequence[str]) -> list[str]:
 
 def _say(what: str, remark: str) -> None:
     """Say a line, once where several processes read the same command line."""
-    if os.environ.get("RANK", "0") == "0":
+    if logs.speaks_for_all():
         logs.info(f"{what}: {remark}" if remark else what)

@@ -59,6 +59,7 @@ def generate(
         int,
         typer.Option(
             min=0,
+            max=10**9,
             help="Sentences decoded together; 0: what is waiting on stdin, or 4096 of a file.",
             **INPUT,
         ),

@@ -157,6 +157,11 @@ def score(
             options.setdefault(metric, {})[name] = value
     test = (paired_test or "bs") if paired else None
     if paired is not None:
+        if not set(wanted) & set(AGAINST_REFERENCES):
+            raise typer.BadParameter(
+                f"--paired: there is no test of --metrics {metrics}, which are no sums over "
+                "sentences"
+            )
         paths = [paired, *(path for path in paths if path != paired)]
         if len(paths) == 1:
             raise typer.BadParameter("--paired needs another system than the baseline itself")

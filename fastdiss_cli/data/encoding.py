@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 from array import array
 from collections import deque
 from collections.abc import Iterator
@@ -113,6 +114,7 @@ def encode_blocks(
 def _start_process(models: tuple[bytes, bytes], dtype: np.dtype) -> None:
     """Start a worker in a process, which ends when the main one is killed."""
     global _encoder
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main one's, which ends this one
     gc.disable()  # nothing here is in cycles, and to look for them takes a twentieth of the time
     parent = parent_process()
     assert parent is not None

@@ -16,8 +16,9 @@ from io import BufferedReader
 from itertools import chain, islice, zip_longest
 from operator import itemgetter
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
+from fastdiss_cli import logs
 from fastdiss_cli.errors import FastdissError
 
 FORMATS = ("text", "jsonl", "tsv")
@@ -193,10 +194,16 @@ def read_references(path: Path) -> list[list[str]]:
     """Return the references of each sentence.
 
     A ``.tsv`` (or ``.tsv.gz``) file holds any number of tab-separated alternatives a line, every
-    other file exactly one.
+    other file exactly one. Empty ones beside others are left out, with a warning: what a
+    spreadsheet pads lines with would make an empty answer right.
     """
-    several = path.name.removesuffix(".gz").endswith(".tsv")
-    return [line.split("\t") if several else [line] for line in read_lines(path)]
+    if not path.name.removesuffix(".gz").endswith(".tsv"):
+        return [[line] for line in read_lines(path)]
+    rows = [line.split("\t") for line in read_lines(path)]
+    kept = [[text for text in row if text.strip()] or [""] for row in rows]
+    if padded := sum(len(row) != len(own) for row, own in zip(rows, kept, strict=True)):
+        logs.warn(f"{path}: the empty alternatives of {logs.counted(padded, 'line')} are left out")
+    return kept
 
 
 def _existing(prefix: str, *names: str) -> Path:
@@ -271,9 +278,23 @@ def _unequal(
     )
 
 
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return an object of JSON.
+
+    Raises:
+        ValueError: a field comes twice, of which Python would take the last.
+    """
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the field {twice!r} comes twice")
+    return row
+
+
 def _json_pair(source: str, target: str, line: str, name: str, number: int) -> tuple[str, str]:
     try:
-        row = json.loads(line)
+        row = json.loads(line, object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
         raise FastdissError(f"{name}: line {number} is not valid JSON ({error})") from None
     if not isinstance(row, dict):

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -144,6 +145,10 @@ class SequenceGenerator:
             for run in runs:
                 start = time.perf_counter()
                 candidates = model.decode(memory, seeds, run.options, answers)
+                if not all(row and not math.isnan(row[0].score) for row in candidates):
+                    raise FastdissError(
+                        "what the model gives is not finite: its training has diverged"
+                    )
                 chosen = self.select(batch, candidates)
                 run.seconds += encoding + time.perf_counter() - start
                 run.nfe += sum(h.nfe for h in chosen)

@@ -142,6 +142,10 @@ def read_system(path: Path) -> Generated:
                 f"{path} has H- lines, which show pieces, but no D- lines, which are text: give "
                 "the generate file as it is"
             )
+        if summary:
+            raise FastdissError(f"{path} holds no sentences")
+        if all(map(_LINE.match, lines)):
+            raise FastdissError(f"{path} has lines of a generate file, but no D- lines")
         return plain
     missing = next(number for number in itertools.count() if number not in answers)
     if missing < len(answers):
@@ -173,6 +177,13 @@ def read_all_references(paths: Sequence[Path], count: int | None) -> list[list[s
     joined: list[list[str]] = []
     for path in paths:
         rows = read_references(path)
+        if not rows:
+            raise FastdissError(f"{path} is empty: references are needed")
+        if all(_LINE.match("\t".join(row)) for row in rows):
+            raise FastdissError(
+                f"{path} has lines of a generate file with their numbers, not text alone: take it "
+                "from its T- lines with `cut -f2-`"
+            )
         count = len(rows) if count is None else count
         if len(rows) != count:
             raise FastdissError(

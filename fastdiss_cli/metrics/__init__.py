@@ -88,7 +88,10 @@ def paired_test(
         metrics: by name, such as those of `METRICS`.
         test: ``bs`` (paired bootstrap, Koehn 2004) or ``ar`` (approximate randomisation).
     """
-    from sacrebleu.significance import PairedTest  # numpy is slow to import
+    try:
+        from sacrebleu.significance import PairedTest  # numpy is slow to import
+    except ValueError:
+        raise FastdissError("SACREBLEU_SEED must be a number: set it right, or unset it") from None
 
     named = [(str(number), hypotheses) for number, hypotheses in enumerate(systems)]
     signatures, scores = PairedTest(named, metrics, streams, test_type=test)()

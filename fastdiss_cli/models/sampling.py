@@ -55,8 +55,8 @@ class DiffusionDecoding:
 
     def __post_init__(self) -> None:
         require(self, "steps", 1 <= self.steps <= 10_000, "from 1 to 10000")
-        require(self, "length_beam", self.length_beam >= 1, "at least 1")
-        require(self, "noise_beam", self.noise_beam >= 1, "at least 1")
+        require(self, "length_beam", 1 <= self.length_beam <= 1000, "from 1 to 1000")
+        require(self, "noise_beam", 1 <= self.noise_beam <= 1000, "from 1 to 1000")
         one_of(self, "solver", tuple(SOLVERS))
         adds_noise = SOLVERS[self.solver].adds_noise
         if self.temperature is None:

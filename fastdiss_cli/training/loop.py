@@ -166,6 +166,8 @@ class Training:
                     self.window.restart_clock()
                 elif progress.update % config.save_interval_updates == 0:
                     self._save()
+            if not stopped and self._is_suspect():
+                raise self._diverged("loss or gradient of the last update was not finite")
         return stopped
 
     def _next_batches(self) -> tuple[list[Batch], int]:
@@ -213,8 +215,18 @@ class Training:
         return regular or self._finished()
 
     def _is_suspect(self) -> bool:
-        """Whether the last update was not finite: its weights are neither saved nor validated."""
-        return self.progress.skipped_in_a_row > 0 and not self._finished()
+        """Whether the last update was not finite: its weights are neither saved nor validated.
+
+        At the end of the training they are validated all the same, to know what they are.
+        """
+        is_judged = self._finished() and self.valid_batcher is not None
+        return self.progress.skipped_in_a_row > 0 and not is_judged
+
+    def _diverged(self, what: str) -> CommonError:
+        return CommonError(
+            f"{what}: lower --lr, lengthen --warmup-updates or use --dtype float32; "
+            + self.state.last_saved(self.save_dir)
+        )
 
     def _try_largest_batch(self) -> int:
         """Compute the gradient of this epoch's largest batch and discard it.
@@ -284,10 +296,8 @@ class Training:
         progress.skipped_in_a_row += 1
         logs.warn(f"update {progress.update + 1}: loss or gradient is not finite; skipped")
         if progress.skipped_in_a_row >= self.config.max_skipped:
-            raise CommonError(
-                f"loss or gradient of {progress.skipped_in_a_row} updates in a row was not finite: "
-                "lower --lr, lengthen --warmup-updates or use --dtype float32; "
-                + self.state.last_saved(self.save_dir)
+            raise self._diverged(
+                f"loss or gradient of {progress.skipped_in_a_row} updates in a row was not finite"
             )
 
     def _validate_and_save(self) -> int:
@@ -306,7 +316,11 @@ class Training:
         return 0
 
     def _validate(self, batcher: TokenBatcher) -> None:
-        """Score the averaged weights on the validation split."""
+        """Score the averaged weights on the validation split.
+
+        Raises:
+            CommonError: nor is the loss, where the last update was not finite.
+        """
         config, progress = self.config, self.progress
 
         def show(far: str) -> None:
@@ -317,6 +331,8 @@ class Training:
         eager = torch.compiler.set_stance("force_eager") if config.compile else nullcontext()
         with self.state.averaged() as model, eager:
             figures = validation_loss(model, batcher, progress.update, *how)
+            if progress.skipped_in_a_row and not math.isfinite(figures["loss"]):
+                raise self._diverged("neither the last update nor the validation loss was finite")
             if config.valid_sentences:
                 figures["bleu"] = validation_bleu(model, self.dataset, *how)
         judge(progress, figures)
@@ -336,7 +352,7 @@ class Training:
 
     def _save_stopped(self) -> None:
         """Save because a signal came, unless the weights may be broken: then the file stays."""
-        if not self._is_suspect():
+        if not self.progress.skipped_in_a_row:
             self._save(final=True)
 
     def _save(self, numbered: bool = False, final: bool = False) -> bool:
