@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import re
 import shutil
 import subprocess
@@ -9,6 +10,7 @@ import sys
 import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
 import sacrebleu
 import torch
@@ -17,7 +19,7 @@ from runs import command
 
 import fastdiss_cli
 from fastdiss_cli.api import GenerateOptions, Translator
-from fastdiss_cli.errors import FastdissError
+from fastdiss_cli.errors import FastdissError, OptionError
 from fastdiss_cli.models.sampling import DiffusionDecoding
 from fastdiss_cli.models.transformer import BeamDecoding
 
@@ -75,6 +77,7 @@ def test_the_answers_are_those_of_the_command(diffusion: Path) -> None:
     assert fastdiss_cli.load(diffusion, "cpu").generate(SENTENCES, **options) == said
     typed = fastdiss_cli.load(diffusion, torch.device("cpu"), torch.float32)
     assert typed.generate(SENTENCES, **options) == said
+    assert typed.generate(SENTENCES, **options | {"steps": np.int64(2)}) == said
     assert repr(typed) == "<Translator fastdiss_tiny, de to en>"
 
 
@@ -108,6 +111,8 @@ def test_candidates_are_all_with_the_chosen_one_first(
         ({"history": True}, "no option 'history'"),
         ({"steps": "5"}, "steps must be a whole number, not '5'"),
         ({"steps": 0}, "steps must be from 1 to 10000,"),
+        ({"noise_beam": 10**9}, "noise_beam must be from 1 to 1000,"),
+        ({"max_tokens": True}, "max_tokens must be a whole number above 0, not True"),
         ({"solver": "euler"}, "solver must be one of ddpm"),
         ({"temperature": "cold"}, "temperature must be a number, not 'cold'"),
         ({"temperature": 0.5, "solver": "ddim"}, "temperature must be 0 with ddim"),
@@ -121,6 +126,11 @@ def test_candidates_are_all_with_the_chosen_one_first(
 def test_a_wrong_option_is_named(diffusion: Path, options: dict[str, object], said: str) -> None:
     with pytest.raises(FastdissError, match=re.escape(said)):
         fastdiss_cli.load(diffusion).generate(SENTENCES, **options)
+
+
+def test_errors_travel_between_processes() -> None:
+    error = pickle.loads(pickle.dumps(OptionError("steps", "must be positive")))
+    assert (error.option, str(error)) == ("steps", "steps must be positive")
 
 
 def test_other_wrong_use_is_named(diffusion: Path, corpus: Path, tmp_path: Path) -> None:
@@ -138,6 +148,14 @@ def test_other_wrong_use_is_named(diffusion: Path, corpus: Path, tmp_path: Path)
     for wrong in ({"max_tokens": 0}, {"max_tokens": "a"}, {"reranker": "x"}):
         with pytest.raises(FastdissError, match="must be"):
             translator.generate(["drei"], **wrong)
+    for several in ({"a", "b"}, {"a": 1}, b"a"):  # without an order, or none
+        with pytest.raises(FastdissError, match="give a list of strings, not "):
+            translator.generate(several)
+    for wrong in ({"path": None}, {"path": 5}, {"path": diffusion, "user_module": 5}):
+        with pytest.raises(FastdissError, match="give a string or a Path, not "):
+            fastdiss_cli.load(**wrong)
+    with pytest.raises(FastdissError, match="references of sentence 0: one is empty"):
+        fastdiss_cli.score(["a"], [["a", ""]])
     with pytest.raises(FastdissError, match="number 0 holds half of a character"):
         translator.generate(["a\ud800"])
     with pytest.raises(FastdissError, match=r"dtype must be one of auto, .*, not 'half'"):

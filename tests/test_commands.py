@@ -294,6 +294,7 @@ def test_train_names_what_it_does_not_know(data_bin: Path, tmp_path: Path) -> No
     assert f"--save-dir {recipe} is a file" in said("--save-dir", str(recipe))
     unset = run_process("train", data_bin, "--save-dir", "")
     one_line_error(unset, "an argument is empty", code=2)
+    one_line_error(run_cli("generate", "--path="), "--path is empty, as of a variable", code=2)
     assert "unknown section 'modle'; did you mean 'model'" in said("--config", str(recipe))
     recipe.write_text("train: {max_update: 0}\n")
     assert f"{recipe}: train.max_update must be at least 1" in said("--config", str(recipe))
@@ -355,8 +356,20 @@ def test_a_model_of_ones_own(
     module.write_text("\nraise RuntimeError('no')")
     said = one_line_error(run_process("models", "--user-module", module))
     assert said.endswith("loud.py: RuntimeError: no (loud.py:2)")
-    monkeypatch.setenv("FASTDISS_TRACEBACK", "1")
-    assert "Traceback" in run_process("models", "--user-module", module).stderr
+    with monkeypatch.context() as patched:
+        patched.setenv("FASTDISS_TRACEBACK", "1")
+        assert "Traceback" in run_process("models", "--user-module", module).stderr
+    module.write_text("raise SystemExit(0)")  # it ends nothing but itself
+    one_line_error(run_process("models", "--user-module", module), "loud.py: SystemExit: 0")
+    module.write_text("print('loud')")  # stdout is for data
+    done = run_process("models", "--user-module", module)
+    assert done.returncode == 0 and "loud" in done.stderr and "loud" not in done.stdout
+
+
+def test_without_docstrings_commands_work() -> None:
+    words = [sys.executable, "-OO", "-m", "fastdiss_cli", "train", "--help"]
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert done.returncode == 0 and "--save-dir" in done.stdout
 
 
 def test_models_lists_the_registry() -> None:

@@ -13,11 +13,14 @@ import torch
 from networks import VOCAB, answers, make_model, random_sentences
 
 from fastdiss_cli.data.batching import pad
+from fastdiss_cli.data.layout import Layout
 from fastdiss_cli.decoding.generation import Run, SequenceGenerator
 from fastdiss_cli.decoding.selection import by_score
 from fastdiss_cli.diffusion.solvers import SOLVERS
 from fastdiss_cli.errors import FastdissError
+from fastdiss_cli.models.denoiser import Candidates, Denoiser
 from fastdiss_cli.models.graphs import GraphCache
+from fastdiss_cli.models.layers import Memory
 from fastdiss_cli.models.registry import Hypothesis, Seq2SeqModel
 from fastdiss_cli.models.sampling import TEMPERATURE
 
@@ -291,6 +294,23 @@ def test_an_early_exit_waits_until_the_network_is_sure(probability: float, cost:
     options = model.Decoding(steps=6, early_exit=True)
     found = [h for (h,) in model.decode(memory, torch.arange(5), options)]
     assert {h.nfe for h in found} == {cost} and {t for h in found for t in h.tokens} == {7}
+
+
+def test_a_sentence_is_settled_when_all_its_candidates_are() -> None:
+    """Two candidates each: in two steps the same tokens, and sure of them both times."""
+    before = torch.arange(10)[:, None].expand(10, 3)
+    sure_before = torch.tensor([1, 1, 1, 1, 0, 1, 1, 1, 1, 1]).bool()
+    tokens, sure = before.clone(), torch.tensor([1, 1, 1, 1, 1, 1, 0, 1, 1, 1]).bool()
+    tokens[3, 2] = 22
+    memory = Memory(torch.zeros(5, 2, 4), Layout.of(torch.zeros(5, 2) > 0), [])
+    denoiser = Denoiser(make_model("difformer"), memory, Layout.of(torch.zeros(10, 3) > 0))
+    rows = torch.arange(10)
+    running = Candidates(denoiser, rows, rows // 2, rows % 2, torch.zeros(10, 2, 0))
+    assert running.drop_settled(before, sure_before) is None
+    assert running.drop_settled(tokens, sure).tolist() == [2, 3, 4, 5, 6, 7]
+    assert running.places.tolist() == [2, 3, 4, 5, 6, 7] and len(denoiser.memory.hidden) == 3
+    everything = torch.ones(6).bool()
+    assert running.drop_settled(tokens[2:8], everything).tolist() == [4, 5]  # was not sure before
 
 
 @pytest.mark.parametrize("solver", ["ddim", "dpm-solver++"])

@@ -223,8 +223,24 @@ def test_paired_tests_mark_what_differs_from_the_baseline(
     others = [write(tmp_path / name, [name] * len(REFERENCES)) for name in ("wrong", "bad")]
     equal = run_cli("score", *others, "--ref", ref, "--paired", others[0], "--metrics=bleu,ser")
     assert equal.stdout.count("1.0000") == 2  # as wrong, with other words
+    untested = run_cli("score", good, "--paired", poor, "--metrics=distinct,self-bleu")
+    one_line_error(untested, "no test of --metrics distinct,self-bleu", code=2)
     alone = run_cli("score", poor, "--ref", ref, "--paired", poor)
     one_line_error(alone, "needs another system", code=2)
+
+
+def test_lines_with_their_numbers_are_no_references(tmp_path: Path) -> None:
+    ref = write(tmp_path / "ref", [f"T-{n}\t{line}" for n, line in enumerate(POOR)])
+    hyp = write(tmp_path / "hyp", POOR)
+    assert "`cut -f2-`" in one_line_error(run_cli("score", hyp, "--ref", ref), "with their numbers")
+    one_line_error(run_cli("score", ref, "--ref", hyp), "but no D- lines")
+
+
+def test_a_file_of_no_sentences_is_no_text(tmp_path: Path) -> None:
+    none = write(tmp_path / "none", [summary("fastdiss_tiny", 9, steps=5)])
+    ref = write(tmp_path / "ref", ["a"])
+    one_line_error(run_cli("score", none, "--ref", ref), "holds no sentences")
+    one_line_error(run_cli("score", ref, "--ref", write(tmp_path / "empty", [])), "empty is empty")
 
 
 def test_pieces_are_not_scored_as_text(tmp_path: Path) -> None:
@@ -329,6 +345,7 @@ def test_curves_are_told_apart_by_what_differs(tmp_path: Path) -> None:
         ([f"{long}1/out", f"{long}2/out"], [1, 5], [one, two]),
         ([f"{long}1/out", f"{long}2/out"], [5, 5], [f"{long}1", f"{long}2"]),
         (["x/one"], [5], ["transformer_tiny"]),
+        (["_one/out", "$b^{$/out"], [5, 5], [" _one", "$b^{$"]),  # no formula, nor hidden
     ):
         files = [
             generated(tmp_path / path, POOR, summary("transformer_tiny", 9, beam=beam, lenpen=1.0))

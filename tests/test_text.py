@@ -100,6 +100,9 @@ def test_bom_and_windows_line_ends_in_other_formats(tmp_path: Path, format: str)
 def test_a_line_feed_inside_json_stays_one_sentence(tmp_path: Path) -> None:
     write(tmp_path / "x.jsonl", json.dumps({"de": "a\nb", "en": "c"}))
     assert pairs_of(tmp_path / "x", "jsonl") == [("a b", "c")]
+    write(tmp_path / "x.jsonl", '{"de": "a", "de": "b", "en": "c"}')
+    with pytest.raises(FastdissError, match=r"line 1 is .* \(the field 'de' comes twice"):
+        pairs_of(tmp_path / "x", "jsonl")
 
 
 def test_tsv_has_two_columns(tmp_path: Path) -> None:
