@@ -9,9 +9,10 @@ from array import array
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
-from multiprocessing import get_context, parent_process
+from multiprocessing import get_context, parent_process, resource_tracker
 from threading import Thread
 
 import numpy as np
@@ -104,17 +105,28 @@ def encode_blocks(
     with ProcessPoolExecutor(workers, fresh, _start_process, (models, dtype)) as pool:
         under_way: deque[Future[Encoded]] = deque()
         for block in chain([first, second], blocks):
-            under_way.append(pool.submit(_encode, block))
+            with _interrupts_held_back():  # it may start a process, which never sees one
+                under_way.append(pool.submit(_encode, block))
             if len(under_way) > 2 * workers:
                 yield under_way.popleft().result()
         while under_way:
             yield under_way.popleft().result()
 
 
+@contextmanager
+def _interrupts_held_back() -> Iterator[None]:
+    """Keep Ctrl-C for later, and from processes that are started meanwhile: they inherit it."""
+    resource_tracker.ensure_running()  # to start it would let them through again
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _start_process(models: tuple[bytes, bytes], dtype: np.dtype) -> None:
     """Start a worker in a process, which ends when the main one is killed."""
     global _encoder
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main one's, which ends this one
     gc.disable()  # nothing here is in cycles, and to look for them takes a twentieth of the time
     parent = parent_process()
     assert parent is not None
