@@ -82,7 +82,7 @@ def options(
 
 
 def _drop_output() -> None:
-    """Let what stdout still holds go nowhere, where it cannot be written."""
+    """Discard what stdout still holds, if it cannot be written."""
     try:
         sys.stdout.flush()
     except OSError:

@@ -52,8 +52,8 @@ def option(
         meaning: a few words.
         needs: another field and the value without which this one changes nothing; True: any value
             but 0, false or empty.
-        before: what was done before there was this option, for checkpoints of then; None: what is
-            the default now.
+        before: the value that the code had before this option existed; older checkpoints are read
+            with it. None: today's default.
     """
     metadata = {"meaning": meaning, "needs": needs, "before": before}
     return dataclasses.field(default=default, metadata=metadata)

@@ -51,7 +51,7 @@ def pick_device(name: str | torch.device) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         device = None
-    # asked, not tried: a process of several would take memory of a GPU that is another's
+    # asked for, not tried out: that would take memory of a GPU that another process has
     there = torch.cuda.device_count() if torch.cuda.is_available() else 0
     is_gpu = device is not None and device.type == "cuda" and (device.index or 0) < there
     if name != "cpu" and not is_gpu:

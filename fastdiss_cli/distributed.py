@@ -35,8 +35,8 @@ class Attempt:
         failure: the message, once it has failed.
 
     Args:
-        alone: raise it at once, because the others could not be told: they wait in the midst of
-            their own attempts for what this rank will not send. It leaves, and that they notice.
+        alone: raise it at once. The other ranks are inside collectives that this rank will never
+            join, so that they cannot be told; they notice when it exits.
     """
 
     def __init__(self, what: str, remedy: str, where: str = "", alone: bool = False) -> None:

@@ -120,9 +120,9 @@ def _locked(path: Path) -> IO[str]:
 
 
 def prune_numbered(folder: Path, keep: int, update: int) -> None:
-    """Delete all but the newest ``keep`` numbered checkpoints, and what killed saves left.
+    """Delete all but the newest ``keep`` numbered checkpoints, and the leftovers of killed saves.
 
-    Those of later updates than the present one, which a training that was set back has left, stay.
+    Checkpoints of later updates than ``update``, left by a training that was set back, are kept.
     """
     for left in folder.glob(".checkpoint_*.safetensors.tmp"):
         shutil.rmtree(left, ignore_errors=True)

@@ -134,12 +134,12 @@ class SequenceGenerator:
         device = next(model.parameters()).device
         batch = [sources[i] for i in rows]
         answers = None if gold is None else [gold[i] for i in rows]
-        # of its own words: an answer is the same wherever in whichever text its source stands
+        # seeded by its own tokens: the answer does not depend on where in which text a source is
         seeds = torch.tensor([counter_seed("source", *source) for source in batch]).to(device)
         start = time.perf_counter()
         with autocast(device, self.dtype):
             memory = model.encode(*(x.to(device) for x in pad(batch, model.src.pad)))
-            if device.type == "cuda" and len(runs) > 1:  # who share its time
+            if device.type == "cuda" and len(runs) > 1:  # all runs are charged its time
                 torch.cuda.synchronize(device)
             encoding = time.perf_counter() - start
             for run in runs:

@@ -245,7 +245,7 @@ def translate(
     first_rank = processes.rank == 0
     to_terminal = any(output.file is sys.stdout for output in outputs) and logs.stdout_is_terminal()
     colour = to_terminal and logs.wants_colour()
-    # who reads a stream, or lines without numbers, relies on their order
+    # readers of a stream, or of lines without numbers, rely on their order
     gapless = plain or any(output.path is None for output in outputs)
     so_far = Translation([[] for _ in runs])
     with (

@@ -134,11 +134,11 @@ class MANS:
         anchors: (easy, hard): the confidence values where r is 1 and where it is 0.
         start_update: the update from which on it is used.
         shared_pass: take the confidence from SCP's pass instead of a pass of its own. It saves a
-            pass, but then the noise tells the network which of the estimates that it is told are
-            right, and in sampling nothing does.
+            pass, but then the noise gives away which of the estimates in ``self_cond`` are right;
+            in sampling nothing does.
         told: whether the network is told the time t of the ``sentence`` or t_i of each ``token``.
-            The times t_i say which tokens it gets right; in sampling they are all the same, which
-            it has then learned to take for: all wrong.
+            The times t_i give away which tokens it gets right. In sampling all of them are equal,
+            which a network trained with t_i reads as: every token is wrong.
     """
 
     strength: float

@@ -46,8 +46,8 @@ def sample(
         gold: float [N, T, D], needed for ``gold``.
         grid: one of `TIME_GRIDS`.
         temperature: scale of the noise that the solver adds in a step; 1: that of its formula.
-            With ddpm, whose first step forgets the start, z has this share of the noise that the
-            schedule says: it is a noise factor of sampling.
+            With ddpm the first step discards the noise of the start, so that from then on z has
+            ``temperature`` times the noise of the schedule.
         tell: maps an estimate z0_hat to the form in which the network is told it.
         clamp: maps an estimate to what the solver takes for z_0; None: what ``tell`` gives.
         watch: called at every step with its t (0-d), z and z0_hat.

@@ -15,7 +15,7 @@ from fastdiss_cli.randomness import counter_normal
 if TYPE_CHECKING:
     from fastdiss_cli.models.difformer import Difformer
 
-# of noise that are drawn together: as many as stay in a core's cache, and a GPU has room for more
+# how many numbers of noise are drawn in one call: on a CPU as many as fit in a core's cache
 _CPU_NUMBERS, _GPU_NUMBERS = 2**17, 2**22
 
 
@@ -76,8 +76,8 @@ class Candidates:
     def noise(self, dim: int, draw: int) -> Tensor:
         """Return the k-th standard normal draw of every candidate, float [N, T, dim].
 
-        Each is taken once. Of few candidates several are made together: a draw is 150 operations,
-        however few the numbers are.
+        Each is taken once. For few candidates several draws are made in one call, because a call
+        takes 150 operations however few the numbers are.
         """
         if draw not in self.drawn:
             length = self.denoiser.layout.pad_mask.shape[1]

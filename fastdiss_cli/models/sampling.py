@@ -31,8 +31,8 @@ from fastdiss_cli.randomness import draw_keys
 
 TEMPERATURE = 0.25  # of ddpm: see docs/method.md
 EXIT_PROBABILITY = 0.5  # of each token of a sentence that an early exit stops: see docs/method.md
-# a GPU replays at most so many positions of either side and steps; both sides are widened to a
-# multiple of WIDEN
+# on a GPU, batches of up to REPLAYED positions on either side and runs of up to REPLAYED_STEPS are
+# captured as graphs; both sides are padded to a multiple of WIDEN, so that shapes come again
 REPLAYED, REPLAYED_STEPS, WIDEN = 1024, 32, 8
 
 

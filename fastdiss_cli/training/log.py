@@ -65,8 +65,8 @@ class MetricsFile:
 
     Args:
         path: the file.
-        after: lines of later updates, which a resumed run will do again, are removed. None: the
-            training begins; a file that is there is of another one, and gets another name.
+        after: lines of later updates, which a resumed run will do again, are removed. None: a new
+            training; a file that is already there belongs to another one, and is renamed.
         validation_due: a validation after that very update will be done again, too.
         active: whether this process writes; only one of a distributed run does.
     """

@@ -55,7 +55,8 @@ def shard(model: nn.Module, processes: Processes) -> None:
     with processes.naming_the_lost():
         mesh = init_device_mesh(processes.device.type, (processes.world_size,))
         model.gradient_factor = _gradient_factor(mesh)
-    for module in [*early, *layers, model]:  # who is named first owns what it has
+    for module in [*early, *layers, model]:
+        # a weight goes to the first module given that contains it, so inner modules come first
         fully_shard(module, mesh=mesh, reshard_after_forward=False)
     register_fsdp_forward_method(model, "loss")
 

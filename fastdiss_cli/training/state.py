@@ -102,7 +102,7 @@ class TrainState:
     def save(self, folder: Path, numbered: bool, final: bool) -> bool:
         """Write ``checkpoint_last`` and, where they are due, its other names.
 
-        They are files of their own, so that what befalls the one does not befall the other.
+        They are separate files, so that damage to one does not reach the others.
 
         Args:
             folder: where they are.
