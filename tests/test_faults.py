@@ -22,7 +22,7 @@ from fastdiss_cli.decoding.selection import by_score
 from fastdiss_cli.errors import FastdissError
 from fastdiss_cli.models.difformer import Difformer
 from fastdiss_cli.models.registry import Loss
-from fastdiss_cli.training import loop
+from fastdiss_cli.training import validation
 
 
 def failing_saves(monkeypatch: pytest.MonkeyPatch, calls: set[int]) -> None:
@@ -84,7 +84,7 @@ def test_a_best_checkpoint_that_was_not_saved_is_not_the_best(
 ) -> None:
     """Else no later one, better than all that are on the disk, would be kept as the best."""
     scores = iter([1.0, 3.0, 2.0, 1.5])
-    monkeypatch.setattr(loop, "validation_bleu", lambda *_: next(scores))
+    monkeypatch.setattr(validation.Validator, "bleu", lambda *_: next(scores))
     failing_saves(monkeypatch, {2})
     training = start(data_bin, tmp_path, validate_interval_updates=2, max_update=8)
     training.run()
@@ -97,7 +97,7 @@ def test_a_numbered_checkpoint_that_fails_does_not_forget_the_best(
     data_bin: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scores = iter([3.0, 2.0])
-    monkeypatch.setattr(loop, "validation_bleu", lambda *_: next(scores))
+    monkeypatch.setattr(validation.Validator, "bleu", lambda *_: next(scores))
     (tmp_path / "checkpoint_1_2.safetensors" / "in the way").mkdir(parents=True)
     training = start(data_bin, tmp_path, validate_interval_updates=2, max_update=4, keep_last=9)
     assert training.run() == 0
@@ -317,7 +317,7 @@ def test_a_loss_that_is_no_number_is_no_update_though_its_gradient_is(
         return loss
 
     training.model.loss = wrong
-    training.valid_batcher = None
+    training.validator = None
     training.run()
     before, after = kept
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
@@ -397,7 +397,7 @@ def test_what_ends_diverged_takes_the_place_of_no_checkpoint(
         )
         training._try_largest_batch = lambda: 0
         if not validated:
-            training.valid_batcher = None
+            training.validator = None
         with pytest.raises(FastdissError, match=r"finite: lower --lr.* is of update 2$"):
             training.run()
         assert newest(folder).progress.update == 2

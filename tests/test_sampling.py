@@ -19,10 +19,10 @@ from fastdiss_cli.decoding.selection import by_score
 from fastdiss_cli.diffusion.solvers import SOLVERS
 from fastdiss_cli.errors import FastdissError
 from fastdiss_cli.models.denoiser import Candidates, Denoiser
+from fastdiss_cli.models.diffusion_decoding import TEMPERATURE
 from fastdiss_cli.models.graphs import GraphCache
 from fastdiss_cli.models.layers import Memory
 from fastdiss_cli.models.registry import Hypothesis, Seq2SeqModel
-from fastdiss_cli.models.sampling import TEMPERATURE
 
 
 @pytest.fixture(autouse=True)

@@ -317,15 +317,15 @@ def test_the_loss_of_a_validation_is_a_mean_over_tokens(
     data_bin: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     training = start(data_bin, tmp_path, max_tokens=60)
-    batcher = training.valid_batcher
+    batcher = training.validator.batcher
     batches = [batcher.collate(numbers) for numbers in batcher.epoch(0)]
     sizes = [batch.num_tgt_tokens for batch in batches]
     assert len(set(sizes)) > 1
     monkeypatch.setattr(
         training.model, "loss", lambda batch, update: Loss(torch.tensor(1.0 / batch.num_tgt_tokens))
     )
-    how = (training.config, training.processes, training.stop, training.dtype, lambda far: None)
-    figures = validation.validation_loss(training.model, batcher, 1, *how)
+    training.validator.show = lambda far: None
+    figures = training.validator.loss(training.model, 1)
     assert figures["loss"] == pytest.approx(len(sizes) / sum(sizes))
 
 
@@ -383,8 +383,8 @@ def test_validation_bleu_of_answers_under_four_words(
     monkeypatch.setattr(SequenceGenerator, "decode_together", answer)
     pairs = {side: [np.array(short)] * 4 for side in ("src", "tgt")}
     monkeypatch.setattr(training.dataset, "splits", {"valid": pairs})
-    how = (training.config, training.processes, training.stop, training.dtype, print)
-    assert validation.validation_bleu(training.model, training.dataset, *how) == pytest.approx(100)
+    training.validator.show = lambda far: None
+    assert training.validator.bleu(training.model) == pytest.approx(100)
 
 
 def test_validation_bleu_leaves_a_batch_for_each_process(
@@ -400,8 +400,8 @@ def test_validation_bleu_leaves_a_batch_for_each_process(
         return 0
 
     monkeypatch.setattr(SequenceGenerator, "decode_together", answer)
-    how = (training.config, training.processes, training.stop, training.dtype, print)
-    validation.validation_bleu(training.model, training.dataset, *how)
+    training.validator.show = lambda far: None
+    training.validator.bleu(training.model)
     assert sizes and all(size == validation.CHUNK * longest for size, longest in sizes)
 
 

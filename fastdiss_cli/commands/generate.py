@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -26,8 +25,10 @@ from fastdiss_cli.config import DTYPES
 from fastdiss_cli.errors import FastdissError
 
 if TYPE_CHECKING:
+    from fastdiss_cli.checkpoints.loading import Loaded
     from fastdiss_cli.decoding.generation import Run, SequenceGenerator
     from fastdiss_cli.decoding.translation import Input, Output
+    from fastdiss_cli.models.registry import Seq2SeqModel
 
 INPUT = {"rich_help_panel": "Input and output"}
 SAMPLING = {"rich_help_panel": "Sampling (diffusion models)"}
@@ -220,17 +221,9 @@ def generate(
 
     from fastdiss_cli.checkpoints.folder import best_of
     from fastdiss_cli.checkpoints.loading import load_model
-    from fastdiss_cli.data.fairseq import open_dataset
     from fastdiss_cli.decoding.generation import Run, SequenceGenerator, default_max_tokens
     from fastdiss_cli.decoding.output import confidence_legend, read_all_references
-    from fastdiss_cli.decoding.translation import (
-        WINDOW,
-        check_direction,
-        dataset_input,
-        open_outputs,
-        text_input,
-        translate,
-    )
+    from fastdiss_cli.decoding.translation import open_outputs, translate
     from fastdiss_cli.device import keep_freed_memory, pick_device, pick_dtype
     from fastdiss_cli.distributed import Processes
     from fastdiss_cli.signals import Stop, stop_on_signal
@@ -262,22 +255,8 @@ def generate(
         said = {"dtype": computed_in, **said}
     max_tokens = max_tokens or default_max_tokens(torch_device)
     generator = SequenceGenerator(model, choose, max_tokens, torch_dtype)
-    if data:
-        dataset = open_dataset(data, source_lang, target_lang)
-        check_direction(loaded.languages, dataset)
-        # a diagnosis is over all sentences at once
-        window = 0 if diagnose else buffer_size or WINDOW
-        name = what = gen_subset or "test"
-        corpus = dataset_input(dataset, name, loaded.src, loaded.tgt, window)
-    else:
-        name, what = "input", "standard input" if input == "-" else str(input)
-        corpus = text_input(str(input), loaded.src, buffer_size)
-    untold = not getattr(model, "self_conditioned", True)
-    if self_cond == "recompute" and untold:
-        logs.warn("--self-cond recompute has no effect: the model was trained without")
-    elif self_cond == "gold":
-        told = "the lengths of the right answers" if untold else "the right answers"
-        logs.warn(f"--self-cond gold tells the model {told}: for diagnosis only")
+    corpus, name, what = _open_input(given, loaded)
+    _warn_of_self_cond(self_cond, model)
     answers = read_all_references(ref, corpus.total) if ref else None
     folder = results_path
     if folder is None and (len(runs) > 1 or diagnose):
@@ -289,7 +268,7 @@ def generate(
         count = f"{logs.counted(corpus.total, 'sentence')} of " if corpus.total is not None else ""
         logs.info(
             f"{path} ({arch}): {count}{what} on {torch_device}, {computed_in}"
-            + (" (end with Ctrl-D)" if input == "-" and sys.stdin.isatty() else "")
+            + (" (end with Ctrl-D)" if input == "-" and logs.stdin_is_terminal() else "")
         )
         outputs = open_outputs(files, runs, folder, name) if processes.rank == 0 else []
         done = translate(
@@ -315,6 +294,43 @@ def generate(
                 _diagnose(generator, runs, outputs, corpus)
     if done.signal:
         raise SystemExit(128 + done.signal)
+
+
+def _open_input(given: dict[str, Any], loaded: Loaded) -> tuple[Input, str, str]:
+    """Return what is to be translated, its name in that of the file, and what is said of it.
+
+    Args:
+        given: the flags.
+        loaded: the model that is to translate it.
+    """
+    from fastdiss_cli.data.fairseq import open_dataset
+    from fastdiss_cli.decoding.translation import (
+        WINDOW,
+        check_direction,
+        dataset_input,
+        text_input,
+    )
+
+    if "data" not in given:
+        text = given["input"]
+        what = "standard input" if text == "-" else text
+        return text_input(text, loaded.src, given["buffer_size"]), "input", what
+    dataset = open_dataset(given["data"], given.get("source_lang"), given.get("target_lang"))
+    check_direction(loaded.languages, dataset)
+    # a diagnosis is over all sentences at once
+    window = 0 if "diagnose" in given else given["buffer_size"] or WINDOW
+    split = given.get("gen_subset", "test")
+    return dataset_input(dataset, split, loaded.src, loaded.tgt, window), split, split
+
+
+def _warn_of_self_cond(self_cond: str | None, model: Seq2SeqModel) -> None:
+    """Warn of what the network is told in vain, or in no honest comparison."""
+    untold = not getattr(model, "self_conditioned", True)
+    if self_cond == "recompute" and untold:
+        logs.warn("--self-cond recompute has no effect: the model was trained without")
+    elif self_cond == "gold":
+        told = "the lengths of the right answers" if untold else "the right answers"
+        logs.warn(f"--self-cond gold tells the model {told}: for diagnosis only")
 
 
 def _keep(outputs: Sequence[Output]) -> str:

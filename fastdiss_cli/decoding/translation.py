@@ -19,6 +19,7 @@ from fastdiss_cli.decoding.generation import Run, SequenceGenerator
 from fastdiss_cli.decoding.output import format_lines, hypothesis_text
 from fastdiss_cli.distributed import Processes
 from fastdiss_cli.errors import FastdissError
+from fastdiss_cli.models.registry import Hypothesis
 from fastdiss_cli.signals import Stop, Stopped
 
 WINDOW = 4096  # sentences that are sorted by length together, and held in memory
@@ -273,35 +274,41 @@ def translate(
             so_far.signal = generator.decode_together(
                 sources, runs, processes, stop, first, answers, done=bar.advance
             )
-            lines: list[list[str]] = [[] for _ in outputs]
-            done = 0
-            for i, (source, target) in enumerate(pairs):
-                if runs[0].best[i] is None:  # a signal came: of a window the longest are done first
-                    if gapless:
-                        break
-                    continue
-                done += 1
-                if not first_rank:
-                    continue
-                source_text = src.decode(source)
-                reference = None if target is None else tgt.decode(target)
-                if keep and reference is not None:
-                    so_far.references.append(reference)
-                for n, run in enumerate(runs):
-                    best = run.best[i]
-                    if keep:
-                        so_far.texts[n].append(hypothesis_text(best, tgt))
-                    if plain:
-                        lines[n].append(hypothesis_text(best, tgt) + "\n")
-                    else:
-                        shown = (first + i, source_text, best, tgt, reference, colour)
-                        lines[n].append(format_lines(*shown))
+            answered = _answered(runs[0].best, gapless)
             with processes.attempt("writing") as tried:
+                lines: list[list[str]] = [[] for _ in outputs]
+                for i in answered if first_rank else ():
+                    source, target = pairs[i]
+                    source_text = src.decode(source)
+                    reference = None if target is None else tgt.decode(target)
+                    if keep and reference is not None:
+                        so_far.references.append(reference)
+                    for n, run in enumerate(runs):
+                        best = run.best[i]
+                        if keep:
+                            so_far.texts[n].append(hypothesis_text(best, tgt))
+                        if plain:
+                            lines[n].append(hypothesis_text(best, tgt) + "\n")
+                        else:
+                            shown = (first + i, source_text, best, tgt, reference, colour)
+                            lines[n].append(format_lines(*shown))
                 for output, written in zip(outputs, lines, strict=True):
                     output.write("".join(written))
             so_far.signal = processes.agree(tried, stop)
-            so_far.sentences += done
+            so_far.sentences += len(answered)
     return so_far
+
+
+def _answered(best: list[Hypothesis | None], gapless: bool) -> list[int]:
+    """Return the numbers of the sentences of a window that have an answer.
+
+    Where a signal came it is not all of them, and of a window the longest are decoded first.
+
+    Args:
+        gapless: only those before the first that has none.
+    """
+    found = [i for i, hypothesis in enumerate(best) if hypothesis is not None]
+    return [i for place, i in enumerate(found) if i == place] if gapless else found
 
 
 @contextmanager

@@ -1,0 +1,14 @@
+"""The diffusion process, whatever the network: its noise, its sampling, its training.
+
+What the modules here need of a network are two functions.
+"""
+# B rows, T target length, D latent
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+# (z_t [B, T, D], t [], [B, 1] or [B, T], self_cond [B, T, D]) -> z0_hat [B, T, D]
+Denoise = Callable[[Tensor, Tensor, Tensor], Tensor]
+# z0_hat -> the form in which the network is told it, both [B, T, D]
+Tell = Callable[[Tensor], Tensor]

@@ -14,6 +14,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from fastdiss_cli.diffusion import Denoise, Tell
 from fastdiss_cli.diffusion.schedule import NoiseSchedule, grid_position, grid_time
 from fastdiss_cli.diffusion.solvers import Ancestral
 
@@ -21,11 +22,6 @@ SCP_OFFSETS = ("step-matched", "uniform", "fixed", "none")
 SCP_COUPLINGS = ("markov", "shared", "independent")
 MANS_CONFIDENCES = ("distance", "probability")
 MANS_TOLD = ("sentence", "token")
-
-# (z_t [B, T, D], t [B, 1] or [B, T], self_cond [B, T, D]) -> z0_hat [B, T, D]
-Denoise = Callable[[Tensor, Tensor, Tensor], Tensor]
-# z0_hat -> the form in which the network is told it, both [B, T, D]
-Tell = Callable[[Tensor], Tensor]
 
 
 @dataclass

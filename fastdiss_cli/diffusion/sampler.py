@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from fastdiss_cli.diffusion.objective import Denoise, Tell
+from fastdiss_cli.diffusion import Denoise, Tell
 from fastdiss_cli.diffusion.schedule import NoiseSchedule, time_grid
 from fastdiss_cli.diffusion.solvers import SOLVERS
 

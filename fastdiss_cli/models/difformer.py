@@ -27,6 +27,7 @@ from fastdiss_cli.diffusion.objective import (
 from fastdiss_cli.diffusion.schedule import ABAR, NoiseSchedule
 from fastdiss_cli.models import SIZES
 from fastdiss_cli.models.denoiser import Denoiser
+from fastdiss_cli.models.diffusion_decoding import SampledModel
 from fastdiss_cli.models.embedding import FORMS, LOGIT_SCALES, LatentEmbedding
 from fastdiss_cli.models.layers import (
     Decoder,
@@ -38,7 +39,6 @@ from fastdiss_cli.models.layers import (
     sinusoid,
 )
 from fastdiss_cli.models.registry import Loss, Vocabulary, register
-from fastdiss_cli.models.sampling import SampledModel
 from fastdiss_cli.models.source_copy import source_copy
 
 

@@ -21,7 +21,7 @@ from fastdiss_cli.checkpoints.folder import (
     warn_of_little_space,
 )
 from fastdiss_cli.config import TrainConfig
-from fastdiss_cli.data.batching import Batch, TokenBatcher
+from fastdiss_cli.data.batching import Batch
 from fastdiss_cli.data.binarized import BinarizedDataset
 from fastdiss_cli.device import pick_dtype
 from fastdiss_cli.distributed import CommonError, Processes
@@ -39,10 +39,9 @@ from fastdiss_cli.training.log import Events, MetricsFile, Window
 from fastdiss_cli.training.optimizer import learning_rate
 from fastdiss_cli.training.state import TrainState
 from fastdiss_cli.training.validation import (
+    Validator,
     judge,
     quick_decoding,
-    validation_bleu,
-    validation_loss,
 )
 
 
@@ -85,11 +84,14 @@ class Training:
         save_dir.mkdir(parents=True, exist_ok=True)
         self.model, self.progress = self.state.model, self.state.progress
         self.batcher = make_batcher(dataset, "train", config, processes)
-        self.valid_batcher = (
-            make_batcher(dataset, "valid", config, processes) if "valid" in dataset.splits else None
-        )
-        if self.valid_batcher is not None and config.valid_sentences:
-            quick_decoding(self.state.model, config.valid_steps)  # refuses now, not hours later
+        self.stop = Stop()
+        self.validator = None
+        if "valid" in dataset.splits:
+            batcher = make_batcher(dataset, "valid", config, processes)
+            how = (processes, self.stop, self.dtype, self._show_validation)
+            self.validator = Validator(config, dataset, batcher, *how)
+            if config.valid_sentences:
+                quick_decoding(self.model, config.valid_steps)  # refuses now, not hours later
         if misfits := self.model.misfits(*self.batcher.sizes):
             logs.warn(f"train: {misfits}")
         self._schedule: tuple[int, list[list[np.ndarray]]] | None = None
@@ -110,7 +112,6 @@ class Training:
         if config.tensorboard and processes.rank == 0:
             self.events = Events(save_dir / "tensorboard", progress.update)
         self.window = Window(progress.window)
-        self.stop = Stop()
         copies = 3 + (self.state.ema is not None)  # weights, moments of AdamW, average
         warn_of_little_space(save_dir, 4 * copies * self.model.num_parameters())
         if config.compile:
@@ -219,7 +220,7 @@ class Training:
 
         At the end of the training they are validated all the same, to know what they are.
         """
-        is_judged = self._finished() and self.valid_batcher is not None
+        is_judged = self._finished() and self.validator is not None
         return self.progress.skipped_in_a_row > 0 and not is_judged
 
     def _diverged(self, what: str) -> CommonError:
@@ -304,8 +305,8 @@ class Training:
         """Validate, unless a signal comes meanwhile, and save; return the signal, or 0."""
         before = dataclasses.replace(self.progress)
         try:
-            if self.valid_batcher is not None:
-                self._validate(self.valid_batcher)
+            if self.validator is not None:
+                self._validate(self.validator)
         except Stopped as stopped:  # it stays due, and a resumed run begins with it
             self._save_stopped()
             return stopped.signal
@@ -315,26 +316,24 @@ class Training:
                 setattr(self.progress, name, getattr(before, name))
         return 0
 
-    def _validate(self, batcher: TokenBatcher) -> None:
+    def _show_validation(self, far: str) -> None:
+        self.bar.advance(0, validating=far)
+
+    def _validate(self, validator: Validator) -> None:
         """Score the averaged weights on the validation split.
 
         Raises:
             CommonError: nor is the loss, where the last update was not finite.
         """
         config, progress = self.config, self.progress
-
-        def show(far: str) -> None:
-            self.bar.advance(0, validating=far)
-
-        how = (config, self.processes, self.stop, self.dtype, show)
         # decoding, whose caches grow with every position, would be compiled at every length
         eager = torch.compiler.set_stance("force_eager") if config.compile else nullcontext()
         with self.state.averaged() as model, eager:
-            figures = validation_loss(model, batcher, progress.update, *how)
+            figures = validator.loss(model, progress.update)
             if progress.skipped_in_a_row and not math.isfinite(figures["loss"]):
                 raise self._diverged("neither the last update nor the validation loss was finite")
             if config.valid_sentences:
-                figures["bleu"] = validation_bleu(model, self.dataset, *how)
+                figures["bleu"] = validator.bleu(model)
         judge(progress, figures)
         self._record({"split": "valid", **figures})
         logs.info(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from sacrebleu import BLEU
@@ -21,78 +22,83 @@ from fastdiss_cli.models.registry import Seq2SeqModel
 from fastdiss_cli.randomness import seed_everything
 from fastdiss_cli.signals import Stop, Stopped
 
-Show = Callable[[str], None]  # told how far it is
 CHUNK = 64  # sentences, about, that a rank decodes before it asks whether to stop
 
 
-@torch.no_grad()
-def validation_loss(
-    model: Seq2SeqModel,
-    batcher: TokenBatcher,
-    update: int,
-    config: TrainConfig,
-    processes: Processes,
-    stop: Stop,
-    dtype: torch.dtype,
-    show: Show,
-) -> dict[str, float]:
-    """Return the mean loss of a token and its parts; every call draws the same noise.
+@dataclass
+class Validator:
+    """Validates a model as the training that it belongs to is told to.
 
-    Raises:
-        Stopped: a signal came to any rank.
+    Attributes:
+        config: of the training.
+        dataset, batcher: the data, whose split ``valid`` is used.
+        processes: this process among the others, who share the work.
+        stop: asked between two batches.
+        dtype: in which the model computes.
+        show: told how far it is.
     """
-    sums: dict[str, float] = {}
-    tokens = 0
-    batches = batcher.epoch(0)
-    for number, batch in enumerate(map(batcher.collate, batches)):
-        show(f"{number:,}/{len(batches):,} batches")
-        seed_everything(config.seed, "valid", processes.rank, number)
-        with processes.attempt(f"the validation of {len(batch.src_tokens)} sentences") as tried:
-            with autocast(processes.device, dtype):
-                loss = model.loss(batch.to(processes.device), update)
-            means = {"loss": loss.total, **loss.parts}
-            for name, mean in zip(means, torch.stack([*means.values()]).tolist(), strict=True):
-                sums[name] = sums.get(name, 0.0) + mean * batch.num_tgt_tokens
-            tokens += batch.num_tgt_tokens
-        if signal := processes.agree(tried, stop):
-            raise Stopped(signal)
-    *totals, tokens_everywhere = processes.sum([*sums.values(), tokens])
-    return {name: total / tokens_everywhere for name, total in zip(sums, totals, strict=True)}
 
+    config: TrainConfig
+    dataset: BinarizedDataset
+    batcher: TokenBatcher
+    processes: Processes
+    stop: Stop
+    dtype: torch.dtype
+    show: Callable[[str], None]
 
-def validation_bleu(
-    model: Seq2SeqModel,
-    dataset: BinarizedDataset,
-    config: TrainConfig,
-    processes: Processes,
-    stop: Stop,
-    dtype: torch.dtype,
-    show: Show,
-) -> float:
-    """Return sacreBLEU of the first ``valid_sentences`` sentences, decoded without beams.
+    @torch.no_grad()
+    def loss(self, model: Seq2SeqModel, update: int) -> dict[str, float]:
+        """Return the mean loss of a token and its parts; every call draws the same noise.
 
-    Raises:
-        Stopped: a signal came to any rank.
-    """
-    split = dataset["valid"]
-    count = min(config.valid_sentences, len(split["src"]))
-    run = Run(quick_decoding(model, config.valid_steps))
-    text = dataset.tgt_tokenizer.decode
-    hypotheses: list[str] = []
-    for first in range(0, count, CHUNK * processes.world_size):
-        show(f"{first:,}/{count:,} sentences")
-        end = min(first + CHUNK * processes.world_size, count)
-        sources = [split["src"][i].tolist() for i in range(first, end)]
-        max_tokens = min(config.max_tokens, CHUNK * max(map(len, sources)))  # a batch for each rank
-        generator = SequenceGenerator(model, by_score, max_tokens, dtype)
-        if signal := generator.decode_together(sources, [run], processes, stop, first):
-            raise Stopped(signal)
-        hypotheses += [text(h.tokens) for h in run.best]
-    references = [text(split["tgt"][i].tolist()) for i in range(count)]
-    # effective order: texts of fewer than four words have no 4-grams to count; force: no advice
-    # to stderr on text that looks tokenized
-    metric = BLEU(effective_order=True, force=True)
-    return metric.corpus_score(hypotheses, [references]).score
+        Raises:
+            Stopped: a signal came to any rank.
+        """
+        processes, batches = self.processes, self.batcher.epoch(0)
+        sums: dict[str, float] = {}
+        tokens = 0
+        for number, batch in enumerate(map(self.batcher.collate, batches)):
+            self.show(f"{number:,}/{len(batches):,} batches")
+            seed_everything(self.config.seed, "valid", processes.rank, number)
+            with processes.attempt(f"the validation of {len(batch.src_tokens)} sentences") as tried:
+                with autocast(processes.device, self.dtype):
+                    loss = model.loss(batch.to(processes.device), update)
+                means = {"loss": loss.total, **loss.parts}
+                for name, mean in zip(means, torch.stack([*means.values()]).tolist(), strict=True):
+                    sums[name] = sums.get(name, 0.0) + mean * batch.num_tgt_tokens
+                tokens += batch.num_tgt_tokens
+            if signal := processes.agree(tried, self.stop):
+                raise Stopped(signal)
+        *totals, tokens_everywhere = processes.sum([*sums.values(), tokens])
+        return {name: total / tokens_everywhere for name, total in zip(sums, totals, strict=True)}
+
+    def bleu(self, model: Seq2SeqModel) -> float:
+        """Return sacreBLEU of the first ``valid_sentences`` sentences, decoded without beams.
+
+        Raises:
+            Stopped: a signal came to any rank.
+        """
+        config, ranks, split = self.config, self.processes.world_size, self.dataset["valid"]
+        count = min(config.valid_sentences, len(split["src"]))
+        run = Run(quick_decoding(model, config.valid_steps))
+        text = self.dataset.tgt_tokenizer.decode
+        hypotheses: list[str] = []
+        for first in range(0, count, CHUNK * ranks):
+            self.show(f"{first:,}/{count:,} sentences")
+            end = min(first + CHUNK * ranks, count)
+            sources = [split["src"][i].tolist() for i in range(first, end)]
+            # a batch for each rank
+            max_tokens = min(config.max_tokens, CHUNK * max(map(len, sources)))
+            generator = SequenceGenerator(model, by_score, max_tokens, self.dtype)
+            if signal := generator.decode_together(
+                sources, [run], self.processes, self.stop, first
+            ):
+                raise Stopped(signal)
+            hypotheses += [text(h.tokens) for h in run.best]
+        references = [text(split["tgt"][i].tolist()) for i in range(count)]
+        # effective order: texts of fewer than four words have no 4-grams to count; force: no
+        # advice to stderr on text that looks tokenized
+        metric = BLEU(effective_order=True, force=True)
+        return metric.corpus_score(hypotheses, [references]).score
 
 
 def quick_decoding(model: Seq2SeqModel, steps: int) -> object:
