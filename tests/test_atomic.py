@@ -23,6 +23,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -546,8 +547,9 @@ def test_a_killed_worker_is_one_line(
 
     def kill_workers_and_add(writer: TokenWriter, *args: object) -> None:
         for number in children(os.getpid()):
-            if b"spawn_main" in Path(f"/proc/{number}/cmdline").read_bytes():
-                os.kill(number, signal.SIGKILL)
+            with suppress(OSError):  # it may have ended meanwhile
+                if b"spawn_main" in Path(f"/proc/{number}/cmdline").read_bytes():
+                    os.kill(number, signal.SIGKILL)
         add(writer, *args)
 
     monkeypatch.setattr(TokenWriter, "add", kill_workers_and_add)
