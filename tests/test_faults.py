@@ -21,7 +21,7 @@ from fastdiss_cli.decoding.generation import Run, SequenceGenerator
 from fastdiss_cli.decoding.selection import by_score
 from fastdiss_cli.errors import FastdissError
 from fastdiss_cli.models.difformer import Difformer
-from fastdiss_cli.models.registry import Loss
+from fastdiss_cli.models.registry import Hypothesis, Loss
 from fastdiss_cli.training import validation
 
 
@@ -411,6 +411,11 @@ def test_a_model_that_has_diverged_gives_no_answers() -> None:
         runs = [Run(model.Decoding())]
         with pytest.raises(FastdissError, match="what the model gives is not finite"):
             SequenceGenerator(model, by_score, 100).decode([[5, 6, 2]], runs)
+    model = make_model("fastdiss")  # and where it is one candidate only
+    one, other = (Hypothesis([5], score, [score], 1) for score in (-1.0, math.nan))
+    model.decode = lambda *_: [[one, other]]
+    with pytest.raises(FastdissError, match="what the model gives is not finite"):
+        SequenceGenerator(model, by_score, 100).decode([[5, 6, 2]], [Run(model.Decoding())])
 
 
 def test_training_goes_on_though_nobody_hears_of_it(data_bin: Path, tmp_path: Path) -> None:

@@ -7,7 +7,6 @@ does, except to go on training. Its card is in the file's metadata.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -109,9 +108,9 @@ def model_card(checkpoint: Checkpoint) -> dict[str, Any]:
     if progress.best is not None:
         measure = "bleu" if progress.best_is_bleu else "loss"
         best = {measure: round(abs(progress.best), 3), "update": progress.best_update}
-        if progress.best_is_bleu:
-            most = dataset.get("sentences", {}).get("valid", math.inf)
-            best["sentences"] = min(checkpoint.train_config["valid_sentences"], most)
+        counted = checkpoint.train_config.get("valid_sentences")  # older ones do not say
+        if progress.best_is_bleu and counted:
+            best["sentences"] = min(counted, dataset.get("sentences", {}).get("valid", counted))
         training["best_validation"] = best
     sides = {side: dataset.get(side, "unknown") for side in ("source", "target")}
     return {

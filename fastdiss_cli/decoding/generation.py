@@ -145,7 +145,7 @@ class SequenceGenerator:
             for run in runs:
                 start = time.perf_counter()
                 candidates = model.decode(memory, seeds, run.options, answers)
-                if not all(row and not math.isnan(row[0].score) for row in candidates):
+                if not all(row and not any(math.isnan(h.score) for h in row) for row in candidates):
                     raise FastdissError(
                         "what the model gives is not finite: its training has diverged"
                     )

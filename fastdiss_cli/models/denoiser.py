@@ -89,7 +89,7 @@ class Candidates:
         return self.drawn.pop(draw)
 
     def drop_settled(self, tokens: Tensor, sure: Tensor) -> Tensor | None:
-        """Drop the sentences of all of whose candidates two steps are sure, and say the same.
+        """Drop each sentence whose candidates all have the tokens of the step before, sure twice.
 
         Args:
             tokens: int64 [N, T], the best of this step.

@@ -323,7 +323,7 @@ class Training:
         """Score the averaged weights on the validation split.
 
         Raises:
-            CommonError: nor is the loss, where the last update was not finite.
+            CommonError: the loss is not finite, and neither was the last update.
         """
         config, progress = self.config, self.progress
         # decoding, whose caches grow with every position, would be compiled at every length
