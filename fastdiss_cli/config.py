@@ -43,7 +43,11 @@ class _Recipe(yaml.SafeLoader):
 
 
 def option(
-    default: Any, meaning: str, needs: tuple[str, object] | None = None, before: Any = None
+    default: Any,
+    meaning: str,
+    needs: tuple[str, object] | None = None,
+    before: Any = None,
+    formerly: str = "",
 ) -> Any:
     """Declare a field of a configuration; `fastdiss models ARCH` prints what it means.
 
@@ -54,8 +58,9 @@ def option(
             but 0, false or empty.
         before: the value that the code had before this option existed; older checkpoints are read
             with it. None: today's default.
+        formerly: its name in older checkpoints, if it had another.
     """
-    metadata = {"meaning": meaning, "needs": needs, "before": before}
+    metadata = {"meaning": meaning, "needs": needs, "before": before, "formerly": formerly}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -178,7 +183,9 @@ def build_saved(cls: type[C], values: Mapping[str, Any], section: str = "") -> C
     fields = dataclasses.fields(cls)  # type: ignore[arg-type]
     before = {field.name: field.metadata.get("before") for field in fields}
     then = {name: value for name, value in before.items() if value is not None}
-    return build(cls, {**then, **values}, section)
+    now = {field.metadata.get("formerly") or field.name: field.name for field in fields}
+    renamed = {now.get(key, key): value for key, value in values.items()}
+    return build(cls, {**then, **renamed}, section)
 
 
 def read_recipe(path: Path | None) -> dict[str, dict[str, Any]]:

@@ -64,7 +64,7 @@ def test_trials_and_report(corpus: Path, tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(trials, "fastdiss", fastdiss)
     monkeypatch.setattr(trials, "ThreadPoolExecutor", InThisThread)
     monkeypatch.setattr(trials, "ALL_STEPS", "1,2,5,20,100")
-    few = {name: trials.SWEEPS[name] for name in ("SCP: rate", "Told as")}
+    few = {name: trials.SWEEPS[name] for name in ("SCP: rate", "Self-conditioning")}
     monkeypatch.setattr(trials, "SWEEPS", few)
     import report
 
@@ -101,7 +101,7 @@ def test_trials_and_report(corpus: Path, tmp_path: Path, monkeypatch: pytest.Mon
     assert report.interval([1.0]) == (1.0, math.inf)
     assert "reached" in first and "nan" not in first
     scores = json.loads((recipe / "results" / "embedded" / "sweeps.json").read_text())
-    for what, way in (("| raw estimate |", "Told as raw estimate/seed1/default"),
+    for what, way in (("| raw estimate |", "Self-conditioning raw estimate/seed1/default"),
                       ("\n| 0 |", "base/seed1/temperature 0")):  # fmt: skip
         score = scores[f"sweep/{way}/generate-valid.steps1.txt bleu"]
         assert f"{what} {score:.2f} |" in choices

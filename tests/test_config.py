@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fastdiss_cli.config import TrainConfig, build, parse_settings, read_recipe
+from fastdiss_cli.config import TrainConfig, build, build_saved, parse_settings, read_recipe
 from fastdiss_cli.errors import FastdissError
 from fastdiss_cli.models.registry import architecture
 
@@ -15,6 +15,18 @@ def test_values_of_yaml_become_the_types_of_the_fields() -> None:
     values = parse_settings(["train.lr=5e-4", "train.adam_betas=[0.9, 0.95]", "train.compile=true"])
     config = build(TrainConfig, values["train"], "train")
     assert (config.lr, config.adam_betas, config.compile) == (5e-4, (0.9, 0.95), True)
+
+
+def test_an_older_checkpoint_keeps_what_it_was_trained_with() -> None:
+    """Before an option existed, or under the name that it had."""
+    family = architecture("fastdiss_tiny").family.Config
+    assert (family().source_copy, family().mans_time) == (1.0, "sentence")
+    oldest = build_saved(family, {}, "model")
+    assert (oldest.source_copy, oldest.mans_time) == (0.0, "token")
+    renamed = build_saved(family, {"source_copy": 0.5, "mans_told": "sentence"}, "model")
+    assert (renamed.source_copy, renamed.mans_time) == (0.5, "sentence")
+    with pytest.raises(FastdissError, match=r"model\.mans_told is no option"):
+        build(family, {"mans_told": "sentence"}, "model")
 
 
 @pytest.mark.parametrize(

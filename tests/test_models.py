@@ -280,7 +280,7 @@ def test_an_estimate_is_told_raw_nearest_or_expected() -> None:
     for form in ("raw", "nearest", "expected"):
         model = make_model("fastdiss", self_cond_form=form)
         denoiser = Denoiser(model, model.encode(*sources), layout)
-        told = denoiser.tell(z0_hat)
+        told = denoiser.to_self_cond(z0_hat)
         assert torch.equal(told, denoiser.project(z0_hat, form))
         logits = model.embedding.logits(z0_hat)
         rows = model.embedding(torch.arange(VOCAB.size))
@@ -349,7 +349,7 @@ def test_a_stale_estimate_is_made_at_the_later_time(monkeypatch: pytest.MonkeyPa
     (first, nothing, estimate), (second, told, _) = calls
     assert (first, second) == (pytest.approx(0.5), pytest.approx(0.3)) and not nothing.any()
     denoiser = Denoiser(model, model.encode(batch.src_tokens, batch.src_layout), batch.tgt_layout)
-    assert torch.equal(told, denoiser.tell(estimate)) and not torch.equal(told, estimate)
+    assert torch.equal(told, denoiser.to_self_cond(estimate)) and not torch.equal(told, estimate)
 
 
 @pytest.mark.parametrize("measure", ["distance", "probability"])
@@ -386,7 +386,7 @@ def test_training_runs_on_what_was_chosen() -> None:
     model.denoise = lambda *given: seen.append(given) or denoise(*given)
     model.loss(make_batch(sentences, sentences), update=1)
     z_t, t, self_cond, *_ = seen[-1]
-    assert t is chosen[0].told_t and self_cond is chosen[0].self_cond
+    assert t is chosen[0].network_t and self_cond is chosen[0].self_cond
     sampled, which = chosen[0].unrolled
     rows = (z_t == sampled).all(-1).all(-1)
     assert torch.equal(rows, which[:, 0, 0]) and 5 < rows.sum() < 35

@@ -194,14 +194,14 @@ def test_the_network_is_told_the_time_of_the_sentence(shared: bool) -> None:
     denoise, t = Recorder(), torch.full((B,), 0.4)
     given, z_0, noise = condition(denoise, t, scp(unroll=0.0), mans, torch.zeros(B, T))
     assert (given.t > 0.4).all()
-    assert torch.equal(given.told_t, t[:, None])
+    assert torch.equal(given.network_t, t[:, None])
     torch.testing.assert_close(denoise.calls[-1][1], torch.full((B, 1), 0.6))
     torch.testing.assert_close(
         given.z_t(SCHEDULE, z_0, noise), SCHEDULE.add_noise(z_0, given.t, noise)
     )
     by_token = MANS(0.5, "distance", (0.2, 1.0), 0, shared, "token")
     given, *_ = condition(Recorder(), t, scp(), by_token, torch.zeros(B, T))
-    assert torch.equal(given.told_t, given.t)
+    assert torch.equal(given.network_t, given.t)
 
 
 def test_mans_by_probability_has_its_anchors_the_other_way_round() -> None:

@@ -180,7 +180,8 @@ def test_the_solver_takes_the_clamped_estimate_and_the_network_is_told_its_form(
 
     sample(
         denoise, SCHEDULE, lambda _: start, 2, "ddim", grid="uniform",
-        tell=lambda z0_hat: z0_hat + 1, clamp=(lambda z0_hat: z0_hat * 5) if clamped else None,
+        to_self_cond=lambda z0_hat: z0_hat + 1,
+        clamp=(lambda z0_hat: z0_hat * 5) if clamped else None,
     )  # fmt: skip
     half = torch.tensor(0.5)
     taken = 10.0 if clamped else 3.0

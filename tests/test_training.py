@@ -90,7 +90,7 @@ def test_resuming_otherwise_is_refused_with_the_difference(data_bin: Path, tmp_p
 
 def test_options_of_what_is_off_do_not_differ(data_bin: Path, tmp_path: Path) -> None:
     """A recipe may name all options of MANS beside a strength of 0."""
-    change = {"mans_told": "token", "mans_start_update": 9, "scp_gap": 0.3}
+    change = {"mans_time": "token", "mans_start_update": 9, "scp_gap": 0.3}
     start(data_bin, tmp_path / "off", "fastdiss_tiny", max_update=1).run()
     more = {"max_update": 2, "model": change}
     assert start(data_bin, tmp_path / "off", "fastdiss_tiny", **more).run() == 0
@@ -98,7 +98,7 @@ def test_options_of_what_is_off_do_not_differ(data_bin: Path, tmp_path: Path) ->
     start(data_bin, tmp_path / "on", "fastdiss_tiny", max_update=1, model=on).run()
     with pytest.raises(FastdissError) as refused:
         start(data_bin, tmp_path / "on", "fastdiss_tiny", model=on | change)
-    assert "model.mans_told was sentence and is now token" in str(refused.value)
+    assert "model.mans_time was sentence and is now token" in str(refused.value)
     assert "model.mans_start_update was 0 and is now 9" in str(refused.value)
     assert "scp_gap" not in str(refused.value)  # t' is step-matched
     with pytest.raises(

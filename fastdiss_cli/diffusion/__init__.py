@@ -10,5 +10,5 @@ from torch import Tensor
 
 # (z_t [B, T, D], t [], [B, 1] or [B, T], self_cond [B, T, D]) -> z0_hat [B, T, D]
 Denoise = Callable[[Tensor, Tensor, Tensor], Tensor]
-# z0_hat -> the form in which the network is told it, both [B, T, D]
-Tell = Callable[[Tensor], Tensor]
+# z0_hat -> the self_cond that the network is given for it, both [B, T, D]
+ToSelfCond = Callable[[Tensor], Tensor]

@@ -1,7 +1,7 @@
 """The training side of self-conditioning: standard, perturbed (SCP), and model-aware noise (MANS).
 
 Each of the two functions at the end chooses, for one training pass, the noise times of the tokens
-and the estimate that the network is told (``self_cond``). The loss and the network are the same.
+and the estimate that the network is conditioned on (``self_cond``). Loss and network are the same.
 """
 # B batch, T target length, D latent
 
@@ -14,14 +14,14 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from fastdiss_cli.diffusion import Denoise, Tell
+from fastdiss_cli.diffusion import Denoise, ToSelfCond
 from fastdiss_cli.diffusion.schedule import NoiseSchedule, grid_position, grid_time
 from fastdiss_cli.diffusion.solvers import Ancestral
 
 SCP_OFFSETS = ("step-matched", "uniform", "fixed", "none")
 SCP_COUPLINGS = ("markov", "shared", "independent")
 MANS_CONFIDENCES = ("distance", "probability")
-MANS_TOLD = ("sentence", "token")
+MANS_TIMES = ("sentence", "token")
 
 
 @dataclass
@@ -29,9 +29,9 @@ class Condition:
     """What a training pass is conditioned on."""
 
     t: Tensor  # noise times, float [B, 1] or, per token, [B, T]
-    told_t: Tensor  # those that the network is told, likewise
-    self_cond: Tensor  # the estimate of z_0 that the network is told, float [B, T, D]
-    # in place of the noised z_0, where the mask says so: float [B, T, D] and bool [B, 1, 1]
+    network_t: Tensor  # the times that the network is given, of either shape
+    self_cond: Tensor  # the estimate of z_0 that the network is given, float [B, T, D]
+    # what replaces the noised z_0, and where: float [B, T, D] and bool [B, 1, 1]
     unrolled: tuple[Tensor, Tensor] | None = None
 
     def z_t(self, schedule: NoiseSchedule, z_0: Tensor, noise: Tensor) -> Tensor:
@@ -53,15 +53,15 @@ class SCP:
             on (t, 1]; ``fixed``: t + gap; ``none``: t' = t, the standard self-conditioning.
         coupling: how z_t' depends on z_t. ``markov``: noised further from it; ``shared``: the
             same noise at a higher level; ``independent``: fresh noise.
-        rate: the share of batches that have a first pass at all; the others are told zeros.
+        rate: the share of batches that have a first pass at all; the others are given zeros.
         gap: the offset where it is ``fixed``.
         step_counts: the K of ``step-matched``.
-        grid: its time grid.
-        unroll: among the sentences that are told an estimate, the share whose z_t is no noised
-            z_0, but what a step of ancestral sampling makes of z_t' and its estimate. At little
-            noise z_t is worth more than any estimate, and in sampling it carries the model's own
-            mistakes: so the network learns to mend them instead of copying them. After Savinov et
-            al. 2022, Step-unrolled denoising autoencoders; it is not in the FastDiSS paper.
+        grid: the time grid of ``step-matched``.
+        unroll: among the sentences that are given an estimate, the share whose z_t is not a noised
+            z_0 but the result of one ancestral sampling step from z_t' and that estimate. At low
+            noise z_t says more than any estimate, and in sampling it carries the model's own
+            mistakes: this way the network learns to correct them instead of copying them. After
+            Savinov et al. 2022, Step-unrolled denoising autoencoders; not in the FastDiSS paper.
     """
 
     offset: str
@@ -75,7 +75,8 @@ class SCP:
     def stale_time(self, t: Tensor, schedule: NoiseSchedule) -> Tensor:
         """Draw the time of the estimate that sampling would have at time t; float [B] both.
 
-        A result above 1 means: t belongs to the first step of sampling, which is told nothing.
+        A result above 1 means that t belongs to the first step of sampling, whose self_cond is
+        zeros.
         """
         if self.offset == "uniform":
             return t + (1 - t) * torch.rand_like(t)
@@ -91,7 +92,7 @@ class SCP:
     def token_stale_times(self, token_t: Tensor, t: Tensor, stale: Tensor) -> Tensor:
         """Return t'_i for tokens that MANS moved from t [B] to t_i, both [B, 1] or [B, T].
 
-        A token keeps the sentence's gap, or for ``uniform`` its share of what is left, up to 1.
+        A token keeps the gap of its sentence (``uniform``: its share of what is left up to 1).
         """
         gap = (stale - t)[:, None]
         if self.offset == "uniform":
@@ -112,7 +113,7 @@ class SCP:
 
 @cache
 def _on_device(numbers: tuple[int, ...], device: torch.device) -> Tensor:
-    """Return numbers as a tensor, int64; the device is waited for the first time only."""
+    """Return numbers as a tensor, int64; cached, because the copy waits for the device."""
     return torch.tensor(numbers, device=device)
 
 
@@ -124,15 +125,15 @@ class MANS:
 
     Attributes:
         strength: lambda, in [0, 1]; 0 switches MANS off.
-        confidence: ``distance``: the mean squared difference of a coordinate of z0_hat to the gold
-            embedding (about 1 for an uninformed estimate, 0 for a perfect one); ``probability``:
-            that of the gold token.
+        confidence: ``distance``: the squared difference between z0_hat and the gold embedding, mean
+            over coordinates (about 1 for an uninformed estimate, 0 for a perfect one);
+            ``probability``: that of the gold token.
         anchors: (easy, hard): the confidence values where r is 1 and where it is 0.
-        start_update: the update from which on it is used.
+        start_update: the first update that uses it.
         shared_pass: take the confidence from SCP's pass instead of a pass of its own. It saves a
             pass, but then the noise gives away which of the estimates in ``self_cond`` are right;
             in sampling nothing does.
-        told: whether the network is told the time t of the ``sentence`` or t_i of each ``token``.
+        time: whether the network is given the time t of the ``sentence`` or t_i of each ``token``.
             The times t_i give away which tokens it gets right. In sampling all of them are equal,
             which a network trained with t_i reads as: every token is wrong.
     """
@@ -142,7 +143,7 @@ class MANS:
     anchors: tuple[float, float]
     start_update: int
     shared_pass: bool
-    told: str
+    time: str
 
     def active(self, update: int) -> bool:
         return self.strength > 0 and update >= self.start_update
@@ -169,21 +170,21 @@ def draw_times(batch: int, device: torch.device) -> Tensor:
 
 
 def standard_self_conditioning(
-    denoise: Denoise, tell: Tell, z_t: Tensor, t: Tensor, rate: float
+    denoise: Denoise, to_self_cond: ToSelfCond, z_t: Tensor, t: Tensor, rate: float
 ) -> Condition:
-    """Tell the network, in a share ``rate`` of batches, its own first estimate at the same z_t.
+    """Condition a share ``rate`` of batches on the network's own first estimate at the same z_t.
 
     Source: Chen et al. 2023, Analog bits, section 2.2.
     """
-    told = torch.zeros_like(z_t)
+    self_cond = torch.zeros_like(z_t)
     if float(torch.rand(())) < rate:
-        told = tell(denoise(z_t, t, told))
-    return Condition(t, t, told)
+        self_cond = to_self_cond(denoise(z_t, t, self_cond))
+    return Condition(t, t, self_cond)
 
 
 def perturbed_self_conditioning(
     denoise: Denoise,
-    tell: Tell,
+    to_self_cond: ToSelfCond,
     confidence: Callable[[Tensor], Tensor],
     schedule: NoiseSchedule,
     scp: SCP,
@@ -197,42 +198,43 @@ def perturbed_self_conditioning(
 
     Args:
         denoise: the network, for the passes without gradient.
-        tell: the form in which it is told its estimate.
+        to_self_cond: maps z0_hat to the ``self_cond`` made of it.
         confidence: maps z0_hat [B, T, D] to what `MANS` measures, [B, T].
         schedule, scp, mans: the process and the two repairs.
         z_0, noise: clean embeddings and standard normal, float [B, T, D].
         t: float [B].
-        update: number of the present update.
+        update: number of the current update.
 
-    Source: FastDiSS, arXiv 2604.05551, as far as its summary tells.
+    Source: FastDiSS, arXiv 2604.05551, of which only a summary was read: see docs/method.md.
     """
     zeros = torch.zeros_like(z_0)
     stale = scp.stale_time(t, schedule)
-    told_nothing = float(torch.rand(())) >= scp.rate
+    without_estimate = float(torch.rand(())) >= scp.rate
     scaled = mans.active(update)
-    shared = scaled and mans.shared_pass and not told_nothing
+    shared = scaled and mans.shared_pass and not without_estimate
     token_t = t[:, None]
     if scaled and not shared:
         estimate = denoise(schedule.add_noise(z_0, token_t, noise), token_t, zeros)
         token_t = mans.token_times(token_t, mans.ease(confidence(estimate)))
-    by_token = mans.told == "token"
-    if told_nothing:
+    by_token = mans.time == "token"
+    if without_estimate:
         return Condition(token_t, token_t if by_token else t[:, None], zeros)
 
     later = scp.token_stale_times(token_t, t, stale)
     z_later = scp.later_noise(schedule, z_0, noise, token_t, later)
-    told_later = later if by_token else scp.token_stale_times(t[:, None], t, stale)
-    estimate = denoise(z_later, told_later, zeros)
+    network_later = later if by_token else scp.token_stale_times(t[:, None], t, stale)
+    estimate = denoise(z_later, network_later, zeros)
     if shared:
         moved = mans.token_times(token_t, mans.ease(confidence(estimate)))
         token_t = torch.minimum(moved, later)
     in_first_step = (stale > 1)[:, None, None]
-    told = tell(estimate)
+    self_cond = to_self_cond(estimate)
     unrolled = None
-    if scp.unroll > 0 and scp.offset != "none":  # from t' = t there is no step
+    if scp.unroll > 0 and scp.offset != "none":  # t' = t would be no step
         chosen = torch.rand_like(in_first_step, dtype=z_0.dtype) < scp.unroll
         times = later[..., None], token_t[..., None]
-        sampled = Ancestral(schedule)(z_later, told, *times, lambda: torch.randn_like(z_0))
+        sampled = Ancestral(schedule)(z_later, self_cond, *times, lambda: torch.randn_like(z_0))
         unrolled = sampled, chosen & ~in_first_step
-    told_t = token_t if by_token else t[:, None]
-    return Condition(token_t, told_t, told.masked_fill(in_first_step, 0), unrolled)
+    network_t = token_t if by_token else t[:, None]
+    self_cond = self_cond.masked_fill(in_first_step, 0)
+    return Condition(token_t, network_t, self_cond, unrolled)

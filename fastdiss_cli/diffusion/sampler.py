@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from fastdiss_cli.diffusion import Denoise, Tell
+from fastdiss_cli.diffusion import Denoise, ToSelfCond
 from fastdiss_cli.diffusion.schedule import NoiseSchedule, time_grid
 from fastdiss_cli.diffusion.solvers import SOLVERS
 
@@ -26,7 +26,7 @@ def sample(
     gold: Tensor | None = None,
     grid: str = "log-snr",
     temperature: float = 1.0,
-    tell: Tell = lambda z0_hat: z0_hat,
+    to_self_cond: ToSelfCond = lambda z0_hat: z0_hat,
     clamp: Callable[[Tensor], Tensor] | None = None,
     watch: Callable[[Tensor, Tensor, Tensor], None] | None = None,
     drop: Callable[[Tensor], Tensor | None] | None = None,
@@ -36,23 +36,23 @@ def sample(
     Args:
         denoise: (z [N, T, D], t [], self_cond [N, T, D]) -> z0_hat [N, T, D].
         schedule: the one that the network was trained with.
-        noise: the k-th standard normal draw, float [N, T, D]; 0 is the start. Each is taken once,
-            none but the start where the temperature is 0.
+        noise: returns the k-th standard normal draw, float [N, T, D]; draw 0 is the start. Each is
+            asked for once, and at temperature 0 only the start is.
         steps: N, at least 1.
         solver: a key of `SOLVERS`.
-        self_cond: what the network is told of z_0. ``reuse``: the estimate of the step before,
-            zeros in the first; ``none``: zeros; ``recompute``: an estimate at the present step
-            by a second evaluation; ``gold``: the true embeddings (for diagnosis).
+        self_cond: the estimate that the network is conditioned on. ``reuse``: that of the previous
+            step, zeros in the first; ``none``: zeros; ``recompute``: one of the current step, from
+            a second evaluation; ``gold``: the true embeddings (for diagnosis).
         gold: float [N, T, D], needed for ``gold``.
         grid: one of `TIME_GRIDS`.
-        temperature: scale of the noise that the solver adds in a step; 1: that of its formula.
+        temperature: scale of the noise that the solver adds in a step; 1 is the formula's own.
             With ddpm the first step discards the noise of the start, so that from then on z has
             ``temperature`` times the noise of the schedule.
-        tell: maps an estimate z0_hat to the form in which the network is told it.
-        clamp: maps an estimate to what the solver takes for z_0; None: what ``tell`` gives.
+        to_self_cond: maps an estimate z0_hat to the ``self_cond`` of the next evaluation.
+        clamp: maps an estimate to what the solver takes for z_0; None: ``to_self_cond``.
         watch: called at every step with its t (0-d), z and z0_hat.
-        drop: called between steps with z0_hat; drops the rows that are finished and returns which
-            are left (int64), or None: all. From then on N is those, for all of these functions.
+        drop: called between steps with z0_hat; returns the rows that go on (int64 indices into N),
+            or None: all. From then on N is their number, for all of these functions.
 
     Returns:
         The last z0_hat of each row, float [N, T, D], and its number of denoiser evaluations [N].
@@ -72,13 +72,13 @@ def sample(
         return temperature * noise(draw) if temperature else torch.zeros_like(z)
 
     for k in range(steps):
-        told = earlier
+        given = earlier
         if self_cond == "recompute":
-            told = tell(denoise(z, times[k], torch.zeros_like(z)))
+            given = to_self_cond(denoise(z, times[k], torch.zeros_like(z)))
         elif self_cond == "gold":
             assert gold is not None
-            told = gold[rows]
-        z0_hat = denoise(z, times[k], told)
+            given = gold[rows]
+        z0_hat = denoise(z, times[k], given)
         nfe[rows] += 2 if self_cond == "recompute" else 1
         if watch is not None:
             watch(times[k], z, z0_hat)
@@ -92,7 +92,7 @@ def sample(
             move.select(kept)
             if not len(rows):
                 break
-        estimate = tell(z0_hat)
+        estimate = to_self_cond(z0_hat)
         earlier = estimate if self_cond == "reuse" else torch.zeros_like(z)
         z = move(
             z,

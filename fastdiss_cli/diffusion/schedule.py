@@ -36,7 +36,7 @@ class NoiseSchedule:
     name: str
     factor: float
 
-    # in float64: near t = 0, 1 - abar is less than float32 can tell from 0
+    # in float64: near t = 0, 1 - abar is too small for float32
 
     def alpha(self, t: Tensor) -> Tensor:
         """Return the signal level, in [0, 1], of the shape of t."""

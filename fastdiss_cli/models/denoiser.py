@@ -37,8 +37,8 @@ class Denoiser:
         """Return z0_hat [N, T, D]; see `Difformer.denoise`."""
         return self.model.denoise(z_t, t, self_cond, self.memory, self.layout)
 
-    def tell(self, z0_hat: Tensor) -> Tensor:
-        """Return the form in which the network is told an estimate; float [N, T, D] both."""
+    def to_self_cond(self, z0_hat: Tensor) -> Tensor:
+        """Return the self_cond that an estimate becomes; float [N, T, D] both."""
         return self.project(z0_hat, self.model.config.self_cond_form)
 
     def project(self, z0_hat: Tensor, form: str) -> Tensor:

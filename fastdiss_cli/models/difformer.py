@@ -49,8 +49,8 @@ class DiffusionConfig(NetworkConfig):
     latent_dim: int = option(128, "dimension of the target embeddings that are denoised")
     noise_schedule: str = option("sqrt", f"signal by time: {', '.join(ABAR)}")
     noise_factor: float = option(4.0, "standard deviation of the noise at t = 1")
-    self_cond_rate: float = option(0.5, "share of batches that are told an estimate")
-    self_cond_form: str = option("expected", f"how they are told it: {', '.join(FORMS)}")
+    self_cond_rate: float = option(0.5, "share of batches that are given an estimate")
+    self_cond_form: str = option("expected", f"its form: {', '.join(FORMS)}")
     logit_scale: str = option("matched", f"of z0_hat . embedding: {', '.join(LOGIT_SCALES)}")
     embedding_scale: bool = option(False, "learn a common scale of the target embeddings")
     source_copy: float = option(
@@ -140,18 +140,18 @@ class Difformer(SampledModel):
     def condition(
         self, denoiser: Denoiser, z_0: Tensor, noise: Tensor, tgt_tokens: Tensor, update: int
     ) -> Condition:
-        """Choose the noise times and what the network is told; the systems differ here only.
+        """Choose the noise times and the self-conditioning; the systems differ only here.
 
         Args:
             denoiser: the network for this batch.
             z_0, noise: clean embeddings and standard normal, float [B, T, D].
             tgt_tokens: int64 [B, T].
-            update: number of the present update.
+            update: number of the current update.
         """
         t = draw_times(len(z_0), z_0.device)[:, None]
         z_t = self.schedule.add_noise(z_0, t, noise)
         return standard_self_conditioning(
-            denoiser, denoiser.tell, z_t, t, self.config.self_cond_rate
+            denoiser, denoiser.to_self_cond, z_t, t, self.config.self_cond_rate
         )
 
     def loss(self, batch: Batch, update: int) -> Loss:
@@ -165,7 +165,7 @@ class Difformer(SampledModel):
         # before torch 2.10 autocast would go on with casts of the weights that carry no gradient
         torch.clear_autocast_cache()
         z_t = given.z_t(self.schedule, z_0, noise)
-        z0_hat = denoiser(z_t, given.told_t, given.self_cond)
+        z0_hat = denoiser(z_t, given.network_t, given.self_cond)
         mse, anchor = self._token_losses(z0_hat, z_0, batch.tgt_tokens, denoiser.layout)
         limit = config.max_length_offset
         offset = batch.tgt_layout.lengths - memory.layout.lengths
@@ -179,26 +179,26 @@ class Difformer(SampledModel):
         Args:
             batch: sentence pairs.
             t: noise time of all tokens.
-            gap: the network is told its estimate at t + gap, at most 1, noised further from the
-                same z_t. None: it is told nothing.
+            gap: condition the network on its estimate at t + gap (at most 1), noised further from
+                the same z_t. None: on zeros.
         """
         memory = self.encode(batch.src_tokens, batch.src_layout)
         denoiser = Denoiser(self, memory, batch.tgt_layout)
         z_0 = self.embedding(batch.tgt_tokens)
         now = torch.tensor(t, device=z_0.device)
         z_t = self.schedule.add_noise(z_0, now, torch.randn_like(z_0))
-        told = torch.zeros_like(z_0)
+        self_cond = torch.zeros_like(z_0)
         if gap is not None:
             later = now + gap
             stale = self.schedule.add_more_noise(z_t, now, later, torch.randn_like(z_0))
-            told = denoiser.tell(denoiser(stale, later, told))
-        z0_hat = denoiser(z_t, now, told)
+            self_cond = denoiser.to_self_cond(denoiser(stale, later, self_cond))
+        z0_hat = denoiser(z_t, now, self_cond)
         return self._token_losses(z0_hat, z_0, batch.tgt_tokens, denoiser.layout)
 
     def _token_losses(
         self, z0_hat: Tensor, z_0: Tensor, tgt_tokens: Tensor, layout: Layout
     ) -> tuple[Tensor, Tensor]:
-        """Return the diffusion and the anchor loss, means over the tokens that are no padding."""
+        """Return the diffusion and the anchor loss, means over non-padding tokens."""
         estimate = layout.flat(z0_hat)
         gold, smoothing = layout.flat(tgt_tokens), self.config.label_smoothing
         anchor, _ = self.embedding.cross_entropy(estimate, gold, smoothing)

@@ -51,7 +51,7 @@ class DiffusionDecoding:
     seed: int = 1
     early_exit: bool = False  # stop a sentence when two steps are sure of the same tokens
     history: bool = False
-    diagnose: bool = False  # history with the gap between told and fresh estimates
+    diagnose: bool = False  # history with the gap between stale and fresh estimates
 
     def __post_init__(self) -> None:
         require(self, "steps", 1 <= self.steps <= 10_000, "from 1 to 10000")
@@ -108,7 +108,7 @@ class SampledModel(Seq2SeqModel):
 
     @property
     def self_conditioned(self) -> bool:
-        """Whether the network has ever been told an estimate in training."""
+        """Whether the network was trained with self-conditioning at all."""
         return self.config.self_cond_rate > 0
 
     def decode(
@@ -134,12 +134,12 @@ class SampledModel(Seq2SeqModel):
         if self.graphs is not None and options.is_fixed:
             results = self._replay(memory, lengths, longest, seeds, keys, options)
         if results is None:
-            told = None
+            gold_z0 = None
             if options.self_cond == "gold":
-                told = self.embedding(pad(gold, self.tgt.pad)[0].to(device))
-                told = told.repeat_interleave(per_sentence, dim=0)
+                gold_z0 = self.embedding(pad(gold, self.tgt.pad)[0].to(device))
+                gold_z0 = gold_z0.repeat_interleave(per_sentence, dim=0)
             layout = Layout.of(torch.arange(longest, device=device) >= lengths[:, None])
-            results = self._sample(memory, layout, seeds, keys, options, told, history)
+            results = self._sample(memory, layout, seeds, keys, options, gold_z0, history)
         scores, tokens, nfe = (x.tolist() for x in results)
         answers = []
         for row, (length, cost) in enumerate(zip(lengths.tolist(), nfe, strict=True)):
@@ -158,7 +158,7 @@ class SampledModel(Seq2SeqModel):
         seeds: Tensor,
         keys: Tensor,
         options: DiffusionDecoding,
-        told: Tensor | None = None,
+        gold_z0: Tensor | None = None,
         history: list[list[HistoryStep]] | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Sample all candidates of B sentences.
@@ -169,7 +169,7 @@ class SampledModel(Seq2SeqModel):
             seeds: int64 [B], of the noise of each sentence.
             keys: see `Candidates`.
             options: how.
-            told: the true embeddings, float [N, T, D], where the options ask for them.
+            gold_z0: the true embeddings, float [N, T, D], where the options ask for them.
             history: of each candidate, where the options ask for it.
 
         Returns:
@@ -189,7 +189,7 @@ class SampledModel(Seq2SeqModel):
         def watch(t: Tensor, z: Tensor, z0_hat: Tensor) -> None:
             fresh = None
             if options.diagnose and self.self_conditioned:
-                fresh = denoiser(z, t, denoiser.tell(denoiser(z, t, torch.zeros_like(z))))
+                fresh = denoiser(z, t, denoiser.to_self_cond(denoiser(z, t, torch.zeros_like(z))))
             steps = self._history(float(t), z0_hat, fresh, denoiser.layout)
             for place, step in zip(running.places.tolist(), steps, strict=True):
                 history[place].append(step)
@@ -199,7 +199,7 @@ class SampledModel(Seq2SeqModel):
             sure = (scores > math.log(EXIT_PROBABILITY)) | denoiser.layout.pad_mask
             return running.drop_settled(tokens, sure.all(1))
 
-        clamp = None  # where it is what the network is told it is not computed twice
+        clamp = None  # not computed twice where it is the same as self_cond
         if options.clamp != self.config.self_cond_form:
             clamp = partial(denoiser.project, form=options.clamp)
         z0_hat, nfe = sample(
@@ -211,9 +211,9 @@ class SampledModel(Seq2SeqModel):
             temperature=options.temperature,
             # a model that was trained without self-conditioning gets none
             self_cond=options.self_cond if self.self_conditioned else "none",
-            gold=told,
+            gold=gold_z0,
             grid=options.time_grid,
-            tell=denoiser.tell,
+            to_self_cond=denoiser.to_self_cond,
             clamp=clamp,
             watch=watch if options.history or options.diagnose else None,
             drop=drop if options.early_exit else None,

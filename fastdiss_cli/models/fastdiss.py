@@ -1,4 +1,4 @@
-"""FastDiSS (arXiv 2604.05551): the network of `difformer`, trained with SCP and, if told, MANS."""
+"""FastDiSS (arXiv 2604.05551): the network of `difformer`, trained with SCP and optional MANS."""
 # B sentences, T target length, D latent
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from fastdiss_cli.config import one_of, option, require
 from fastdiss_cli.diffusion.objective import (
     MANS,
     MANS_CONFIDENCES,
-    MANS_TOLD,
+    MANS_TIMES,
     SCP,
     SCP_COUPLINGS,
     SCP_OFFSETS,
@@ -45,7 +45,7 @@ class FastDiSSConfig(DiffusionConfig):
     scp_grid: str = option(
         "uniform", f"time grid of step-matched: {', '.join(TIME_GRIDS)}", needs=STEP_MATCHED
     )
-    scp_unroll: float = option(0.5, "share of those told an estimate whose z_t is sampling's own")
+    scp_unroll: float = option(0.5, "share of those given an estimate whose z_t is sampling's own")
     # MANS is off: no gain was shown, see docs/method.md
     mans_strength: float = option(0.0, "lambda: how much more noise an easy token gets; 0: no MANS")
     mans_confidence: str = option(
@@ -56,15 +56,16 @@ class FastDiSSConfig(DiffusionConfig):
         "confidences [easy, hard]; empty: [0.1, 1] by distance, [0.9, 0.1] by probability",
         needs=MANS_ON,
     )
-    mans_start_update: int = option(0, "the update from which on MANS is used", needs=MANS_ON)
+    mans_start_update: int = option(0, "the first update that uses MANS", needs=MANS_ON)
     mans_shared_pass: bool = option(
-        False, "take the confidence from SCP's pass, not an own one", needs=MANS_ON
+        False, "take the confidence from SCP's pass, not one of its own", needs=MANS_ON
     )
-    mans_told: str = option(
+    mans_time: str = option(
         "sentence",
-        f"whose time the network is told: {', '.join(MANS_TOLD)}",
+        f"whose time the network is given: {', '.join(MANS_TIMES)}",
         needs=MANS_ON,
         before="token",
+        formerly="mans_told",
     )
 
     def __post_init__(self) -> None:
@@ -73,7 +74,7 @@ class FastDiSSConfig(DiffusionConfig):
         one_of(self, "scp_coupling", SCP_COUPLINGS)
         one_of(self, "scp_grid", TIME_GRIDS)
         one_of(self, "mans_confidence", MANS_CONFIDENCES)
-        one_of(self, "mans_told", MANS_TOLD)
+        one_of(self, "mans_time", MANS_TIMES)
         require(self, "scp_gap", 0 < self.scp_gap <= 1, "in (0, 1]")
         require(
             self,
@@ -117,7 +118,7 @@ class FastDiSS(Difformer):
             anchors=config.mans_anchors or DEFAULT_ANCHORS[config.mans_confidence],
             start_update=config.mans_start_update,
             shared_pass=config.mans_shared_pass,
-            told=config.mans_told,
+            time=config.mans_time,
         )
 
     def condition(
@@ -133,7 +134,7 @@ class FastDiSS(Difformer):
 
         return perturbed_self_conditioning(
             denoiser,
-            denoiser.tell,
+            denoiser.to_self_cond,
             confidence,
             self.schedule,
             self.scp,

@@ -31,7 +31,7 @@ class GraphCache:
         return sum(graph is not None for graph in self._graphs.values())
 
     def has_seen(self, key: Hashable) -> bool:
-        """Tell whether a key has been asked for before, lately."""
+        """Return whether a key has been asked for recently; from now on it has."""
         with self._lock:
             known = key in self._graphs
             self._graphs.setdefault(key, None)

@@ -57,8 +57,8 @@ class HistoryStep:
         time: noise time of the step.
         tokens, confidences: the best token of each position and its probability.
         norm: mean square of a coordinate of z0_hat; that of the true embeddings is 1.
-        gap: mean squared difference of a coordinate to the z0_hat that the network gives when it
-            is told a fresh estimate of this step; only measured for a diagnosis.
+        gap: mean squared difference of a coordinate to the z0_hat that the network gives with a
+            fresh estimate of this step as its self_cond; measured only for a diagnosis.
     """
 
     time: float

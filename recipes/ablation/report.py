@@ -41,7 +41,7 @@ def self_conditioning(results: Results) -> str:
         for name in results.variants
         for mode in ("reuse", "none", "recompute", "gold")
     ]
-    return markdown(["", "told", *FEW], rows)
+    return markdown(["", "self_cond", *FEW], rows)
 
 
 def at_five_steps(results: Results) -> str:
@@ -184,17 +184,17 @@ def sweeps(results: Results) -> str:
         )
         for sweep, settings in SWEEPS.items()
     }
-    told = {"expected embedding (base)": "base"} | {
-        setting: f"Told as {setting}" for setting in SWEEPS["Told as"]
+    forms = {"expected embedding (base)": "base"} | {
+        setting: f"Self-conditioning {setting}" for setting in SWEEPS["Self-conditioning"]
     }
-    tables["Taken by the solver"] = rows(
+    tables["Estimate that the solver takes (`clamp`)"] = rows(
         "Solver",
         {
-            f"told {what}, taken {form}": (
+            f"self_cond {what}, clamp {form}": (
                 name,
                 "default" if form == CLAMPS[0] else f"clamp {form}",
             )
-            for what, name in told.items()
+            for what, name in forms.items()
             for form in CLAMPS
         },
     )
@@ -251,7 +251,7 @@ def diagnosis(results: Results) -> tuple[str, str]:
             by_time.append([name if k == 0 else "", row["t"], *cells])
     return (
         markdown(["", "step", "t", "gap", "norm", "confidence"], by_step),
-        markdown(["", "t", "told nothing", "fresh", "stale"], by_time),
+        markdown(["", "t", "zeros", "fresh", "stale"], by_time),
     )
 
 
@@ -294,9 +294,9 @@ def write_results(results: Results, folder: Path) -> None:
         at_five_steps(results),
         "## Against difformer at 5 steps: paired bootstrap\n",
         paired,
-        "## What the network is told, at sampling time\n\n"
+        "## Self-conditioning at sampling time\n\n"
         "`recompute` spends two evaluations per step; `none` and `gold` (seed 1) are for diagnosis "
-        "only: `gold` tells the right answer.\n",
+        "only: `gold` gives away the right answer.\n",
         self_conditioning(results),
         "## 15 candidates (5 lengths x 3 noises), MBR\n",
         candidates(results),
@@ -305,7 +305,7 @@ def write_results(results: Results, folder: Path) -> None:
         "gap: mean squared difference of a coordinate of z0_hat between the stale and a fresh "
         "self-conditioning; norm: its mean square (1 for true embeddings).\n",
         steps_table,
-        "Anchor loss at time t, told nothing, a fresh estimate (at t) or a stale one (t + 0.2):\n",
+        "Anchor loss at time t, given zeros, a fresh estimate (at t) or a stale one (t + 0.2):\n",
         time_table,
     ]
     write(results, folder, "RESULTS.md", sections, "figures.json")

@@ -24,14 +24,14 @@ HERE = Path(__file__).parent
 ALL_STEPS = "1,2,3,5,10,20,50,100"
 FEW_STEPS = "1,2,5,20"
 
-# One network; the unrolled SCP is the default. MANS has a pass of its own and tells the network the
-# time of the sentence, but where it says: shared pass; told t_i, the time of each token.
+# One network; the unrolled SCP is the default. MANS has a pass of its own and gives the network the
+# time of the sentence, unless the name says: shared pass; given t_i, the time of each token.
 DIFFORMER = {"family": "difformer"}
 SCP = {"family": "fastdiss", "scp_unroll": "0", "mans_strength": "0"}
 SCP_MANS = SCP | {
     "mans_strength": "0.25",
     "mans_shared_pass": "false",
-    "mans_told": "sentence",
+    "mans_time": "sentence",
 }
 VARIANTS: dict[str, dict[str, str]] = {
     "no self-conditioning": DIFFORMER | {"self_cond_rate": "0"},
@@ -41,7 +41,7 @@ VARIANTS: dict[str, dict[str, str]] = {
     "+MANS": SCP_MANS | {"scp_offset": "none", "self_cond_rate": "0.5"},
     "+SCP+MANS": SCP_MANS,
     "+SCP+MANS, shared pass": SCP_MANS | {"mans_shared_pass": "true"},
-    "+SCP+MANS, told t_i": SCP_MANS | {"mans_told": "token"},
+    "+SCP+MANS, given t_i": SCP_MANS | {"mans_time": "token"},
 }
 DEFAULT = "+SCP, unrolled"
 
@@ -66,13 +66,13 @@ BASE = {
     "mans_anchors": "[0.1,1.0]",
     "mans_start_update": "0",
     "mans_shared_pass": "false",
-    "mans_told": "sentence",
+    "mans_time": "sentence",
 }
 MANS = {"mans_strength": "0.25"}
 SWEEPS: dict[str, dict[str, dict[str, str]]] = {
     "SCP: t'": {
         "step-matched to the log-SNR grid": {"scp_grid": "log-snr"},
-        # these two never reach t' > 1, and are told nothing only where there is no first pass
+        # these two never reach t' > 1: self_cond is zeros only where there is no first pass
         "t (standard self-conditioning)": {"scp_offset": "none", "self_cond_rate": "0.5"},
         "uniform on (t, 1]": {"scp_offset": "uniform", "self_cond_rate": "0.5"},
         "t + 0.05": {"scp_offset": "fixed", "scp_gap": "0.05"},
@@ -98,9 +98,9 @@ SWEEPS: dict[str, dict[str, dict[str, str]]] = {
         "own pass, anchors 0.02 and 0.5": MANS | {"mans_anchors": "[0.02,0.5]"},
         "own pass, from half of the updates on": MANS | {"mans_start_update": "300"},
         "shared pass": MANS | {"mans_shared_pass": "true"},
-        "own pass, told t_i": MANS | {"mans_told": "token"},
+        "own pass, given t_i": MANS | {"mans_time": "token"},
     },
-    "Told as": {
+    "Self-conditioning": {
         "raw estimate": {"self_cond_form": "raw"},
         "nearest embedding": {"self_cond_form": "nearest"},
     },
@@ -129,7 +129,7 @@ SWEEPS: dict[str, dict[str, dict[str, str]]] = {
         "dimension 128": {"latent_dim": "128"},
     },
 }
-# Open choices of sampling, the default first: for the base and, CLAMPS, the settings of "Told as".
+# Open choices of sampling, the default first: for the base; CLAMPS for "Self-conditioning", too.
 CLAMPS = ("expected", "raw", "nearest")
 GRIDS = ("log-snr", "uniform", "quadratic")
 TEMPERATURES = ("0.25", "1", "0")
@@ -244,7 +244,7 @@ def sweep_trials(work: Path, plan: dict[str, Any]) -> Iterator[Trial]:
     for seed in range(1, plan["sweep_seeds"] + 1):
         trials = {"base": (BASE, {"default": steps} | clamps | grids | colder)}
         for name, settings in SWEEPS.items():
-            sampling = {"default": steps} | (clamps if name == "Told as" else {})
+            sampling = {"default": steps} | (clamps if name == "Self-conditioning" else {})
             for setting, changes in settings.items():
                 trials[f"{name} {setting}"] = (BASE | changes, sampling)
         for name, (options, sampling) in trials.items():
@@ -263,11 +263,11 @@ def main() -> None:
     config = HERE / f"{arguments.corpus}.yaml"
     plan = yaml.safe_load((HERE / "plan.yaml").read_text())[arguments.corpus]
     work = arguments.work
-    told = work / "machine.txt"
-    if not told.exists():
+    note = work / "machine.txt"
+    if not note.exists():
         device = pick_device("auto")
         dtype = str(pick_dtype("auto", device)).removeprefix("torch.")
-        told.write_text(f"{machine(device)}, {dtype}\n", encoding="utf-8")
+        note.write_text(f"{machine(device)}, {dtype}\n", encoding="utf-8")
     trials = []
     if arguments.only in (None, "sweep"):
         trials += sweep_trials(work, plan)

@@ -73,7 +73,7 @@ class Words:
 
 
 def sentences(count: int, lengths: np.ndarray | None = None) -> list[list[int]]:
-    """Draw random sources, as long as those of Multi30k (15 tokens on average) or as told."""
+    """Draw random sources of given lengths, or as long as those of Multi30k (15 tokens)."""
     draw = np.random.default_rng(1)
     if lengths is None:
         lengths = draw.normal(15, 5, count).round().clip(4, 40).astype(int)
@@ -93,7 +93,7 @@ def make(system: str, device: torch.device, **options: object) -> Seq2SeqModel:
 
 
 def now(device: torch.device) -> float:
-    """Return the time, in seconds, when a device has done all that it was told to."""
+    """Wait until a device has finished its work; return the time, in seconds."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
