@@ -1,18 +1,18 @@
 # The steps of all recipes: preprocess, distil, train, average, generate, score. A recipe's run.sh
 # sets these variables and sources this file:
-#   text, src, tgt      the folder that prepare.sh wrote, and the endings of the two sides
-#   work                where everything is written
-#   arch, teacher       the architecture, and that of the teacher
+#   text, src, tgt      the folder that prepare.sh wrote, and the file extensions of the two sides
+#   work                the output folder
+#   arch, teacher       the architectures of the model and of its teacher
 #   tokenizer           options of `fastdiss preprocess`
-#   distill, average    1: train on the teacher's answers; average the numbered checkpoints
-#   metrics             of `fastdiss score`
-# The environment overrides some: WORK, ARCH, TEACHER, DISTILL, AVERAGE; and
-#   STEPS       step counts to generate with (1,2,5,20)
-#   MAX_UPDATE  updates of each training (that of config.yaml)
-#   LAUNCH      what starts train and generate (fastdiss), such as
+#   distill, average    1: train on the teacher's outputs; average the numbered checkpoints
+#   metrics             --metrics of `fastdiss score`
+# Environment variables override some of them: WORK, ARCH, TEACHER, DISTILL, AVERAGE. There are also
+#   STEPS       step counts to generate with (default: 1,2,5,20)
+#   MAX_UPDATE  updates of each training (default: that of config.yaml)
+#   LAUNCH      the command that starts train and generate (default: fastdiss), such as
 #               "torchrun --nproc-per-node 8 -m fastdiss_cli"
-# Run again, preprocess, distil and train go on where they were stopped, or are passed over where they
-# are done; average, generate and score are done again.
+# When run again, preprocess, distil and train resume where they were stopped, or are skipped if they
+# are complete; average, generate and score are repeated.
 
 recipe=$(cd "$(dirname "$0")" && pwd)
 work=${WORK:-$work} arch=${ARCH:-$arch} teacher=${TEACHER:-$teacher}
@@ -42,7 +42,7 @@ case $arch in
 transformer*) decoding=(--beam 5) distill=0 ;;
 *)
     decoding=(--steps "$steps")
-    if [ "$steps" != "${steps%,*}" ]; then  # several: a file each
+    if [ "$steps" != "${steps%,*}" ]; then  # several: one file each
         answers=$(printf 'generate-test.steps%s.txt ' ${steps//,/ })
     fi
     ;;

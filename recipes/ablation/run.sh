@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Do SCP and MANS make five steps as good as many? Train the matrix, sample, score, write the tables.
+# Do SCP and MANS make five steps as good as many? Train all variants, sample, score, write the tables.
 # usage: run.sh CORPUS [TEXT] [WORK]
 #   CORPUS   embedded, cmudict_g2p, multi30k or, on a GPU, multi30k_small
 #   TEXT     the folder with the corpus; not needed for the embedded one
-# Run again, it goes on where it was stopped; JOBS=2 trains two models at a time.
+# When run again, it resumes where it was stopped; JOBS=2 trains two models at a time.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 corpus=${1:?usage: run.sh CORPUS [TEXT] [WORK]}
@@ -25,7 +25,7 @@ if [ ! -e "$work/data-bin/manifest.json" ]; then
         python "$here/../../data/make_corpus.py" "$work/text"
         options=(-s de -t en --vocab-size 800 --model-type bpe)
         ;;
-    cmudict_g2p)  # its 2,000 validation words: the first half to choose on, the second to report
+    cmudict_g2p)  # its 2,000 validation words: the first half for model selection, the second for reporting
         for side in src trg refs.tsv; do
             head -n 1000 "$text/valid.$side" > "$work/text/valid.$side"
             tail -n 1000 "$text/valid.$side" > "$work/text/test.$side"

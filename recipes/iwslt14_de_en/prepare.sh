@@ -1,4 +1,4 @@
 #!/usr/bin/env bash
-# Make the text of this recipe.
+# Prepare the text of this recipe.
 # usage: prepare.sh TEXT [--from FOLDER] [--cut]      (see ../README.md; safe to run again)
 exec python "$(dirname "$0")/../prepare.py" iwslt14_de_en "$@"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# IWSLT14 German-English, either way: preprocess, distil, train, average, generate, score.
+# IWSLT14 German-English, either direction: preprocess, distil, train, average, generate, score.
 # usage: run.sh TEXT [SOURCE TARGET]      (TEXT as prepare.sh wrote it; options in ../steps.sh)
 set -euo pipefail
 text=${1:?usage: run.sh TEXT [SOURCE TARGET]}

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The whole road on the embedded corpus: text, dataset, training, hypotheses, table.
-# usage: run.sh [WORK]      (run again, it goes on where it was stopped)
+# The whole pipeline on the embedded corpus: text, dataset, training, hypotheses, table.
+# usage: run.sh [WORK]      (when run again, it resumes where it was stopped)
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 work=${1:-work/quickstart}
