@@ -19,7 +19,7 @@ def __dir__() -> list[str]:
 
 
 def __getattr__(name: str) -> object:
-    # torch takes seconds to import: `fastdiss --help` must not wait for it
+    # importing torch takes seconds: `fastdiss --help` must not wait for it
     if name in ("load", "score"):
         from fastdiss_cli import api
 

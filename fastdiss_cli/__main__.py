@@ -1,4 +1,4 @@
-"""The command line: the commands and what they have in common."""
+"""The command line: all commands, and the error handling they share."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fastdiss_cli.commands.fairseq_flags import rewrite_flags
 from fastdiss_cli.errors import FastdissError, OptionError
 from fastdiss_cli.signals import BROKEN_PIPE
 
-# name: the module of fastdiss_cli.commands, and the function of the same name in it
+# command -> module of fastdiss_cli.commands; the module defines a function of its own name
 COMMANDS = {
     "preprocess": "preprocess",
     "train": "train",
@@ -31,14 +31,14 @@ COMMANDS = {
     "models": "models",
     "average": "export",
 }
-UsageError: type[Exception] = typer.BadParameter.__base__  # of the click that this typer has
+UsageError: type[Exception] = typer.BadParameter.__base__  # from the click that typer uses
 HELP = {"average": "Average checkpoints into one file (the same as export)."}
 
 
 def command_line(name: str = "") -> typer.Typer:
-    """Return the command line with the command of that name, or with all where there is none.
+    """Return the app with the named command only, or with all if there is no such command.
 
-    One alone is a tenth of a second quicker: the others are not imported.
+    A single command starts 0.1 s faster: the others are not imported.
     """
     app = typer.Typer(
         pretty_exceptions_enable=False,
@@ -46,16 +46,16 @@ def command_line(name: str = "") -> typer.Typer:
     )
     app.callback()(options)
     for command in [name] if name in COMMANDS else COMMANDS:
-        place = COMMANDS[command]
-        function = getattr(import_module(f"fastdiss_cli.commands.{place}"), place)
-        # typer would keep the line breaks of the source
-        help = re.sub(r"(?<!\n)\n(?!\n)", " ", inspect.getdoc(function) or "")  # none with -OO
-        app.command(command, help=HELP.get(command, help))(_ending_with_its_reader(function))
+        module = COMMANDS[command]
+        function = getattr(import_module(f"fastdiss_cli.commands.{module}"), module)
+        # typer would keep the line breaks of the source; under -OO there is no docstring
+        help = re.sub(r"(?<!\n)\n(?!\n)", " ", inspect.getdoc(function) or "")
+        app.command(command, help=HELP.get(command, help))(_exit_on_broken_pipe(function))
     return app
 
 
-def _ending_with_its_reader(function: Callable[..., None]) -> Callable[..., None]:
-    """End silently where whoever reads stdout has left, as `head` does; click would exit with 1."""
+def _exit_on_broken_pipe(function: Callable[..., None]) -> Callable[..., None]:
+    """Exit silently when stdout's reader is gone, as with `head`; click would exit with 1."""
 
     @functools.wraps(function)
     def command(*args: Any, **options: Any) -> None:
@@ -82,7 +82,7 @@ def options(
 
 
 def _drop_output() -> None:
-    """Discard what stdout still holds, if it cannot be written."""
+    """Flush stdout, or discard its buffer if it cannot be written."""
     try:
         sys.stdout.flush()
     except OSError:
@@ -90,45 +90,45 @@ def _drop_output() -> None:
 
 
 def main() -> None:
-    """Run the command line; every expected failure ends here, as one line and exit code 1 or 2."""
+    """Run the command line; every expected failure is one line on stderr and exit code 1 or 2."""
     for name in ("stdin", "stdout", "stderr"):
-        if getattr(sys, name) is None:  # closed, as for a daemon
+        if getattr(sys, name) is None:  # closed, e.g. for a daemon
             setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # whatever the locale says, text is UTF-8
-            # the name of a file may be no text at all, and is told all the same
+        if isinstance(stream, io.TextIOWrapper):  # text is UTF-8, whatever the locale
+            # messages may quote file names that are not valid text
             stream.reconfigure(encoding="utf-8", errors="backslashreplace")
     for word in sys.argv[1:]:
         if not word or re.fullmatch(r"--?[\w-]+=", word):
             which = word.removesuffix("=") or "an argument"
-            logs.error(f"{which} is empty, as of a variable that is not set")
+            logs.error(f"{which} is empty: is a shell variable unset?")
             sys.exit(2)
     try:
         try:
             words = rewrite_flags(sys.argv[1:]) or ["--help"]
-            # the same name whether or not it was started by `python -m`
+            # the same name when started by `python -m`
             code = command_line(words[0])(words, prog_name="fastdiss", standalone_mode=False)
-            if code == 130:  # typer has caught it
+            if code == 130:  # typer has caught it already
                 raise KeyboardInterrupt
         finally:
-            sys.stdout.flush()  # a full disk is told here, not by the interpreter as it ends
+            sys.stdout.flush()  # report a full disk here, not at interpreter shutdown
     except (KeyboardInterrupt, typer.Abort):  # Abort is a RuntimeError
         logs.error("interrupted")
         sys.exit(130)
     except UsageError as error:
-        of = " ".join(["fastdiss", *(word for word in words[:1] if word in COMMANDS)])
-        said = " ".join(error.format_message().removeprefix("Invalid value: ").split())
-        hint = "" if "`fastdiss " in said else f" (see `{of} --help`)"
-        if logs.speaks_for_all():
-            logs.error(said.removesuffix(".") + hint)
+        command = " ".join(["fastdiss", *(word for word in words[:1] if word in COMMANDS)])
+        message = " ".join(error.format_message().removeprefix("Invalid value: ").split())
+        hint = "" if "`fastdiss " in message else f" (see `{command} --help`)"
+        if logs.is_main_process():
+            logs.error(message.removesuffix(".") + hint)
         sys.exit(2)
     except FastdissError as error:
-        told = str(error)
+        message = str(error)
         if isinstance(error, OptionError) and "." not in error.option:
-            told = f"--{error.option.replace('_', '-')} {error.reason}"
-        logs.error(told)
+            message = f"--{error.option.replace('_', '-')} {error.reason}"
+        logs.error(message)
         sys.exit(1)
-    except BrokenPipeError:  # told by the last flush
+    except BrokenPipeError:  # from the last flush
         _drop_output()
         sys.exit(BROKEN_PIPE)
     except OSError as error:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class GenerateOptions(TypedDict, total=False):
-    """The keyword arguments of `Translator.generate`; the command's flags have the same names.
+    """The keyword arguments of `Translator.generate`, named like the flags of the command.
 
     Decoding, for diffusion models:
         steps: denoising steps, each one evaluation of the network; at least 1 (5).
@@ -33,7 +33,7 @@ class GenerateOptions(TypedDict, total=False):
         solver: ``ddpm``, ``ddim`` or ``dpm-solver++`` (ddpm).
         temperature: scale of the noise that ``ddpm`` adds in a step; 0 to 1 (0.25).
         time_grid: ``uniform``, ``quadratic`` or ``log-snr`` (log-snr).
-        clamp: ``raw``, ``nearest`` or ``expected``: what the solver takes for z_0 (expected).
+        clamp: ``raw``, ``nearest`` or ``expected``: what the solver uses as z_0 (expected).
         self_cond: ``reuse``, ``none`` or ``recompute`` (reuse).
         early_exit: stop a sentence when two steps in a row give the same tokens, each with a
             probability above 0.5 (False).
@@ -43,12 +43,12 @@ class GenerateOptions(TypedDict, total=False):
         beam: 1 is greedy search (5).
         lenpen: length penalty (1.0).
         max_len_a, max_len_b: a translation has at most a x source + b tokens (0, 200).
-        min_len: fewest tokens (1).
+        min_len: minimum number of tokens (1).
 
     Choosing among candidates:
         select: ``score``, ``mbr`` or ``rerank`` (mbr for diffusion models, score for others).
         mbr_metric: ``bleu`` or ``chrf`` (bleu).
-        reranker: the autoregressive model that ``select="rerank"`` asks.
+        reranker: the autoregressive model that ``select="rerank"`` uses.
 
     Machine:
         max_tokens: padded source tokens per batch, all candidates counted (8000; on a CPU 2000).
@@ -76,7 +76,7 @@ class GenerateOptions(TypedDict, total=False):
 
 
 _OF_ALL_MODELS = ("select", "mbr_metric", "reranker", "max_tokens")
-_OBSERVING = ("history", "diagnose")  # fields of a `Decoding` that show more and change no answer
+_OBSERVING = ("history", "diagnose")  # `Decoding` fields that only record more
 
 
 @dataclass(frozen=True)
@@ -95,11 +95,11 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Score:
-    """A figure of a system on a test set; `str` gives sacreBLEU's line.
+    """A system's score by one metric; `str` gives sacreBLEU's output line.
 
     Attributes:
         value: 0 to 100; TER and WER may exceed 100.
-        signature: of sacreBLEU: everything that the value depends on.
+        signature: sacreBLEU's signature: everything that the value depends on.
     """
 
     value: float
@@ -125,14 +125,14 @@ class Translator:
 
         Args:
             sentences: raw text, one sentence each.
-            **options: see `GenerateOptions`; ``steps=5, noise_beam=3`` for instance.
+            **options: see `GenerateOptions`; for example ``steps=5, noise_beam=3``.
 
         Returns:
             One translation per sentence, in order.
 
         Raises:
-            FastdissError: an unknown option, or one that the model does not have, or a
-                value out of range; or memory ran out.
+            FastdissError: an option is unknown, not one of this model's, or out of range; or
+                memory ran out.
         """
         chosen = self._decode(sentences, options)
         return [hypothesis_text(best, self.loaded.tgt) for best in chosen]
@@ -142,7 +142,7 @@ class Translator:
     ) -> list[list[Candidate]]:
         """Return all candidates of each sentence: the chosen one, then the others by score.
 
-        Args and errors are those of `generate`.
+        Arguments and errors are those of `generate`.
         """
         tgt = self.loaded.tgt
         return [
@@ -151,10 +151,10 @@ class Translator:
         ]
 
     def _decode(self, sentences: Sequence[str], options: GenerateOptions) -> list[Hypothesis]:
-        """Return the chosen hypothesis of each sentence, the other candidates with it."""
+        """Return the chosen hypothesis of each sentence, with the others as its `runners_up`."""
         sentences = _strings(sentences, "sentences")
         model = self.loaded.model
-        # numpy's numbers are numbers, too
+        # accept numpy scalars
         decoding = {k: v.item() if isinstance(v, np.generic) else v for k, v in options.items()}
         device = next(model.parameters()).device
         max_tokens = decoding.pop("max_tokens", default_max_tokens(device))
@@ -171,10 +171,10 @@ class Translator:
             if name not in known:
                 raise FastdissError(
                     f"this model has no option {name!r}"
-                    f"{suggest(name, known) or '; there are ' + ', '.join(known)}"
+                    f"{suggest(name, known) or '; its options are ' + ', '.join(known)}"
                 )
         if decoding.get("self_cond") == "gold":
-            raise FastdissError("self_cond='gold' needs the answers: `fastdiss generate` has them")
+            raise FastdissError("self_cond='gold' needs references: use `fastdiss generate DATA`")
         run = Run(build(model.Decoding, decoding))
         if sentences:
             sources = [self.loaded.src.encode(sentence) for sentence in sentences]
@@ -189,17 +189,17 @@ def load(
     dtype: str | torch.dtype = "auto",
     user_module: str | Path | None = None,
 ) -> Translator:
-    """Load a checkpoint; it needs no other file.
+    """Load a checkpoint; no other file is needed.
 
-    Nothing outside is touched: no signal handler, no random generator, no environment variable
-    is set or read, and it may be called in any thread. (Another thread that draws from torch's
-    generator just then gets other numbers.)
+    No global state is changed (signal handlers, random generators, environment variables), and
+    any thread may call it. (A thread that draws from torch's generator meanwhile gets different
+    numbers.)
 
     Args:
-        path: as written by ``fastdiss train`` or ``fastdiss export``; of a folder its
+        path: as written by ``fastdiss train`` or ``fastdiss export``; a folder stands for its
             ``checkpoint_best``.
-        device: ``auto`` (a GPU where there is one), ``cpu``, ``cuda`` or ``cuda:N``.
-        dtype: ``float32``, ``bfloat16`` (autocast), or ``auto``: bfloat16 on GPUs that have it.
+        device: ``auto`` (a GPU if there is one), ``cpu``, ``cuda`` or ``cuda:N``.
+        dtype: ``float32``, ``bfloat16`` (autocast), or ``auto``: bfloat16 on GPUs that support it.
         user_module: the Python file that registers the checkpoint's architecture, if it is yours.
 
     Raises:
@@ -230,7 +230,7 @@ def score(
         The score of each metric, by its name.
 
     Raises:
-        FastdissError: no such metric, or the numbers of sentences differ.
+        FastdissError: a metric is unknown, or the numbers of sentences differ.
     """
     from fastdiss_cli.metrics import METRICS
 
@@ -246,18 +246,19 @@ def score(
         raise FastdissError("every sentence needs a reference")
     for i, row in enumerate(alternatives):
         if len(row) > 1 and not all(map(str.strip, row)):
-            raise FastdissError(f"references of sentence {i}: one is empty, beside others")
+            raise FastdissError(f"references of sentence {i}: one of several is empty")
     if not hypotheses or len(hypotheses) != len(alternatives):
         raise FastdissError(
-            f"hypotheses and references number {len(hypotheses):,} and {len(alternatives):,}: "
-            "give one for each sentence, and at least one sentence"
+            f"{len(hypotheses):,} hypotheses but {len(alternatives):,} references: "
+            "give one of each per sentence, and at least one sentence"
         )
     streams = reference_streams(alternatives)
     scores = {}
     for name in metrics:
         if name not in METRICS:
             raise FastdissError(
-                f"no metric {name!r}{suggest(name, METRICS) or '; there are ' + ', '.join(METRICS)}"
+                f"no metric {name!r}"
+                f"{suggest(name, METRICS) or '; the metrics are ' + ', '.join(METRICS)}"
             )
         metric = METRICS[name]()
         result = metric.corpus_score(hypotheses, streams)
@@ -267,16 +268,16 @@ def score(
 
 
 def _strings(values: Sequence[str], what: str) -> list[str]:
-    """Return a list of strings, or refuse what is none."""
+    """Return the values as a list, or raise a FastdissError if they are not strings."""
     unordered = isinstance(values, (str, bytes, Set, Mapping))
     if unordered or not isinstance(values, Iterable):
         raise FastdissError(f"{what}: give a list of strings, not {type(values).__name__}")
     values = list(values)
     for i, value in enumerate(values):
         if not isinstance(value, str):
-            raise FastdissError(f"{what}: number {i} is {type(value).__name__}, not a string")
+            raise FastdissError(f"{what}: item {i} is {type(value).__name__}, not a string")
         try:
             value.encode()
         except UnicodeEncodeError:
-            raise FastdissError(f"{what}: number {i} holds half of a character") from None
+            raise FastdissError(f"{what}: item {i} contains a lone surrogate") from None
     return values

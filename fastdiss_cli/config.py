@@ -1,7 +1,7 @@
 """Configuration: defaults < recipe YAML < flags < --set section.key=value.
 
-A configuration is a frozen dataclass. This file turns untyped values (from YAML, the command
-line or a checkpoint) into one, and refuses what it does not know.
+A configuration is a frozen dataclass. This module builds one from untyped values (from YAML, the
+command line or a checkpoint) and rejects unknown options and invalid values.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ C = TypeVar("C")
 DTYPES = ("auto", "float32", "bfloat16")
 LR_SCHEDULERS = ("inverse_sqrt", "cosine")
 SECTIONS = ("model", "train")
-# what `yaml.safe_load` raises on text that is no YAML, and on values such as `!!int x`
+# raised by `yaml.safe_load` on text that is not YAML, and on values such as `!!int x`
 _NOT_YAML = (yaml.YAMLError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
 
 
 class _Recipe(yaml.SafeLoader):
-    """YAML in which a key that is there twice is an error, and not the later one of them."""
+    """A YAML loader that rejects duplicate keys, instead of keeping the last one."""
 
     def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
@@ -37,7 +37,7 @@ class _Recipe(yaml.SafeLoader):
         for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
             if key.value in seen:
                 line = key.start_mark.line + 1
-                raise yaml.YAMLError(f"{key.value!r} is there twice, again in line {line}")
+                raise yaml.YAMLError(f"duplicate key {key.value!r} in line {line}")
             seen.add(key.value)
         return node
 
@@ -49,16 +49,15 @@ def option(
     before: Any = None,
     formerly: str = "",
 ) -> Any:
-    """Declare a field of a configuration; `fastdiss models ARCH` prints what it means.
+    """Declare a configuration field; `fastdiss models ARCH` prints its meaning.
 
     Args:
-        default: its value unless one is given.
-        meaning: a few words.
-        needs: another field and the value without which this one changes nothing; True: any value
-            but 0, false or empty.
-        before: the value that the code had before this option existed; older checkpoints are read
-            with it. None: today's default.
-        formerly: its name in older checkpoints, if it had another.
+        default: its default value.
+        meaning: its description, in a few words.
+        needs: another field and the value that it must have for this one to have any effect; True
+            stands for any true value.
+        before: the value for older checkpoints, which do not have this field; None: the default.
+        formerly: its former name in older checkpoints, if any.
     """
     metadata = {"meaning": meaning, "needs": needs, "before": before, "formerly": formerly}
     return dataclasses.field(default=default, metadata=metadata)
@@ -66,34 +65,34 @@ def option(
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Everything about a training run that is not the model."""
+    """All options of a training run but those of the model."""
 
     arch: str = option("fastdiss_small", "a name that `fastdiss models` lists")
     seed: int = option(1, "seed of all random draws")
     max_tokens: int = option(8000, "padded tokens per batch and side, per process")
-    max_positions: int = option(1024, "longer training sentences are left out, with a report")
-    update_freq: int = option(1, "batches whose gradients are added up for one update")
+    max_positions: int = option(1024, "longer training sentences are left out, with a warning")
+    update_freq: int = option(1, "batches whose gradients are accumulated for one update")
     max_update: int = option(100_000, "updates before training stops")
     max_epoch: int = option(0, "epochs before training stops; 0: no limit")
-    patience: int = option(20, "validations without a better score before it stops; 0: no limit")
+    patience: int = option(20, "validations without a new best before training stops; 0: no limit")
     lr: float = option(5e-4, "peak learning rate of AdamW")
-    lr_scheduler: str = option("inverse_sqrt", "its course: inverse_sqrt, or cosine to 0")
+    lr_scheduler: str = option("inverse_sqrt", "inverse_sqrt, or cosine down to 0")
     warmup_updates: int = option(4000, "updates over which the learning rate rises from 0")
-    adam_betas: tuple[float, float] = option((0.9, 0.98), "of AdamW")
-    weight_decay: float = option(0.01, "weight decay of AdamW, for matrices")
-    clip_norm: float = option(1.0, "the norm that gradients are clipped to; 0: no clipping")
-    ema_decay: float = option(0.9999, "of the average of the weights, which generates; 0: none")
-    max_skipped: int = option(20, "non-finite gradients in a row before training stops")
+    adam_betas: tuple[float, float] = option((0.9, 0.98), "betas of AdamW")
+    weight_decay: float = option(0.01, "weight decay of AdamW, matrices only")
+    clip_norm: float = option(1.0, "maximum gradient norm; 0: no clipping")
+    ema_decay: float = option(0.9999, "decay of the weight average that is decoded with; 0: none")
+    max_skipped: int = option(20, "consecutive non-finite gradients before training stops")
     validate_interval_updates: int = option(1000, "updates between validations; 0: every epoch")
     save_interval_updates: int = option(1000, "updates between saves of checkpoint_last")
-    valid_sentences: int = option(500, "how many are decoded for BLEU; 0: validation loss only")
+    valid_sentences: int = option(500, "sentences decoded for validation BLEU; 0: loss only")
     valid_steps: int = option(5, "sampling steps for validation BLEU")
-    keep_last: int = option(1, "numbered checkpoints kept, one a validation; 0: none")
+    keep_last: int = option(1, "numbered checkpoints kept, one per validation; 0: none")
     log_interval: int = option(50, "updates between lines of metrics.jsonl")
-    tensorboard: bool = option(False, "event files for TensorBoard, too, beside the checkpoints")
-    dtype: str = option("auto", "type of the products: auto, float32 or bfloat16 (autocast)")
+    tensorboard: bool = option(False, "also write TensorBoard event files beside the checkpoints")
+    dtype: str = option("auto", "auto, float32 or bfloat16 (autocast)")
     compile: bool = option(False, "use torch.compile")
-    shard: bool = option(False, "divide weights, moments and average among the processes")
+    shard: bool = option(False, "shard weights, moments and average across the processes")
 
     def __post_init__(self) -> None:
         for key in (
@@ -109,18 +108,18 @@ class TrainConfig:
         require(self, "valid_steps", self.valid_steps <= 10_000, "at most 10000")
         require(self, "lr", self.lr > 0, "above 0")
         require(self, "ema_decay", 0 <= self.ema_decay < 1, "in [0, 1)")
-        require(self, "adam_betas", all(0 <= b < 1 for b in self.adam_betas), "two in [0, 1)")
+        require(self, "adam_betas", all(0 <= b < 1 for b in self.adam_betas), "a pair in [0, 1)")
         require(self, "shard", not (self.shard and self.compile), "false with compile")
         one_of(self, "lr_scheduler", LR_SCHEDULERS)
         warm = self.warmup_updates > 0 or self.lr_scheduler != "inverse_sqrt"
         require(
-            self, "warmup_updates", warm, "at least 1 with inverse_sqrt, which falls from there"
+            self, "warmup_updates", warm, "at least 1 with inverse_sqrt, which decays from there"
         )
         one_of(self, "dtype", DTYPES)
 
 
 def idle(config: Any) -> set[str]:
-    """Return the names of the options that change nothing, as what they need is off."""
+    """Return the names of the options without effect, because another option is off."""
 
     def is_idle(field: dataclasses.Field) -> bool:
         if field.metadata.get("needs") is None:
@@ -147,15 +146,15 @@ def one_of(config: object, key: str, choices: Sequence[str]) -> None:
 
 
 def build(cls: type[C], values: Mapping[str, Any], section: str = "") -> C:
-    """Make a configuration from untyped values; what is not given keeps its default.
+    """Build a configuration from untyped values; missing ones keep their defaults.
 
     Args:
-        cls: its dataclass.
-        values: by the name of the field.
-        section: of `SECTIONS`, in front of the names of options in errors.
+        cls: the dataclass of the configuration.
+        values: by field name.
+        section: one of `SECTIONS`, to prefix option names in errors.
 
     Raises:
-        OptionError: an unknown key (with the closest known one), a wrong type or range.
+        OptionError: a key is unknown, or a value has the wrong type or is out of range.
     """
     prefix = section and f"{section}."
     hints = typing.get_type_hints(cls)
@@ -165,12 +164,12 @@ def build(cls: type[C], values: Mapping[str, Any], section: str = "") -> C:
         if key not in known:
             hint = suggest(str(key), known)
             if section == "model" and key in TrainConfig.__dataclass_fields__:
-                hint = f"; it is train.{key}"
+                hint = f"; use train.{key}"
             elif not hint and section:
                 hint = "; `fastdiss models ARCH` lists all"
             elif not hint:
-                hint = f"; there are {', '.join(known)}"
-            raise OptionError(f"{prefix}{key}", f"is no option{hint}")
+                hint = f"; the options are {', '.join(known)}"
+            raise OptionError(f"{prefix}{key}", f"is not an option{hint}")
         typed[key] = _convert(value, hints[key], f"{prefix}{key}")
     try:
         return cls(**typed)
@@ -179,7 +178,7 @@ def build(cls: type[C], values: Mapping[str, Any], section: str = "") -> C:
 
 
 def build_saved(cls: type[C], values: Mapping[str, Any], section: str = "") -> C:
-    """Make the configuration that a checkpoint was trained with; see `build` and `option`."""
+    """Build the configuration of a checkpoint, possibly an older one; see `build` and `option`."""
     fields = dataclasses.fields(cls)  # type: ignore[arg-type]
     before = {field.name: field.metadata.get("before") for field in fields}
     then = {name: value for name, value in before.items() if value is not None}
@@ -200,7 +199,7 @@ def read_recipe(path: Path | None) -> dict[str, dict[str, Any]]:
         reason = " ".join(str(error).split())
         if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
             reason = f"line {error.problem_mark.line + 1}: {error.problem}"
-        raise FastdissError(f"{path} is no recipe: {reason}") from None
+        raise FastdissError(f"{path} is not a valid recipe: {reason}") from None
     if not isinstance(recipe, dict):
         raise FastdissError(f"{path}: a recipe is a mapping with the sections model and train")
     for section, values in recipe.items():
@@ -215,7 +214,7 @@ def read_recipe(path: Path | None) -> dict[str, dict[str, Any]]:
 
 
 def parse_settings(settings: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Parse ``--set section.key=value`` items; values are YAML."""
+    """Parse the ``section.key=value`` items of ``--set``; values are YAML."""
     parsed: dict[str, dict[str, Any]] = {section: {} for section in SECTIONS}
     for item in settings:
         name, equals, value = item.partition("=")
@@ -248,7 +247,7 @@ def _convert(value: Any, hint: Any, name: str) -> Any:
         if math.isfinite(number):
             return number
     elif hint is int and isinstance(value, int) and abs(value) >= 2**63:
-        pass  # no machine counts as far
+        pass  # more than 64 bits
     elif isinstance(value, hint) and (hint is bool or not isinstance(value, bool)):
         return value
     what = {float: "a number", int: "a whole number", bool: "true or false", str: "a word"}[hint]
@@ -256,7 +255,7 @@ def _convert(value: Any, hint: Any, name: str) -> Any:
 
 
 def _shown(value: Any) -> str:
-    """Return a value for a message, cut: a few aliases of YAML can stand for a billion words."""
+    """Return a value for a message, truncated: a few YAML aliases can expand to gigabytes."""
     if value is None:
         return "empty"
     text = reprlib.repr(value)

@@ -1,4 +1,4 @@
-"""Where to compute and in which type."""
+"""Device and number type of the computation."""
 
 from __future__ import annotations
 
@@ -16,30 +16,30 @@ from fastdiss_cli.config import DTYPES
 from fastdiss_cli.errors import OptionError, suggest
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3  # of <malloc.h>
-# what torch's CPU allocator, cuBLAS and cuDNN say
+# from the messages of torch's CPU allocator, cuBLAS and cuDNN
 _OUT_OF_MEMORY = (
     "can't allocate memory", "not enough memory", "out of memory", "STATUS_ALLOC_FAILED",
 )  # fmt: skip
 
 
 def keep_freed_memory() -> None:
-    """Tell glibc to keep the memory of freed tensors, instead of returning it after every use.
+    """Make glibc keep the memory of freed tensors instead of returning it to the kernel.
 
-    For a process of our own: it is a setting of the whole process, which an importing program has
-    not asked for. Without it a fifth of a small model's training on a CPU is the kernel clearing
-    fresh pages. Other C libraries go on as they are.
+    Otherwise the kernel's clearing of fresh pages takes a fifth of a small model's training time
+    on a CPU. For the commands only: the setting is process-wide, and a program that imports this
+    package has not asked for it. Other C libraries are left as they are.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):
         return
-    mallopt(_M_MMAP_THRESHOLD, 32 << 20)  # the largest value that glibc takes
+    mallopt(_M_MMAP_THRESHOLD, 32 << 20)  # the largest value that glibc accepts
     mallopt(_M_TRIM_THRESHOLD, 1 << 30)
     mallopt(_M_TOP_PAD, 64 << 20)
 
 
 def pick_device(name: str | torch.device) -> torch.device:
-    """Return the device of a ``--device`` value; ``auto`` is a GPU where there is one.
+    """Return the device for a ``--device`` value; ``auto`` is a GPU if there is one.
 
     Raises:
         OptionError: no such device.
@@ -51,9 +51,9 @@ def pick_device(name: str | torch.device) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         device = None
-    # asked for, not tried out: that would take memory of a GPU that another process has
-    there = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    is_gpu = device is not None and device.type == "cuda" and (device.index or 0) < there
+    # counted, not tried out: that would take memory on a GPU that another process may be using
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    is_gpu = device is not None and device.type == "cuda" and (device.index or 0) < count
     if name != "cpu" and not is_gpu:
         others = "cpu, cuda or auto" if torch.cuda.is_available() else "cpu or auto"
         raise OptionError("device", f"{name}: no such device here; use {others}")
@@ -61,7 +61,7 @@ def pick_device(name: str | torch.device) -> torch.device:
 
 
 def pick_dtype(name: str | torch.dtype, device: torch.device) -> torch.dtype:
-    """Return the autocast type of ``--dtype``; ``auto`` is bfloat16 on GPUs that have it.
+    """Return the type for a ``--dtype`` value; ``auto`` is bfloat16 on GPUs that support it.
 
     Raises:
         OptionError: no such type.
@@ -71,13 +71,13 @@ def pick_dtype(name: str | torch.dtype, device: torch.device) -> torch.dtype:
         known = ", ".join(DTYPES)
         raise OptionError("dtype", f"must be one of {known}, not {name!r}{suggest(name, DTYPES)}")
     if name == "auto":
-        has_it = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        name = "bfloat16" if has_it else "float32"
+        has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        name = "bfloat16" if has_bf16 else "float32"
     return getattr(torch, name)
 
 
 def machine(device: torch.device) -> str:
-    """Name what computes, for a report: the processor or the GPU, threads, torch."""
+    """Describe the machine for a report: CPU and threads or GPU, and the version of torch."""
     if device.type == "cuda":
         return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
     cpuinfo = Path("/proc/cpuinfo")
@@ -88,10 +88,10 @@ def machine(device: torch.device) -> str:
 
 @contextmanager
 def autocast(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
-    """Open the context in which a model computes in ``dtype``.
+    """Enter the context in which a model computes in ``dtype``.
 
-    On a GPU attention goes without cuDNN, which makes a plan for every shape that a batch has and
-    takes up to half a second for it.
+    On a GPU it disables cuDNN attention, which spends up to half a second on a plan for every new
+    batch shape.
     """
     with ExitStack() as stack:
         if device.type == "cuda":
@@ -103,10 +103,10 @@ def autocast(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
 
 
 class _WithoutCudnn:
-    """Attention without cuDNN while any thread is inside.
+    """Disable cuDNN attention while any thread is inside.
 
-    The flag is one for the whole process, whatever thread sets it: the first to come notes what it
-    was, and the last to leave restores that.
+    The flag is process-wide: the first thread to enter saves its value, and the last one to leave
+    restores it.
     """
 
     def __init__(self) -> None:
@@ -130,8 +130,8 @@ _without_cudnn = _WithoutCudnn()
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Tell whether an exception means that memory ran out, on a GPU or off it."""
+    """Return whether an exception means that memory ran out, on a GPU or a CPU."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
-    said = str(error)
-    return isinstance(error, RuntimeError) and any(sign in said for sign in _OUT_OF_MEMORY)
+    message = str(error)
+    return isinstance(error, RuntimeError) and any(part in message for part in _OUT_OF_MEMORY)

@@ -1,4 +1,4 @@
-"""Several processes under torchrun: who am I, what is common to all, and how they fail together."""
+"""Processes under torchrun: ranks, collectives, and failures that all ranks share."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ from fastdiss_cli.signals import Stop, elected
 
 
 class CommonError(FastdissError):
-    """A failure of one rank that every rank raises; the first one tells it."""
+    """A failure of one rank that every rank raises and rank 0 reports."""
 
 
 class Attempt:
-    """Work of one rank, whose failure is held back until all ranks can hear of it.
+    """Work of one rank whose failure is held back until all ranks can learn of it.
 
     Attributes:
-        what: what is being done, with its size.
-        remedy: what to do where memory runs out.
-        failure: the message, once it has failed.
+        what: the work and its size, for the message.
+        remedy: what to do if memory runs out.
+        failure: the message, once the work has failed.
 
     Args:
-        alone: raise it at once. The other ranks are inside collectives that this rank will never
-            join, so that they cannot be told; they notice when it exits.
+        alone: raise a failure at once. The other ranks are inside collectives that this rank will
+            never join, so they cannot be informed; they notice when it exits.
     """
 
     def __init__(self, what: str, remedy: str, where: str = "", alone: bool = False) -> None:
@@ -52,7 +52,7 @@ class Attempt:
         error: BaseException | None,
         _: TracebackType | None,
     ) -> bool:
-        # nothing, or somebody wants to leave, or who reads the output has left
+        # no failure, a request to exit, or a reader of the output that is gone
         if not isinstance(error, Exception) or isinstance(error, BrokenPipeError):
             return False
         if isinstance(error, FastdissError):
@@ -71,15 +71,15 @@ class Attempt:
 
 
 class Processes:
-    """The process group; with one process every call is the identity.
+    """The process group; with one process every collective is the identity.
 
-    Under torchrun (which sets RANK, WORLD_SIZE and LOCAL_RANK) the group is made on entry: nccl
-    on GPUs, gloo on CPUs. Ranks other than 0 are quiet.
+    Under torchrun (which sets RANK, WORLD_SIZE and LOCAL_RANK) the group is created on entry: nccl
+    on GPUs, gloo on CPUs. Ranks other than 0 log nothing.
 
     Args:
-        device: where to compute; of several GPUs each rank takes its own.
-        patience: how long ranks wait for one that lives and says nothing; None: torch's default,
-            10 or 30 minutes.
+        device: where to compute; if there are several GPUs, each rank uses its own.
+        patience: how long collectives wait for a live but unresponsive rank; None: torch's
+            default, 10 or 30 minutes.
     """
 
     def __init__(self, device: torch.device, patience: timedelta | None = None) -> None:
@@ -88,23 +88,23 @@ class Processes:
         self.world_size = _from_environment("WORLD_SIZE", 1)
         if self.rank >= self.world_size:
             raise FastdissError(
-                f"RANK is {self.rank} and WORLD_SIZE {self.world_size}: start the processes with "
-                "torchrun, or unset both"
+                f"RANK is {self.rank} but WORLD_SIZE is {self.world_size}: start the processes "
+                "with torchrun, or unset both"
             )
         self.device = device
         if device.type == "cuda" and self.world_size > 1:
             local, count = _from_environment("LOCAL_RANK", 0), torch.cuda.device_count()
             if local >= count:
                 raise FastdissError(
-                    f"local rank {local}: this machine has {count} GPU(s), and each takes one "
-                    f"process; give torchrun --nproc-per-node {count}"
+                    f"local rank {local}: this machine has {count} GPU(s), for one process each; "
+                    f"start torchrun with --nproc-per-node {count}"
                 )
             self.device = torch.device("cuda", local)
             torch.cuda.set_device(self.device)
 
     def __enter__(self) -> Processes:
         if self.world_size > 1:
-            with self.naming_the_lost():
+            with self.reporting_lost_peers():
                 try:
                     on_gpu = self.device.type == "cuda"
                     dist.init_process_group(
@@ -114,7 +114,7 @@ class Processes:
                     )
                 except ValueError as error:
                     raise FastdissError(
-                        f"WORLD_SIZE is {self.world_size}, but the processes cannot meet "
+                        f"WORLD_SIZE is {self.world_size}, but the processes cannot connect "
                         f"({' '.join(str(error).split())}): start them with torchrun, or unset it"
                     ) from None
             if self.rank:
@@ -128,36 +128,36 @@ class Processes:
         if self.world_size == 1:
             return
         if error is not None and not common:
-            # who leaves alone does not wait for the others, who notice by themselves; nor does it
-            # end torch's threads, one of which may abort the interpreter for want of a partner
+            # a rank that fails alone does not wait for the others, which notice by themselves, and
+            # skips torch's shutdown, in which a thread without its peer may abort the interpreter
             code = 130 if isinstance(error, KeyboardInterrupt) else getattr(error, "code", 1)
             atexit.register(_leave, code)
             return
         if common and self.rank == 0:
             logs.error(str(error))
-        self.barrier()  # torchrun ends the others as soon as one rank has left
+        self.barrier()  # torchrun kills the others as soon as one rank has exited
         dist.destroy_process_group()
         if common:
             raise SystemExit(1)
 
     def sum(self, values: list[float]) -> list[float]:
-        """Add up numbers over all ranks."""
+        """Return the element-wise sum of the values over all ranks."""
         if self.world_size == 1:
             return values
         total = torch.tensor(values, dtype=torch.float64, device=self.device)
-        with self.naming_the_lost():
+        with self.reporting_lost_peers():
             dist.all_reduce(total)
         return total.tolist()
 
     def sum_gradients(self, parameters: Iterable[Tensor], failed: bool) -> float:
-        """Add up gradients over all ranks, in one message; a missing gradient counts as 0.
+        """Sum gradients over all ranks in one all-reduce; a missing gradient counts as 0.
 
         Args:
-            parameters: whose gradients are replaced by the sum.
-            failed: whether this rank has none; it travels in the same message.
+            parameters: their gradients are replaced by the sum.
+            failed: whether this rank failed to compute its own; sent in the same all-reduce.
 
         Returns:
-            On how many ranks it failed.
+            The number of ranks that failed.
         """
         if self.world_size == 1:
             return float(failed)
@@ -167,7 +167,7 @@ class Processes:
                 p.grad = torch.zeros_like(p)
             grads.append(p.grad)
         flat = torch.cat([*(grad.flatten() for grad in grads), grads[0].new_tensor([failed])])
-        with self.naming_the_lost():
+        with self.reporting_lost_peers():
             dist.all_reduce(flat)
         *summed, failures = flat.split([*(grad.numel() for grad in grads), 1])
         for grad, total in zip(grads, summed, strict=True):
@@ -179,14 +179,14 @@ class Processes:
         if self.world_size == 1:
             return items
         parts: list[Any] = [None] * self.world_size
-        with self.naming_the_lost():
+        with self.reporting_lost_peers():
             dist.all_gather_object(parts, items)
         return [item for part in parts for item in part]
 
     def barrier(self) -> None:
-        """Wait until all ranks are here."""
+        """Wait for all ranks."""
         if self.world_size > 1:
-            with self.naming_the_lost():
+            with self.reporting_lost_peers():
                 dist.barrier()
 
     def attempt(
@@ -195,37 +195,37 @@ class Processes:
         """Return an `Attempt` of this rank."""
         return Attempt(what, remedy, f"rank {self.rank}: " if self.world_size > 1 else "", alone)
 
-    def agree(self, tried: Attempt, stop: Stop) -> int:
-        """Learn what the ranks have met since they last met, all at the same place.
+    def agree(self, attempt: Attempt, stop: Stop) -> int:
+        """Exchange failures and signals; all ranks must call this at the same point.
 
         Returns:
-            The signal that any of them has received, or 0.
+            The signal that any rank received, or 0.
 
         Raises:
-            CommonError: the work of any of them has failed.
+            CommonError: the attempt of any rank failed.
         """
-        *votes, failed = self.sum([*stop.votes, float(tried.failure is not None)])
-        self.fail_together(tried, failed)
+        *votes, failed = self.sum([*stop.votes, float(attempt.failure is not None)])
+        self.fail_together(attempt, failed)
         return elected(votes)
 
-    def fail_together(self, tried: Attempt, failed: float) -> None:
-        """Raise on all ranks the failure of the first rank that has one, if any has."""
+    def fail_together(self, attempt: Attempt, failed: float) -> None:
+        """Raise the failure of the lowest failed rank on all ranks, if ``failed`` is not 0."""
         if failed:
-            raise CommonError(self.gather([tried.failure] if tried.failure else [])[0])
+            raise CommonError(self.gather([attempt.failure] if attempt.failure else [])[0])
 
     @contextmanager
-    def naming_the_lost(self) -> Iterator[None]:
-        """Tell in one line that another process is gone, whatever the transport says of it."""
+    def reporting_lost_peers(self) -> Iterator[None]:
+        """Report in one line that another process is gone, whatever the transport's message."""
         try:
             yield
         except RuntimeError as error:
-            if out_of_memory(error) or "CUDA error" in str(error):  # of this rank, told late
+            if out_of_memory(error) or "CUDA error" in str(error):  # this rank's own, raised late
                 raise
             raise FastdissError(f"rank {self.rank} of {self.world_size}: {_gone(error)}") from None
 
 
 def _from_environment(name: str, default: int) -> int:
-    """Return what torchrun has set, or the default where it has not."""
+    """Return a variable that torchrun sets, or the default if it is not set."""
     value = os.environ.get(name, str(default))
     if not value.isdecimal():
         raise FastdissError(f"{name} is {value!r}, not a number: use torchrun, or unset it")
@@ -233,16 +233,16 @@ def _from_environment(name: str, default: int) -> int:
 
 
 def _gone(error: BaseException) -> str:
-    # without the place in torch's sources before it and the advice behind it
+    # strip torch's source location before the reason and its advice after it
     reason = re.sub(r"^\[[^]]*] *", "", str(error).strip()).split("\n")[0].split(". ")[0]
     return (
-        f"another process has ended or cannot be reached ({reason}); see what it said, then give "
+        f"another process has ended or cannot be reached ({reason}); see its output, then run "
         "the same command again"
     )
 
 
 def _leave(code: int) -> None:
-    """End this process at once, all that it has said written out."""
+    """Exit at once, after flushing stdout and stderr."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

@@ -1,4 +1,4 @@
-"""The exceptions that mean: the user can mend this."""
+"""Exceptions for failures that the user can fix."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from pathlib import Path
 
 
 class FastdissError(Exception):
-    """An expected failure, told to the user in one line: what, where, and how to mend it."""
+    """An expected failure, reported to the user in one line: what, where and how to fix it."""
 
-    def __str__(self) -> str:  # what it quotes, such as the name of a file, may hold line breaks
+    def __str__(self) -> str:  # quoted text, such as a file name, may contain line breaks
         return " ".join(super().__str__().splitlines())
 
 
 class OptionError(FastdissError):
-    """An option that cannot have its value; a command says by which of its flags it was given.
+    """An option with an invalid value; commands report the flag that it was given by.
 
     Attributes:
-        option: its name, after its section and a dot where it has one.
-        reason: what its value must be.
+        option: the option's name, with ``section.`` in front if it has a section.
+        reason: the rest of the message, such as ``must be at least 1, not 0``.
     """
 
     def __init__(self, option: str, reason: str) -> None:
         super().__init__(f"{option} {reason}")
         self.option, self.reason = option, reason
 
-    def __reduce__(self) -> tuple[type[OptionError], tuple[str, str]]:  # between processes
+    def __reduce__(self) -> tuple[type[OptionError], tuple[str, str]]:  # pickled between processes
         return type(self), (self.option, self.reason)
 
 
@@ -39,9 +39,9 @@ def suggest(name: str, known: Iterable[str]) -> str:
 
 
 def describe_bug(error: BaseException) -> str:
-    """Say in one line what was raised and where, in code that may be a user's own.
+    """Describe an unexpected exception in one line: what was raised, and where outside torch.
 
-    With FASTDISS_TRACEBACK in the environment, the whole stack is printed before.
+    If FASTDISS_TRACEBACK is set in the environment, print the full traceback first.
     """
     if os.environ.get("FASTDISS_TRACEBACK"):
         traceback.print_exception(error)

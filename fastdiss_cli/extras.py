@@ -1,4 +1,4 @@
-"""Packages that only some commands need: the extras of the installation."""
+"""Optional packages, which only some commands need."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from fastdiss_cli.errors import FastdissError
 
 
 def load_extra(module: str, extra: str, what: str) -> ModuleType:
-    """Import a package that is no requirement.
+    """Import an optional package.
 
     Args:
-        module: what to import.
-        extra: the extra of this package that brings it.
-        what: what needs it, for the message.
+        module: the module to import.
+        extra: the extra of fastdiss that installs it.
+        what: the feature that needs it, for the message.
 
     Raises:
-        FastdissError: it is not installed, or something that it needs is not.
+        FastdissError: it or one of its dependencies is not installed.
     """
     try:
         return importlib.import_module(module)
@@ -25,5 +25,5 @@ def load_extra(module: str, extra: str, what: str) -> ModuleType:
         raise FastdissError(
             f"{what} needs {error.name or module}: pip install 'fastdiss[{extra}]'"
         ) from None
-    except ValueError as error:  # as of MPLBACKEND with an unknown name
+    except ValueError as error:  # e.g. an unknown MPLBACKEND
         raise FastdissError(f"{what}: {' '.join(str(error).split())}") from None

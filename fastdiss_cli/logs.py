@@ -1,4 +1,4 @@
-"""What the commands say on stderr: messages, progress bars in a terminal, plain lines elsewhere."""
+"""Messages and progress on stderr: progress bars in a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:  # `--help` and `score` have nothing to say, and need not wait for rich
+if TYPE_CHECKING:  # `--help` and `score` usually log nothing, and should not wait for rich
     from rich.console import Console
     from rich.progress import Progress
     from rich.text import Text
@@ -20,42 +20,42 @@ _quiet = False
 
 
 def quiet() -> None:
-    """Say nothing but errors: for all processes of a distributed run but the first."""
+    """Log errors only: for all ranks of a distributed run but the first."""
     global _quiet
     _quiet = True
 
 
-def speaks_for_all() -> bool:
-    """Tell whether, of processes that read one command line, this is the one to tell of it."""
+def is_main_process() -> bool:
+    """Return whether this process reports what concerns all processes of one command line."""
     return os.environ.get("RANK", "0") == "0" or "WORLD_SIZE" not in os.environ
 
 
 def info(message: str | Text) -> None:
-    """Say one line."""
+    """Log one line."""
     if not _quiet:
-        _say(message)
+        _print(message)
 
 
 def warn(message: str) -> None:
-    """Say one line that the user should look at."""
+    """Log a warning, in one line."""
     if not _quiet:
-        _say(f"warning: {message}", "yellow")
+        _print(f"warning: {message}", "yellow")
 
 
 def counted(count: int, noun: str) -> str:
-    """Return a count with its noun, as ``1 sentence`` and ``2,000 sentences``."""
+    """Return a count with its noun, such as ``1 sentence`` or ``2,000 sentences``."""
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 def error(message: str) -> None:
-    """Say why the command fails."""
-    _say(f"fastdiss: error: {message}", "bold red")
+    """Log why the command fails."""
+    _print(f"fastdiss: error: {message}", "bold red")
 
 
-def _say(message: str | Text, style: str | None = None) -> None:
-    """Print to stderr; if nothing can be, because a disk is full or a pipe closed, go on without.
+def _print(message: str | Text, style: str | None = None) -> None:
+    """Print to stderr; if that fails (full disk, closed pipe), discard all further messages.
 
-    Hours of training are worth more than a line about them.
+    Hours of training are worth more than a log line.
     """
     try:
         _console().print(message, style=style, markup=False)
@@ -64,7 +64,7 @@ def _say(message: str | Text, style: str | None = None) -> None:
 
 
 class Bar:
-    """A running progress report; `advance` it and tell it the figures to show."""
+    """A running progress report, updated by `advance`."""
 
     def __init__(
         self,
@@ -76,7 +76,7 @@ class Bar:
     ) -> None:
         self.what, self.total, self.done, self._bar = what, total, done, bar
         self._hidden = hidden
-        self._started = self._said = time.monotonic()
+        self._started = self._reported = time.monotonic()
         self._first: tuple[float, int] | None = None  # when the first items were done, and how many
         if bar is not None:
             self._task = bar.add_task(
@@ -86,18 +86,18 @@ class Bar:
     def advance(self, count: int = 1, **figures: Any) -> None:
         """Count items as done and show the figures, such as ``loss="2.1"``."""
         self.done += count
-        if self._first is None and count:  # what comes before them is no part of their rate
+        if self._first is None and count:  # the rate excludes start-up
             self._first = time.monotonic(), self.done
         text = "  ".join(f"{name} {value}" for name, value in figures.items())
         if self._bar is not None:
             shown = {"figures": text} if figures else {}
             self._bar.update(self._task, completed=self.done, count=self._count(), **shown)
-        elif not self._hidden and time.monotonic() - self._said >= PLAIN_EVERY:
-            self._said = time.monotonic()
+        elif not self._hidden and time.monotonic() - self._reported >= PLAIN_EVERY:
+            self._reported = time.monotonic()
             info(f"{self.what} {self._progress()}  {text}".rstrip())
 
     def expect(self, total: int) -> None:
-        """Take another number of items for the end."""
+        """Change the expected number of items."""
         self.total = total
         if self._bar is not None:
             self._bar.update(self._task, total=total, count=self._count())
@@ -120,13 +120,13 @@ class Bar:
 def progress(
     what: str, total: int | None = None, done: int = 0, hidden: bool = False
 ) -> Iterator[Bar]:
-    """Report the progress of a piece of work; messages may be said meanwhile.
+    """Report the progress of some work; other messages may be logged meanwhile.
 
     Args:
         what: the work, in a word.
-        total: how many items it has, if that is known.
-        done: how many are done already.
-        hidden: say nothing, because the results themselves pass through the terminal.
+        total: the number of items, if known.
+        done: how many of them are done already.
+        hidden: show nothing, because the results themselves go to the terminal.
     """
     if _quiet or hidden or not _console().is_terminal or _console().is_dumb_terminal:
         yield Bar(what, total, done, None, hidden)
@@ -141,7 +141,7 @@ def progress(
     )
     from rich.table import Column
 
-    def whole() -> Column:  # in a narrow terminal the figures are cut, not the times
+    def whole() -> Column:  # in a narrow terminal, cut the figures rather than the times
         return Column(no_wrap=True, min_width=7)
 
     columns = (
@@ -163,7 +163,7 @@ def _console() -> Console:
     from rich.console import Console
 
     class Stderr(Console):
-        def on_broken_pipe(self) -> None:  # rich would end the process
+        def on_broken_pipe(self) -> None:  # rich would exit
             raise BrokenPipeError
 
     return Stderr(stderr=True, highlight=False, soft_wrap=True, emoji=False)
@@ -176,27 +176,27 @@ def _clock(seconds: float) -> str:
 
 
 def stdout_is_terminal() -> bool:
-    """Tell whether stdout, where the data goes, is a terminal."""
+    """Return whether stdout, where the results go, is a terminal."""
     return sys.stdout.isatty()
 
 
 def stdin_is_terminal() -> bool:
-    """Tell whether nothing comes from stdin unless somebody types it."""
+    """Return whether stdin is a terminal, so that somebody has to type the input."""
     return sys.stdin.isatty()
 
 
 def stdout_is_seen() -> bool:
-    """Tell whether who reads stderr reads stdout, too: a terminal, or one file for both."""
+    """Return whether whoever reads stderr also sees stdout: on a terminal, or in the same file."""
     if stdout_is_terminal():
         return True
     try:
         return os.path.sameopenfile(sys.stdout.fileno(), sys.stderr.fileno())
-    except (OSError, ValueError):  # no file behind one of them
+    except (OSError, ValueError):  # one of them is not a file
         return False
 
 
 def wants_colour() -> bool:
-    """Tell whether stdout may be coloured: a terminal that has colours, and no ``NO_COLOR`` set."""
+    """Return whether to colour stdout: it is a terminal with colours, and ``NO_COLOR`` is unset."""
     return (
         stdout_is_terminal() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
     )

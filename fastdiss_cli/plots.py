@@ -1,7 +1,7 @@
-"""Pictures: quality against steps and speed, and the curves of training.
+"""Plots: quality against steps and speed, and training curves.
 
-They are drawn on white, so that they read on dark pages too; curves differ in colour (the palette
-of Okabe and Ito, for every kind of colour vision), in marker and in dash, for paper without colour.
+They have a white background, to be readable on dark pages too. Curves differ in colour (the palette
+of Okabe and Ito, for every kind of colour vision), marker and dash pattern (for greyscale print).
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from fastdiss_cli.decoding.report import Figures
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-MARKERS = "os^DvPX*"  # one more than colours, so that no pair comes twice soon
-LONGEST_LABEL = 60  # letters
+MARKERS = "os^DvPX*"  # one more than colours, so that combinations repeat late
+LONGEST_LABEL = 60  # characters
 DASHES = ("-", "--", "-.", (0, (3, 1, 1, 1, 1, 1)))
 TITLES = {
     "bleu": "validation BLEU",
@@ -51,27 +51,28 @@ class Point:
 
 @dataclass
 class Curves:
-    """The figures of a training: the lines of its ``metrics.jsonl``."""
+    """The figures of a training run: the lines of its ``metrics.jsonl``."""
 
     path: Path
     rows: list[dict[str, Any]]
 
     def of(self, key: str, split: str) -> tuple[list[float], list[float]]:
-        """Return updates and values of one figure, without those that were not finite."""
+        """Return the updates and values of one figure, without non-finite values."""
         rows = [row for row in self.rows if row["split"] == split and row.get(key) is not None]
         return [row["update"] for row in rows], [row[key] for row in rows]
 
 
 def plot_quality(path: Path, points: Sequence[Point], quality: str) -> None:
-    """Draw quality against steps, and beside it against speed.
+    """Plot quality against steps and, beside it, against speed.
 
-    Files of one folder and architecture that differ only in steps are one curve. A model without
-    steps, such as the autoregressive reference, is a level line on the left, a point on the right.
+    Files of one folder and architecture that differ only in steps form one curve. A model without
+    steps, such as the autoregressive baseline, is a horizontal line on the left and a point on the
+    right.
 
     Args:
-        path: the picture to write.
+        path: the image to write.
         points: at least one.
-        quality: what the vertical axis shows.
+        quality: the label of the vertical axis.
     """
     groups = _groups(points)
     figure = _figure(9, 4.2)
@@ -82,7 +83,7 @@ def plot_quality(path: Path, points: Sequence[Point], quality: str) -> None:
         steps = [_steps_taken(p.figures) for p in group]
         if None in steps:
             for score in scores:
-                left.axhline(score, **style, clip_on=False)  # its markers are at its ends
+                left.axhline(score, **style, clip_on=False)  # markers at both ends
             right.plot(speeds, scores, **{**style, "linestyle": "", "markersize": 8})
             continue
         left.plot(steps, scores, **style)
@@ -100,24 +101,24 @@ def plot_quality(path: Path, points: Sequence[Point], quality: str) -> None:
         left.set_xscale("log")
         left.set_xticks(ticks, labels=map(str, ticks))
         left.minorticks_off()
-    else:  # level lines only
+    else:  # horizontal lines only
         left.set_xticks([])
     right.set(xscale="log", xlabel="sentences/s (log scale; numbers are steps)")
-    for axes in (left, right):  # which share the vertical axis
+    for axes in (left, right):  # they share the vertical axis
         axes.margins(y=0.12)  # room for the numbers
     _plain_ticks(right)
     _save(figure, path)
 
 
 def plot_training(path: Path, runs: Sequence[Curves]) -> None:
-    """Draw every figure of ``metrics.jsonl`` against updates, a panel each.
+    """Plot every figure of ``metrics.jsonl`` against updates, one panel each.
 
     Args:
-        path: the picture to write.
+        path: the image to write.
         runs: at least one.
 
     Raises:
-        FastdissError: there is nothing to draw.
+        FastdissError: there is nothing to plot.
     """
     labels = _distinct_ends([run.path.parent for run in runs])
     if len(set(labels)) < len(labels):
@@ -125,7 +126,7 @@ def plot_training(path: Path, runs: Sequence[Curves]) -> None:
     keys = dict.fromkeys(key for run in runs for row in run.rows for key in row)
     drawn = [key for key in keys if key not in NO_CURVE and _is_drawn(key, runs)]
     if not drawn:
-        raise FastdissError(f"{runs[0].path} has no figures to draw yet")
+        raise FastdissError(f"{runs[0].path} has no figures to plot yet")
     columns = min(len(drawn), 4)
     figure = _figure(3.2 * columns, 2.6 * math.ceil(len(drawn) / columns) + 0.6)
     panels = figure.subplots(math.ceil(len(drawn) / columns), columns, sharex=True, squeeze=False)
@@ -134,7 +135,7 @@ def plot_training(path: Path, runs: Sequence[Curves]) -> None:
             style = _style(number)
             both = [*run.of(key, "train"), *run.of(key, "valid")]
             axes.plot(*both[:2], color=style["color"], linewidth=1, linestyle=":")
-            # validations are few: markers show them, and a single one
+            # markers, because validations are few, perhaps a single one
             axes.plot(*both[2:], **style, label=_as_text(label))
         values = _values(key, runs)
         if key not in LINEAR and min(values) > 0 and max(values) > 5 * min(values):
@@ -152,23 +153,23 @@ def plot_training(path: Path, runs: Sequence[Curves]) -> None:
 
 
 def _steps_taken(figures: Figures) -> float | None:
-    """Return the steps of a run, the mean over sentences where some are stopped early."""
+    """Return the steps of a run: the mean over sentences if they may stop early."""
     return figures.nfe if figures.stops_early else figures.steps
 
 
 def _is_drawn(key: str, runs: Sequence[Curves]) -> bool:
-    """Tell whether a figure has numbers, and not only zeros, such as updates that were skipped."""
+    """Return whether a figure is numeric and not all zeros, as skipped updates usually are."""
     values = _values(key, runs)
     return all(isinstance(value, int | float) for value in values) and any(values)
 
 
 def _values(key: str, runs: Sequence[Curves]) -> list[Any]:
-    """Return all values of one figure, without those that were not finite."""
+    """Return all finite values of one figure."""
     return [value for run in runs for row in run.rows if (value := row.get(key)) is not None]
 
 
 def _groups(points: Sequence[Point]) -> dict[str, list[Point]]:
-    """Return the points of each curve, by its label, in the order of steps."""
+    """Return the points of each curve by its label, sorted by steps."""
     groups: dict[tuple, list[Point]] = {}
     for point in points:
         options = [f"{k}={v}" for k, v in point.figures.options.items() if k != "steps"]
@@ -182,18 +183,18 @@ def _groups(points: Sequence[Point]) -> dict[str, list[Point]]:
         for arch, key in zip(archs, keys, strict=True)
     ]
     folders = _distinct_ends([key[0] for key in keys])
-    everything = [f"{folder}: {said}" for folder, said in zip(folders, options, strict=True)]
-    # the folders first, which the files were named by; that of a single curve tells nothing
-    ways = (archs, options, folders) if len(keys) == 1 else (folders, archs, options)
-    several = [found for found in ways if len(set(found)) == len(keys)]
-    short = [found for found in several if max(map(len, found)) <= LONGEST_LABEL]
-    labels = next(iter(short + several), everything)
+    everything = [f"{folder}: {option}" for folder, option in zip(folders, options, strict=True)]
+    # prefer folders, which the user named; that of a single curve is uninformative
+    schemes = (archs, options, folders) if len(keys) == 1 else (folders, archs, options)
+    distinct = [scheme for scheme in schemes if len(set(scheme)) == len(keys)]
+    short = [scheme for scheme in distinct if max(map(len, scheme)) <= LONGEST_LABEL]
+    labels = next(iter(short + distinct), everything)
     named = zip(labels, groups.values(), strict=True)
     return {label: sorted(group, key=lambda p: p.figures.steps or 0) for label, group in named}
 
 
 def _distinct_ends(folders: Sequence[Path]) -> list[str]:
-    """Return folders without what all of them begin and end with."""
+    """Return the folders without their common beginning and end."""
     parts = [list(folder.absolute().parts) for folder in folders]
     if len(set(map(tuple, parts))) == 1:
         return [folders[0].absolute().name] * len(folders)
@@ -205,7 +206,7 @@ def _distinct_ends(folders: Sequence[Path]) -> list[str]:
 
 
 def _as_text(label: str) -> str:
-    """Return a label that matplotlib shows as it is: it hides _names and sets $formulas$."""
+    """Escape a label for matplotlib, which hides _names and typesets $formulas$."""
     label = label.replace("$", r"\$")
     return f" {label}" if label.startswith("_") else label
 
@@ -220,7 +221,7 @@ def _style(number: int) -> dict[str, Any]:
 
 
 def _plain_ticks(axes: Axes, vertical: bool = False) -> None:
-    """Label 1, 2, 5, 10, ... of a logarithmic axis as numbers."""
+    """Label a logarithmic axis with plain numbers at 1, 2, 5, 10, ..."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     axis = axes.yaxis if vertical else axes.xaxis
@@ -236,7 +237,7 @@ def _figure(width: float, height: float) -> Figure:
 
 
 def _save(figure: Figure, path: Path) -> None:
-    """Write a figure whose panels share one legend; the same figure gives the same bytes.
+    """Write a figure with one legend for all panels; equal figures give equal bytes.
 
     Raises:
         FastdissError: the file cannot be written.
@@ -247,16 +248,16 @@ def _save(figure: Figure, path: Path) -> None:
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
     handles, labels = figure.axes[0].get_legend_handles_labels()
-    width = 11 * figure.get_figwidth()  # in letters, about
+    width = 11 * figure.get_figwidth()  # in characters, approximately
     columns = max(1, min(len(labels), 3, int(width / (max(map(len, labels)) + 6))))
     figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
     undated = {"Date": None} if path.suffix == ".svg" else {"CreationDate": None}
     metadata = {} if path.suffix == ".png" else undated
-    picture, form = io.BytesIO(), path.suffix.removeprefix(".")
+    image, format = io.BytesIO(), path.suffix.removeprefix(".")
     with matplotlib.rc_context({"svg.hashsalt": "fastdiss", "svg.fonttype": "none"}):
-        figure.savefig(picture, format=form, facecolor="white", dpi=150, metadata=metadata)
+        figure.savefig(image, format=format, facecolor="white", dpi=150, metadata=metadata)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, picture.getvalue())
+        write_whole(path, image.getvalue())
     except OSError as error:
         raise FastdissError(f"{path}: cannot write: {error.strerror}") from None

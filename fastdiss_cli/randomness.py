@@ -1,9 +1,9 @@
-"""Counter-based randomness: every draw is a function of what it is for, never of what ran before.
+"""Counter-based randomness: every draw is a function of its purpose, never of earlier draws.
 
 Training re-seeds torch before each micro-step from (seed, purpose, update, rank, micro-step), so
-a resumed run needs no generator state. Decoding computes its noise from (seed, tokens of the
-source, candidate, step, position), so a hypothesis depends neither on its batch nor on its
-neighbours, nor on its place in the text.
+a resumed run needs no generator state. Decoding computes its noise from (seed, source tokens,
+candidate, step, position), so a hypothesis depends neither on its batch, nor on its neighbours,
+nor on its position in the corpus.
 """
 # K draws, N rows (candidates), T target length, D latent
 
@@ -36,7 +36,7 @@ def draw_keys(seed: int, draws: int) -> Tensor:
 
 
 def round_keys(key: Tensor) -> Tensor:
-    """Return what the 10 rounds of Philox take, int64 [10, 2, ...], from a key [2, ...]."""
+    """Return the round keys of Philox's 10 rounds, int64 [10, 2, ...], for a key [2, ...]."""
     steps = torch.tensor([0x9E3779B9, 0xBB67AE85]) * torch.arange(10)[:, None]
     return (key + steps.reshape(10, 2, *[1] * (key.dim() - 1))) & _MASK
 
@@ -46,7 +46,7 @@ def philox(keys: Tensor, counter: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
     Args:
         keys: int64 [10, 2, ...], see `round_keys`; broadcastable to the counter.
-        counter: four int64 tensors holding 32-bit words, of one broadcastable shape.
+        counter: four int64 tensors holding 32-bit words, broadcastable to one shape.
 
     Returns:
         Four int64 tensors of independent uniform 32-bit words.
@@ -55,8 +55,8 @@ def philox(keys: Tensor, counter: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """
     c0, c1, c2, c3 = counter
     for k0, k1 in keys:
-        # the products wrap in int64, which leaves both 32-bit halves of their bits intact; c1 and
-        # c3 keep the upper half until they are part of c0 and c2
+        # the products wrap in int64, which keeps all 64 bits; c1 and c3 are masked only where
+        # they enter c0 and c2, or at the end
         product0, product1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
         c0 = ((product1 >> 32) ^ c1 ^ k0) & _MASK
         c2 = ((product0 >> 32) ^ c3 ^ k1) & _MASK
@@ -70,9 +70,9 @@ def counter_normal(
     """Draw standard normal noise for candidates that is independent of batch and padding.
 
     Args:
-        keys: int64 [10, 2, K], of the draws wanted: see `draw_keys`.
-        sentences: int64 [N], the seed of the sentence that each row belongs to.
-        candidates: int64 [N], the number of the candidate's noise within its sentence.
+        keys: int64 [10, 2, K], the keys of the draws; see `draw_keys`.
+        sentences: int64 [N], the seed of each row's sentence.
+        candidates: int64 [N], the number of each row's noise within its sentence.
         length, dim: T and D; the value at a position does not depend on T.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Signals: the first asks to stop at the next good place, a second one stops at once."""
+"""Signals: the first one stops at the next safe point, a second one at once."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import Any
 
 from fastdiss_cli import logs
 
-# schedulers send the last one, which not every system has
+# SIGUSR1 is sent by schedulers, and missing on some systems
 _NAMES = ("SIGINT", "SIGTERM", "SIGUSR1")
-BROKEN_PIPE = 141  # the exit code of what ends by SIGPIPE
+BROKEN_PIPE = 141  # the exit code of a process that SIGPIPE ends
 CAUGHT = tuple(getattr(signal, name) for name in _NAMES if hasattr(signal, name))
 
 
 class Stopped(Exception):
-    """A signal to any rank has stopped a piece of work between two batches.
+    """Work was stopped between two batches, by a signal to any rank.
 
     Attributes:
         signal: its number.
@@ -33,8 +33,8 @@ class Stop:
     """The signal that asked this process to stop.
 
     Attributes:
-        signal: its number; 0: none came.
-        waiting: nothing is at work but a wait for input, which the signal ends with `Stopped`.
+        signal: its number; 0: none was received.
+        waiting: true while waiting for input, when a signal raises `Stopped` at once.
     """
 
     signal: int = 0
@@ -42,22 +42,22 @@ class Stop:
 
     @property
     def votes(self) -> list[float]:
-        """A 1 at the signal received, among zeros: to be summed over the ranks."""
+        """The received signal as a one-hot vector over `CAUGHT`, to be summed over the ranks."""
         return [float(number == self.signal) for number in CAUGHT]
 
 
 def elected(votes: Sequence[float]) -> int:
-    """Return the signal that ranks have received, by their summed votes; 0 if none has."""
+    """Return the signal that any rank received, from the summed votes; 0 if none did."""
     return next((int(n) for n, count in zip(CAUGHT, votes, strict=True) if count), 0)
 
 
 @contextmanager
 def stop_on_signal(stop: Stop, what_comes: str) -> Iterator[None]:
-    """Catch the signals: the first is noted in ``stop``, a second leaves at once.
+    """Catch signals: the first is recorded in ``stop``, a second one exits at once.
 
     Args:
-        stop: asked between two batches by who works.
-        what_comes: what is said of what will happen, as in "saving after this update".
+        stop: checked between two batches.
+        what_comes: what happens next, for the log, as in "saving after this update".
     """
 
     def handle(number: int, _: Any) -> None:

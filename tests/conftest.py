@@ -1,4 +1,4 @@
-"""What several test files share: a small parallel corpus, and the command line."""
+"""Shared by the tests: a small parallel corpus, and the command line."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import torch
 
 from fastdiss_cli.__main__ import main
 
-# what holds to the last byte holds on a CPU; test_gpu.py alone sees GPUs, in processes of its own
+# bitwise results hold on a CPU only; test_gpu.py alone sees GPUs, in its own processes
 GPU_ENVIRONMENT = dict(os.environ)
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
@@ -31,7 +31,7 @@ SIZES = {"train": 200, "valid": 20, "test": 20}
 
 
 def run_cli(*args: str | Path, stdin: str = "") -> subprocess.CompletedProcess[str]:
-    """Run ``fastdiss ARGS`` within this process, which has torch already, its output captured."""
+    """Run ``fastdiss ARGS`` in this process, where torch is already imported; capture output."""
     out, err = io.StringIO(), io.StringIO()
     words = ["fastdiss", *map(str, args)]
     lines = io.TextIOWrapper(io.BytesIO(stdin.encode()), encoding="utf-8")
@@ -51,7 +51,7 @@ def run_cli(*args: str | Path, stdin: str = "") -> subprocess.CompletedProcess[s
 def run_process(
     *args: str | Path, environment: Mapping[str, str] = os.environ
 ) -> subprocess.CompletedProcess[str]:
-    """Run ``fastdiss ARGS`` in a process of its own, its output captured as text."""
+    """Run ``fastdiss ARGS`` in a new process, and capture its output as text."""
     return subprocess.run(
         [sys.executable, "-m", "fastdiss_cli", *map(str, args)],
         capture_output=True,
@@ -61,12 +61,12 @@ def run_process(
 
 
 class Ranks:
-    """``fastdiss ARGS`` in several processes, as torchrun starts them (but torch is there already).
+    """``fastdiss ARGS`` in several processes, as with torchrun (but torch is already imported).
 
     Args:
-        count: how many.
-        args: of the command line.
-        prepare: called in each rank before the command, with its number; a module's function.
+        count: the number of processes.
+        args: the command line.
+        prepare: a module-level function, called in each rank with its number before the command.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class Ranks:
             self.processes.append(process)
 
     def results(self) -> list[subprocess.CompletedProcess[str]]:
-        """Wait for all and return what each has said; one that was killed has said nothing."""
+        """Wait for all processes and return their outputs, empty if one was killed."""
         done = []
         for receiver, process in zip(self._pipes, self.processes, strict=True):
             try:
@@ -117,15 +117,15 @@ def _run_rank(rank: int, count: int, port: int, args: tuple, sender, prepare) ->
 
 
 def run_ranks(count: int, *args: str | Path, **more) -> list[subprocess.CompletedProcess[str]]:
-    """Run ``fastdiss ARGS`` in several processes and return what each has said."""
+    """Run ``fastdiss ARGS`` in several processes and return their outputs."""
     return Ranks(count, *args, **more).results()
 
 
 def one_line_error(done: subprocess.CompletedProcess[str], *parts: str, code: int = 1) -> str:
-    """Return the one line that says why a command failed, after a look for its parts.
+    """Return the single error line of a command that failed; assert that it has the given parts.
 
     Args:
-        code: the exit code that is expected; 2 is for wrong usage.
+        code: the expected exit code; 2 is for usage errors.
     """
     assert done.returncode == code, (done.returncode, done.stderr)
     assert "Traceback" not in done.stderr

@@ -1,4 +1,4 @@
-"""Small cuts of the recipes' corpora, in the formats in which the corpora are published."""
+"""Small samples of the recipes' corpora, in the formats that the corpora are published in."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TRAIN, HELD_OUT = 48, 6  # pairs
 
 
 def pairs(count: int, start: int = 0) -> list[tuple[str, str]]:
-    """Return numbers of three digits in words, German and English."""
+    """Return three-digit numbers in words, in German and English."""
     numbers = [f"{n * 7 % 1000:03}" for n in range(start, start + count)]
     languages = (GERMAN, ENGLISH)
     return [tuple(" ".join(words[int(d)] for d in n) for words in languages) for n in numbers]
@@ -171,7 +171,7 @@ ORIGINALS: dict[str, Callable[[Path], None]] = {
 
 
 def originals_of(name: str, folder: Path) -> Path:
-    """Write a small cut of a corpus as it is published."""
+    """Write a small sample of a corpus in its published format."""
     folder.mkdir()
     ORIGINALS[name](folder)
     return folder

@@ -34,7 +34,7 @@ def make_batch(sources: Sequence[Sequence[int]], targets: Sequence[Sequence[int]
 
 
 def answers(model: Seq2SeqModel, sources: list[list[int]], max_tokens: int, **options: object):
-    """Return the tokens and the score of each sentence's best answer, to be compared."""
+    """Return the tokens and the score of each sentence's best answer, for comparison."""
     limit = {"max_len_b": 12} if hasattr(model.Decoding, "beam") else {}
     run = Run(model.Decoding(**limit, **options))
     SequenceGenerator(model, by_score, max_tokens).decode(sources, [run])

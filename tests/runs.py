@@ -1,4 +1,4 @@
-"""Small trainings: how to start them, what they leave behind, and faults to put into their ranks.
+"""Small trainings: how to start them, what they leave behind, and faults to inject.
 
 The faults are for `conftest.Ranks`: functions of the rank, with their options bound by `partial`.
 """
@@ -47,7 +47,7 @@ def start(data_bin: Path, save_dir: Path, arch: str = "fastdiss_tiny", **options
 
 
 def command(data_bin: Path, save_dir: Path, arch: str = "fastdiss_tiny", **options: object):
-    """Return the command line of such a training."""
+    """Return the command line of a small training."""
     network = dict(NETWORK, **({} if arch.startswith("transformer") else {"latent_dim": 8}))
     settings = {f"model.{k}": v for k, v in network.items()}
     settings |= {f"train.{k}": v for k, v in {**OPTIONS, **options}.items()}
@@ -69,7 +69,7 @@ def metrics(save_dir: Path, without: tuple[str, ...] = ("tokens_per_second", "se
 
 
 def assert_same(one: Path, other: Path) -> None:
-    """Compare what two trainings have left, byte by byte but for timings."""
+    """Compare the results of two trainings, byte by byte except for timings."""
     a, b = newest(one), newest(other)
     assert a.progress == b.progress
     assert a.tensors.keys() == b.tensors.keys()
@@ -80,14 +80,14 @@ def assert_same(one: Path, other: Path) -> None:
 
 
 def blind(rank: int) -> None:
-    """Let a rank look for checkpoints where there are none, as in a folder that is not shared."""
+    """Make rank 1 find no checkpoints, as if the folder were not shared."""
     if rank == 1:
         loop.LAST = state.LAST = "none.safetensors"
         loop.refuse_others = lambda folder: None
 
 
 def signalled(rank: int, on: int, update: int, number: int = signal.SIGTERM) -> None:
-    """Let a rank send itself a signal in the middle of an update."""
+    """Make a rank send itself a signal in the middle of an update."""
     right, sent = loop.add_gradient, []
 
     def wrong(model, batch, at, share, dtype):
@@ -101,7 +101,7 @@ def signalled(rank: int, on: int, update: int, number: int = signal.SIGTERM) -> 
 
 
 def signalled_in_validation(rank: int, on: int, what: str, numbers: tuple[int, ...]) -> None:
-    """Let a rank send itself signals in the first batch of a validation's loss or BLEU."""
+    """Make a rank send itself signals in the first batch of a validation's loss or BLEU."""
     seen = []
 
     def spoil(right):
@@ -123,7 +123,7 @@ def signalled_in_validation(rank: int, on: int, what: str, numbers: tuple[int, .
 
 
 def failing(rank: int, on: int, update: int, how: str) -> None:
-    """Let the loss of a rank fail in an update."""
+    """Make the loss of a rank fail in an update."""
     right = loop.add_gradient
 
     def wrong(model, batch, at, share, dtype):
@@ -140,12 +140,12 @@ def failing(rank: int, on: int, update: int, how: str) -> None:
 
 
 def full_disk(rank: int, size: int) -> None:
-    """Let no file grow beyond a size."""
+    """Keep files from growing beyond a size."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
 
 def read_only(rank: int, saves: tuple[int, ...]) -> None:
-    """Let the saves of these numbers find the file system read-only."""
+    """Make the saves of these numbers find a read-only file system."""
     right, count = checkpoint.save_file, []
 
     def save_file(*given):
@@ -158,7 +158,7 @@ def read_only(rank: int, saves: tuple[int, ...]) -> None:
 
 
 def signalled_in_batch(rank: int, on: int, number: int, signals: tuple[int, ...]) -> None:
-    """Let a rank send itself signals while it decodes the n-th batch."""
+    """Make a rank send itself signals while it decodes the n-th batch."""
     right, calls = Difformer.decode, []
 
     def decode(self, *given):

@@ -1,4 +1,4 @@
-"""The ablation recipe, from trials to report, in the small."""
+"""The ablation recipe, from trials to report, on a small scale."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_trials_and_report(corpus: Path, tmp_path: Path, monkeypatch: pytest.Mon
         done = run_cli(*map(str, arguments))
         assert done.returncode == 0, done.stderr
 
-    # the same calls within this process, and fewer of them
+    # the same calls, but fewer, and in this process
     monkeypatch.setattr(trials, "fastdiss", fastdiss)
     monkeypatch.setattr(trials, "ThreadPoolExecutor", InThisThread)
     monkeypatch.setattr(trials, "ALL_STEPS", "1,2,5,20,100")
@@ -84,7 +84,7 @@ def test_trials_and_report(corpus: Path, tmp_path: Path, monkeypatch: pytest.Mon
     assert len(trained) == 2 * 3 + 4
     commands.clear()
     assert run() == (first, choices)
-    # finished trials are asked whether they are that, and not sampled again
+    # finished trials are checked for completeness, and not sampled again
     assert commands == trained
     monkeypatch.setitem(trials.VARIANTS, "difformer", trials.DIFFORMER | {"noise_factor": "3"})
     with pytest.raises(AssertionError, match=r"model.noise_factor was 4.0 and is now 3.0"):

@@ -1,4 +1,4 @@
-"""The Python API: its examples, its errors, and that it leaves the process alone."""
+"""The Python API: its examples, its errors, and that it changes no global state."""
 
 from __future__ import annotations
 
@@ -57,14 +57,14 @@ def test_the_examples_of_the_documentation_run(
     blocks = re.findall(r"```python\n(.*?)```", DOCS.read_text(encoding="utf-8"), re.DOTALL)
     assert len(blocks) == 3
     names: dict[str, object] = {}
-    said = []
+    output = []
     for block in blocks:
         exec(block, names)
-        said.append(capsys.readouterr().out.splitlines())
-    assert len(said[0]) == 2
-    assert said[1][0].startswith("1 15 chosen: ") and said[1][4].startswith("2 15 chosen: ")
-    assert re.fullmatch(r" 5 steps: BLEU \d+\.\d\d, chrF \d+\.\d\d", said[2][2])
-    assert said[2][4].startswith("BLEU|nrefs:1|")
+        output.append(capsys.readouterr().out.splitlines())
+    assert len(output[0]) == 2
+    assert output[1][0].startswith("1 15 chosen: ") and output[1][4].startswith("2 15 chosen: ")
+    assert re.fullmatch(r" 5 steps: BLEU \d+\.\d\d, chrF \d+\.\d\d", output[2][2])
+    assert output[2][4].startswith("BLEU|nrefs:1|")
 
 
 def test_the_answers_are_those_of_the_command(diffusion: Path) -> None:
@@ -72,12 +72,12 @@ def test_the_answers_are_those_of_the_command(diffusion: Path) -> None:
     done = run_cli(
         "generate", "--path", diffusion, "--input=-", *more, stdin="\n".join(SENTENCES) + "\n"
     )
-    said = [line.split("\t")[2] for line in done.stdout.splitlines() if line.startswith("D-")]
+    output = [line.split("\t")[2] for line in done.stdout.splitlines() if line.startswith("D-")]
     options = {"steps": 2, "length_beam": 2, "noise_beam": 3, "seed": 7}
-    assert fastdiss_cli.load(diffusion, "cpu").generate(SENTENCES, **options) == said
+    assert fastdiss_cli.load(diffusion, "cpu").generate(SENTENCES, **options) == output
     typed = fastdiss_cli.load(diffusion, torch.device("cpu"), torch.float32)
-    assert typed.generate(SENTENCES, **options) == said
-    assert typed.generate(SENTENCES, **options | {"steps": np.int64(2)}) == said
+    assert typed.generate(SENTENCES, **options) == output
+    assert typed.generate(SENTENCES, **options | {"steps": np.int64(2)}) == output
     assert repr(typed) == "<Translator fastdiss_tiny, de to en>"
 
 
@@ -104,7 +104,7 @@ def test_candidates_are_all_with_the_chosen_one_first(
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         ({"step": 5}, "no option 'step'; did you mean 'steps'?"),
         ({"beam": 3}, "no option 'beam'"),
@@ -123,8 +123,8 @@ def test_candidates_are_all_with_the_chosen_one_first(
         ({"select": "score", "mbr_metric": "chrf"}, "mbr_metric applies to mbr, not to score"),
     ],
 )
-def test_a_wrong_option_is_named(diffusion: Path, options: dict[str, object], said: str) -> None:
-    with pytest.raises(FastdissError, match=re.escape(said)):
+def test_a_wrong_option_is_named(diffusion: Path, options: dict[str, object], message: str) -> None:
+    with pytest.raises(FastdissError, match=re.escape(message)):
         fastdiss_cli.load(diffusion).generate(SENTENCES, **options)
 
 
@@ -137,7 +137,7 @@ def test_other_wrong_use_is_named(diffusion: Path, corpus: Path, tmp_path: Path)
     translator = fastdiss_cli.load(diffusion)
     with pytest.raises(FastdissError, match="give a list of strings, not str"):
         translator.generate("drei vier")
-    with pytest.raises(FastdissError, match="number 1 is NoneType, not a string"):
+    with pytest.raises(FastdissError, match="item 1 is NoneType, not a string"):
         translator.generate(["drei", None])
     for wrong in (("a b", ["a"]), (["a"], "a"), (["a"], None), (["a"], [None]), (["a"], [[]])):
         with pytest.raises(FastdissError, match=r"string|needs a reference"):
@@ -154,9 +154,9 @@ def test_other_wrong_use_is_named(diffusion: Path, corpus: Path, tmp_path: Path)
     for wrong in ({"path": None}, {"path": 5}, {"path": diffusion, "user_module": 5}):
         with pytest.raises(FastdissError, match="give a string or a Path, not "):
             fastdiss_cli.load(**wrong)
-    with pytest.raises(FastdissError, match="references of sentence 0: one is empty"):
+    with pytest.raises(FastdissError, match="references of sentence 0: one of several is empty"):
         fastdiss_cli.score(["a"], [["a", ""]])
-    with pytest.raises(FastdissError, match="number 0 holds half of a character"):
+    with pytest.raises(FastdissError, match="item 0 contains a lone surrogate"):
         translator.generate(["a\ud800"])
     with pytest.raises(FastdissError, match=r"dtype must be one of auto, .*, not 'half'"):
         fastdiss_cli.load(diffusion, dtype="half")
@@ -169,7 +169,7 @@ def test_other_wrong_use_is_named(diffusion: Path, corpus: Path, tmp_path: Path)
 
 
 def test_every_decoding_option_is_annotated() -> None:
-    """So that an editor knows what a family has learnt in the meantime."""
+    """So that editors know all options of all families."""
     known = set(GenerateOptions.__annotations__)
     for family in (DiffusionDecoding, BeamDecoding):
         assert set(family.__dataclass_fields__) - {"history", "diagnose"} <= known
@@ -188,7 +188,7 @@ def test_scores_are_those_of_sacrebleu() -> None:
     with pytest.raises(FastdissError, match="no metric 'blue'; did you mean 'bleu'"):
         fastdiss_cli.score(hypotheses, references, ["blue"])
     for hyps, refs in ((["a"], []), ([], []), (["a", "b"], ["a"])):
-        with pytest.raises(FastdissError, match="one for each sentence"):
+        with pytest.raises(FastdissError, match="give one of each per sentence"):
             fastdiss_cli.score(hyps, refs)
 
 
@@ -216,7 +216,7 @@ assert before == state() and not tuned
 
 
 def test_a_notebook_is_left_as_it_was(diffusion: Path, tmp_path: Path) -> None:
-    """Nothing but the file is needed, and no state of the process changes, nor does malloc's."""
+    """Only the file is needed, and no state of the process changes, not even malloc's."""
     shutil.copy(diffusion, tmp_path / "model.safetensors")
     env = {"PYTHONPATH": str(DOCS.parents[1]), "RANK": "3", "WORLD_SIZE": "4"}  # of another job
     done = subprocess.run(

@@ -1,9 +1,9 @@
-"""Files are whole or not there: kills, full disks and read-only folders at any moment.
+"""Files are complete or absent: kills, full disks and read-only folders at any moment.
 
-A forked child does the writing, in a process that has torch already. An audit hook in the child
-sees every call to the file system that Python makes below a folder, and kills or fails one of
-them: the first in one child, the second in the next, and so on until a child gets through. Kills
-at random moments land between them, inside the calls of libraries.
+A forked child, in which torch is already imported, does the writing. An audit hook in the child
+sees every file system call that Python makes below a folder, and kills the child or fails the call
+at one of them: the first in one child, the second in the next, and so on until a child gets
+through. Kills at random moments land in between, inside library calls.
 """
 
 from __future__ import annotations
@@ -42,16 +42,16 @@ DONE, REFUSED, BUG = 0, 1, 3
 CALLS = {"open", "os.rename", "os.link", "os.mkdir", "os.chmod", "os.fsync"}
 CLEANING = {"os.remove", "os.rmdir", "os.scandir", "shutil.rmtree"}
 WRITING = os.O_WRONLY | os.O_RDWR
-KILLS = 120  # of the writer of checkpoints, at random moments
+KILLS = 120  # kills of the writer of checkpoints, at random moments
 ERRORS = [errno.ENOSPC, errno.EROFS]
 OnCall = Callable[[int, str], None]
 
 
-def child(act: Callable[[], object], said: Path | None = None) -> int:
-    """Fork a process that calls ``act``, and return its number.
+def child(act: Callable[[], object], output: Path | None = None) -> int:
+    """Fork a process that calls ``act``, and return its pid.
 
-    It ends with `DONE`, or with `REFUSED` where a FastdissError was raised; what that error, or
-    the return value, says is written to ``said``.
+    It exits with `DONE`, or with `REFUSED` if a FastdissError was raised; the error or the return
+    value is written to ``output``.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # of forking beside sleeping threads
@@ -67,8 +67,8 @@ def child(act: Callable[[], object], said: Path | None = None) -> int:
     except BaseException:
         text = traceback.format_exc()
     finally:
-        if said is not None:
-            said.write_text(text)
+        if output is not None:
+            output.write_text(text)
         os._exit(code)
 
 
@@ -78,9 +78,9 @@ def ending(number: int) -> int:
 
 
 def on_calls(folder: Path, calls: set[str], act: OnCall) -> None:
-    """Call ``act`` with a number and a name before every call to the file system below a folder.
+    """Call ``act`` with a number and a name before every file system call below a folder.
 
-    It lasts as long as the process: for children only.
+    The hook lasts as long as the process: for children only.
     """
     numbers = itertools.count()
     fsync = os.fsync
@@ -101,7 +101,7 @@ def on_calls(folder: Path, calls: set[str], act: OnCall) -> None:
 
 
 def killed_at(number: int, folder: Path, act: Callable[[], object]) -> Callable[[], object]:
-    """Return ``act`` with a SIGKILL before one of its calls."""
+    """Return ``act`` with a SIGKILL before one of its file system calls."""
 
     def kill(i: int, _: str) -> None:
         if i == number:
@@ -117,7 +117,7 @@ def killed_at(number: int, folder: Path, act: Callable[[], object]) -> Callable[
 def failing_at(
     number: int, code: int, folder: Path, act: Callable[[], object]
 ) -> Callable[[], object]:
-    """Return ``act`` with one of its calls failing; what it returns tells which one, if any."""
+    """Return ``act`` with one of its calls failing; its return value names that call, if any."""
     failed = []
 
     def fail(i: int, call: str) -> None:
@@ -134,7 +134,7 @@ def failing_at(
 
 
 def checkpoint(version: int, size: int = 1000) -> Checkpoint:
-    """Make a checkpoint that says its version in every part."""
+    """Make a checkpoint that holds its version in every part."""
     tensors = {f"model.{name}": torch.full((size,), float(version)) for name in "ab"}
     return Checkpoint(
         "none", {}, {"seed": version}, Progress(update=version), f"{version}", 1, tensors
@@ -158,7 +158,7 @@ BOTH = ["checkpoint_best.safetensors", "checkpoint_last.safetensors"]
 
 
 def save_both(folder: Path, version: int, size: int = 1000) -> None:
-    """Save as a training does that found a new best."""
+    """Save as a training does after a new best validation."""
     best, last = (folder / name for name in BOTH)
     checkpoint(version, size).save(last)
     copy_checkpoint(last, best)
@@ -175,7 +175,7 @@ def saved(tmp_path: Path) -> Path:
 @pytest.mark.slow
 @pytest.mark.parametrize("links", [True, False], ids=["links", "no-links"])
 def test_a_kill_at_any_moment_leaves_whole_checkpoints(tmp_path: Path, links: bool) -> None:
-    """Four megabytes a checkpoint, so that most of the time goes by inside a write."""
+    """Checkpoints have four megabytes, so that most of the time is spent in writes."""
     draw = random.Random(1)
     size, inside = 500_000, 0
     save_both(tmp_path, 0, size)
@@ -196,14 +196,14 @@ def test_a_kill_at_any_moment_leaves_whole_checkpoints(tmp_path: Path, links: bo
         os.kill(writer, signal.SIGKILL)
         assert ending(writer) == -signal.SIGKILL
         inside += names(tmp_path) != BOTH
-        for name, before in versions.items():  # one that was written, and none from before
+        for name, before in versions.items():  # one that was written, not an earlier one
             versions[name] = version_of(tmp_path / name)
             assert versions[name] >= before
-        assert versions[BOTH[0]] <= versions[BOTH[1]]  # a best one was the last one before
-    assert inside  # some kills found a write under way
+        assert versions[BOTH[0]] <= versions[BOTH[1]]  # the best one was the last one earlier
+    assert inside  # some kills interrupted a write
     print(f"{inside} of {KILLS // 2} kills inside a write, {versions[BOTH[1]]} versions")
     save_both(tmp_path, 10**6)
-    assert names(tmp_path) == BOTH  # and the next save removes what they left
+    assert names(tmp_path) == BOTH  # and the next save removes their leftovers
 
 
 def test_a_kill_before_every_call_leaves_whole_checkpoints(saved: Path) -> None:
@@ -221,21 +221,21 @@ def test_a_kill_before_every_call_leaves_whole_checkpoints(saved: Path) -> None:
 
 @pytest.mark.parametrize("code", ERRORS, ids=errno.errorcode.get)
 def test_a_failure_of_any_call_leaves_the_older_checkpoints(saved: Path, code: int) -> None:
-    said = saved.parent / "said"
+    message = saved.parent / "message"
     for number in itertools.count():
         before = [version_of(saved / name) for name in BOTH]
         act = failing_at(number, code, saved, partial(save_both, saved, number + 1))
-        ended = ending(child(act, said))
+        ended = ending(child(act, message))
         assert names(saved) == BOTH
         after = [version_of(saved / name) for name in BOTH]
         if ended == DONE:
             assert after == [number + 1] * 2
-            if not said.read_text():
+            if not message.read_text():
                 break
         else:
-            assert ended == REFUSED, said.read_text()
-            assert f"cannot write the checkpoint: {os.strerror(code)}" in said.read_text()
-            assert "\n" not in said.read_text()
+            assert ended == REFUSED, message.read_text()
+            assert f"cannot write the checkpoint: {os.strerror(code)}" in message.read_text()
+            assert "\n" not in message.read_text()
             # what failed may be the sync of the folder, after the file took its place
             assert set(after) <= {*before, number + 1}
     assert number > 10
@@ -259,7 +259,7 @@ def test_a_checkpoint_is_readable_as_the_umask_says(tmp_path: Path) -> None:
 
 
 def limited(act: Callable[[], object], size: int) -> Callable[[], object]:
-    """Return ``act`` on a disk that takes so many bytes a file."""
+    """Return ``act`` on a disk that takes at most that many bytes per file."""
 
     def run() -> object:
         resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
@@ -269,7 +269,7 @@ def limited(act: Callable[[], object], size: int) -> Callable[[], object]:
 
 
 def read_only(act: Callable[[], object], folder: Path) -> Callable[[], object]:
-    """Return ``act`` in a working folder that it may not write to, also where root runs it."""
+    """Return ``act`` in a working folder that it cannot write to, even as root."""
 
     def run() -> object:
         os.chdir(folder)
@@ -283,8 +283,8 @@ def read_only(act: Callable[[], object], folder: Path) -> Callable[[], object]:
 
 @pytest.mark.parametrize("size", [0, 100, 5_000])
 def test_a_full_disk_leaves_the_older_checkpoint(saved: Path, size: int) -> None:
-    said = saved.parent / "said"
-    said.touch()
+    message = saved.parent / "message"
+    message.touch()
     last = saved / BOTH[1]
     code = ending(child(limited(lambda: refusal(lambda: checkpoint(1).save(last)), size)))
     assert code == DONE
@@ -292,7 +292,7 @@ def test_a_full_disk_leaves_the_older_checkpoint(saved: Path, size: int) -> None
 
 
 def refusal(act: Callable[[], object]) -> str:
-    """Return the line that ``act`` is refused with."""
+    """Return the error message of ``act``."""
     with pytest.raises(FastdissError) as caught:
         act()
     message = str(caught.value)
@@ -308,14 +308,14 @@ def test_a_read_only_folder_keeps_the_older_checkpoints(saved: Path) -> None:
             assert "Permission denied" in refusal(act)
 
     (saved / BOTH[0]).unlink()  # a copy of a file to itself would be no write
-    said = saved.parent / "said"
-    assert ending(child(read_only(write, saved), None)) == DONE, said
+    output = saved.parent / "output"
+    assert ending(child(read_only(write, saved), None)) == DONE, output
     saved.chmod(0o755)
     assert names(saved) == BOTH[1:] and version_of(saved / BOTH[1]) == 0
 
 
 def events(folder: Path, act: Callable[[], object]) -> Iterator[tuple[str, str]]:
-    """Return what ``act`` asks of the file system below a folder, as (call, path)."""
+    """Return the file system calls of ``act`` below a folder, as (call, path)."""
     seen: list[str] = []
 
     def run() -> str:
@@ -323,9 +323,9 @@ def events(folder: Path, act: Callable[[], object]) -> Iterator[tuple[str, str]]
         act()
         return json.dumps(seen)
 
-    said = folder.parent / "said"
-    assert ending(child(run, said)) == DONE, said.read_text()
-    for call in json.loads(said.read_text()):
+    output = folder.parent / "output"
+    assert ending(child(run, output)) == DONE, output.read_text()
+    for call in json.loads(output.read_text()):
         yield tuple(call.split(" ", 1))
 
 
@@ -364,7 +364,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> tuple[str | Path, ...]:
 
 
 def make(text: tuple[str | Path, ...], destdir: Path) -> str:
-    """Run ``preprocess`` to the end, or raise the one line that it says."""
+    """Run ``preprocess`` to the end, or raise its error line."""
     done = run_cli(*text, "--destdir", destdir)
     if done.returncode == 1:
         *before, line = done.stderr.splitlines()
@@ -380,7 +380,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def none_or_whole(folder: Path) -> bool:
-    """Tell whether there is a dataset, which must then be a whole one."""
+    """Return whether there is a dataset, which must then be complete."""
     if not folder.exists():
         return False
     BinarizedDataset(folder, verify=True)
@@ -436,19 +436,19 @@ def test_a_kill_at_any_moment_leaves_no_half_dataset(
 def test_a_failure_of_any_call_leaves_the_older_dataset(
     tmp_path: Path, text: tuple[str | Path, ...], code: int
 ) -> None:
-    folder, said = tmp_path / "inner" / "d", tmp_path / "said"
+    folder, message = tmp_path / "inner" / "d", tmp_path / "output"
     make(text, folder)
     whole = contents(folder)
     for number in itertools.count():
         act = failing_at(number, code, folder.parent, lambda: make(text, folder))
-        ended = ending(child(act, said))
+        ended = ending(child(act, message))
         assert contents(folder) == whole
-        if ended == DONE and not said.read_text():
+        if ended == DONE and not message.read_text():
             break
-        assert ended in (DONE, REFUSED), said.read_text()
+        assert ended in (DONE, REFUSED), message.read_text()
         assert names(folder.parent) == ["d"]
         assert ended == DONE or f"d: cannot write the dataset: {os.strerror(code)}" in (
-            said.read_text()
+            message.read_text()
         )
     assert number > 20
 
@@ -457,7 +457,7 @@ def test_a_failure_of_any_call_leaves_the_older_dataset(
 def test_a_full_disk_leaves_the_older_dataset(
     tmp_path: Path, text: tuple[str | Path, ...], size: int
 ) -> None:
-    folder, said = tmp_path / "inner" / "d", tmp_path / "said"
+    folder, message = tmp_path / "inner" / "d", tmp_path / "output"
     make(text, folder)
     whole = contents(folder)
 
@@ -465,7 +465,7 @@ def test_a_full_disk_leaves_the_older_dataset(
         with pytest.raises(FastdissError, match=f"{folder}: cannot write the dataset: File too l"):
             make(text, folder)
 
-    assert ending(child(limited(write, size))) == DONE, said
+    assert ending(child(limited(write, size))) == DONE, message
     assert contents(folder) == whole and names(folder.parent) == ["d"]
 
 
@@ -500,7 +500,7 @@ def test_a_dataset_is_synced_before_it_takes_its_name(
 
 def test_what_a_killed_run_left_is_named(tmp_path: Path, text: tuple[str | Path, ...]) -> None:
     (tmp_path / ".d.tmp-1").mkdir()
-    assert ".d.tmp-1 is there: remove it" in run_cli(*text, "--destdir", tmp_path / "d").stderr
+    assert ".d.tmp-1: remove it" in run_cli(*text, "--destdir", tmp_path / "d").stderr
     own = tmp_path / f".d.tmp-{os.getpid()}"  # of another machine that shares the disk
     own.mkdir()
     (own / "train.src.bin").write_bytes(b"of another run")

@@ -21,7 +21,7 @@ bounded = settings(max_examples=80, derandomize=True, deadline=None)
 
 
 class Side:
-    """Stand in for a `TokenFile`: sentence ``i`` is its length times the id ``first_id + i``."""
+    """A stand-in for `TokenFile`: sentence ``i`` repeats the id ``first_id + i``."""
 
     stem = Path("x.src")
 
@@ -74,7 +74,7 @@ def test_every_sentence_once_an_epoch(
         for batch in batches
         if len(batch) > 1 and len(batch) * max(max(lengths[i]) for i in batch) > max_tokens
     ]
-    # only where there are not sentences enough to give every rank one batch more
+    # only if there are too few sentences to give every rank another batch
     assert len(over_budget) < ranks
     assert not over_budget or len(batches) + ranks > len(lengths)
 
@@ -90,7 +90,7 @@ def test_runs_stay_within_the_budget(lengths: list[int], max_tokens: int) -> Non
     for batch, after in zip(batches, [*batches[1:], None], strict=True):
         longest = max(lengths[i] for i in batch)
         assert len(batch) == 1 or len(batch) * longest <= max_tokens
-        if after is not None:  # and no batch is cut sooner than it must be
+        if after is not None:  # and no batch is cut too early
             assert (len(batch) + 1) * max(longest, lengths[after[0]]) > max_tokens
 
 
@@ -103,7 +103,7 @@ def test_batches_are_filled() -> None:
 
 @pytest.mark.parametrize("max_tokens", [1000, 4000, 8000])
 def test_little_is_padding(max_tokens: int) -> None:
-    """At most six percent, with lengths as those of 29,000 captions and their translations."""
+    """At most six percent, with lengths like those of 29,000 captions and their translations."""
     draw = np.random.default_rng(0)
     target = 6 + draw.gamma(4.0, 2.5, 29_000)
     source = np.maximum(target + draw.normal(0, 3.5, target.shape), 3)
@@ -121,7 +121,7 @@ def test_an_epoch_is_a_function_of_seed_and_number() -> None:
     assert schedule(one, 3) == schedule(again, 3) == third
     assert len({str(schedule(one, epoch)) for epoch in range(6)}) == 6
     assert schedule(other, 3) != third
-    # not only the order of the batches differs, but who is in a batch with whom
+    # the batches differ in their sentences, too, not only in their order
     assert {frozenset(batch) for batch in third} != {frozenset(b) for b in schedule(one, 4)}
 
 

@@ -61,7 +61,7 @@ def test_the_nfe_of_beam_search_is_how_long_it_searched(
 
 @pytest.mark.parametrize("lenpen", [0.0, 0.5, 1.0, 2.0])
 def test_wide_beam_search_finds_the_best_of_all_answers(lenpen: float) -> None:
-    """With a beam as wide as the space, the answer is the brute-force optimum."""
+    """With a beam as wide as the search space, the answer is the brute-force optimum."""
     vocab = Vocabulary(size=6, bos=0, pad=1, eos=2)
     arch = architecture("transformer_tiny")
     torch.manual_seed(3)
@@ -101,7 +101,7 @@ def test_greedy_search_follows_the_most_likely_token() -> None:
         ]
 
 
-def test_lengths_are_bounded_as_told() -> None:
+def test_lengths_are_bounded_as_configured() -> None:
     model, sources = make_model("transformer"), random_sentences(6)
     memory = model.encode(*pad(sources, VOCAB.pad))
     for low, high in ((1, 3), (4, 4), (2, 7)):
@@ -129,7 +129,7 @@ WORDS, EOS = 7, 2
 
 
 def scores_after(prefix: tuple[int, ...], sentence: int) -> Tensor:
-    """Return arbitrary scores of the next token, [WORDS], the same ones whenever asked."""
+    """Return arbitrary but fixed scores of the next token, [WORDS]."""
     digest = hashlib.sha256(repr((prefix, sentence)).encode()).digest()
     draw = torch.Generator().manual_seed(int.from_bytes(digest[:4], "little"))
     return (2 * torch.randn(WORDS, generator=draw)).index_fill(0, torch.arange(2), -math.inf)
@@ -137,7 +137,7 @@ def scores_after(prefix: tuple[int, ...], sentence: int) -> Tensor:
 
 @dataclass
 class Sources:
-    """Stands for the memory: it knows the number and the length of each sentence."""
+    """A stand-in for the memory: the number and the length of each sentence."""
 
     numbers: Tensor
     lengths: Tensor
@@ -155,7 +155,7 @@ class Sources:
 
 
 class Prefixes:
-    """Stands for the cache: it knows the tokens of each row so far."""
+    """A stand-in for the cache: the tokens of each row so far."""
 
     def __init__(self, rows: int) -> None:
         self.rows: list[tuple[int, ...]] = [()] * rows
@@ -165,7 +165,7 @@ class Prefixes:
 
 
 def plain_search(sentence: int, length: int, options: BeamDecoding) -> list[Hypothesis]:
-    """Search as fairseq does: one sentence, one hypothesis after the other, nothing cached."""
+    """Search as fairseq does: one sentence and one hypothesis at a time, without a cache."""
     K, limit = options.beam, int(options.max_len_a * length + options.max_len_b)
     beams: list[tuple[tuple[int, ...], list[float]]] = [((), [])]
     ended: list[tuple[float, tuple[int, ...], list[float]]] = []

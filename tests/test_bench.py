@@ -1,4 +1,4 @@
-"""The benchmark: every table is written, of a small network here."""
+"""The benchmark: every table is written, here for a small network."""
 
 from __future__ import annotations
 

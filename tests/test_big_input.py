@@ -1,4 +1,4 @@
-"""Memory does not grow with the size of the input: preprocess, generate, and opening a dataset."""
+"""Memory does not grow with the input: preprocess, generate, and opening a dataset."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ sys.exit(code)
 
 
 def peak_of(*args: str | Path, stdout: int = subprocess.DEVNULL) -> int:
-    """Run ``fastdiss ARGS``; return the most memory, in kilobytes, of it or of a worker of it."""
+    """Run ``fastdiss ARGS``; return the peak memory, in kilobytes, of it or of a worker."""
     done = subprocess.run(
         [sys.executable, "-c", COUNTER, sys.executable, "-m", "fastdiss_cli", *map(str, args)],
         stdout=stdout,
@@ -39,7 +39,7 @@ def peak_of(*args: str | Path, stdout: int = subprocess.DEVNULL) -> int:
 
 
 def write_lines(path: Path, words: list[str], count: int) -> None:
-    """Write lines of two to four words that repeat every thousand."""
+    """Write lines of two to four words, which repeat every thousand lines."""
     lines = [" ".join(words[int(digit)] for digit in f"{i % 1000:02d}") for i in range(1000)]
     block = "".join(f"{line}\n" for line in lines).encode()
     with open(path, "wb") as file:
@@ -50,9 +50,9 @@ def write_lines(path: Path, words: list[str], count: int) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 2])
 def test_preprocess_in_flat_memory(tmp_path: Path, workers: int) -> None:
-    """From 200,000 lines to two million, the largest process stays as it is.
+    """From 200,000 lines to two million, the largest process does not grow.
 
-    That is the main one, which reads and writes; the only worker too, where there is one.
+    It is the main process, which reads and writes; with one worker, also the only one.
     """
     (tmp_path / "spm").write_bytes(train_tokenizer([*GERMAN, *ENGLISH], "word", 300).model)
     peaks = []
@@ -112,12 +112,12 @@ def test_a_line_in_is_a_line_out(checkpoint: Path) -> None:
         for number, line in enumerate(["drei vier", "", "neun"]):
             process.stdin.write(f"{line}\n".encode())
             process.stdin.flush()
-            said = b""
-            while f"I-{number}\t".encode() not in said:
+            output = b""
+            while f"I-{number}\t".encode() not in output:
                 ready, _, _ = select.select([process.stdout], [], [], 120)
                 assert ready, "no answer while stdin is open"
-                said += os.read(process.stdout.fileno(), 1 << 16)
-            assert said.startswith(f"S-{number}\t{line}\n".encode())
+                output += os.read(process.stdout.fileno(), 1 << 16)
+            assert output.startswith(f"S-{number}\t{line}\n".encode())
         process.stdin.close()
         assert b"3 sentences" in process.stdout.read()
     assert process.returncode == 0
@@ -141,10 +141,10 @@ except FastdissError as error:
 
 
 def test_opening_reads_the_ends_only(tmp_path: Path) -> None:
-    """Sixty megabytes of index and eight gigabytes of tokens, of which only the ends are touched.
+    """Sixty megabytes of index and eight gigabytes of tokens, of which only the ends are read.
 
-    What was never written is zeros, which the whole index must not have, and so reading it is
-    noticed in two ways.
+    The rest is sparse zeros, which are invalid in an index, so that reading it would be noticed
+    twice.
     """
     sentences, first, last = 5_000_000, 3, 2**31 - 1
     size = 2**33
@@ -164,7 +164,7 @@ def test_opening_reads_the_ends_only(tmp_path: Path) -> None:
         [sys.executable, "-c", OPEN, str(tmp_path / "x")], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    count, head, tail, grown, told = done.stdout.split("|")
+    count, head, tail, grown, message = done.stdout.split("|")
     assert (int(count), head, tail) == (sentences, "[7, 8, 9]", "[0, 5]")
     assert int(grown) < 2_000  # kilobytes
-    assert "sizes and offsets do not fit together" in told
+    assert "sizes and offsets do not match" in message

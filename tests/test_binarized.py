@@ -1,4 +1,4 @@
-"""The binarized dataset: fairseq's bytes, and no damage that goes unnoticed."""
+"""The binarized dataset: fairseq's bytes, and all damage is noticed."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ sentence_lists = st.lists(arrays(np.int32, st.integers(0, 9), elements=st.intege
 
 
 def write_split(stem: Path, sentences: list[np.ndarray], dtype: np.dtype = U2) -> SideInfo:
-    """Write sentences in two portions, as `preprocess` does with the chunks of its workers."""
+    """Write sentences in two parts, as `preprocess` does with the chunks of its workers."""
     middle = len(sentences) // 2
     with TokenWriter(stem, dtype) as writer:
         for part in (sentences[:middle], sentences[middle:]):
@@ -79,7 +79,7 @@ def tokens_of(dataset: BinarizedDataset) -> Tokens:
 
 
 def open_or_refuse(folder: Path, verify: bool = True) -> Tokens | None:
-    """Return all tokens, or nothing where the dataset is refused in a single line."""
+    """Return all tokens, or nothing if the dataset is refused in a single line."""
     try:
         return tokens_of(BinarizedDataset(folder, verify=verify))
     except FastdissError as error:
@@ -209,7 +209,7 @@ def test_another_tokenizer_is_refused_with_both_hashes(dataset: Path) -> None:
 
 
 def damages(data: bytes, positions: int) -> list[bytes]:
-    """Return a file with a bit or a byte flipped, cut short or grown, at many places each."""
+    """Return a file with a bit or a byte flipped, truncated or extended, at many places each."""
     damaged = [data + b"\0", data + b" \n", data + data, b""]
     for i in {*range(0, len(data), max(1, len(data) // positions)), len(data) - 1}:
         for flip in (0x01, 0x80, 0xFF):
@@ -256,16 +256,16 @@ def test_sizes_and_offsets_are_checked_without_verify(dataset: Path, ending: str
 
 
 @pytest.mark.parametrize("cut", [-2, 2, 4000])
-def test_a_file_of_another_length_is_told_on_opening(dataset: Path, cut: int) -> None:
+def test_a_file_of_another_length_is_reported_on_opening(dataset: Path, cut: int) -> None:
     path = dataset / "train.tgt.bin"
     data = path.read_bytes()
     path.write_bytes(data[:cut] if cut < 0 else data + b"\5\0" * (cut // 2))
-    with pytest.raises(FastdissError, match=r"train\.tgt\.bin: \d+ bytes where the index ends at"):
+    with pytest.raises(FastdissError, match=r"train\.tgt\.bin: \d+ bytes, but the index ends at"):
         BinarizedDataset(dataset)
 
 
 def by_hand(stem: Path, sizes: list[int], offsets: list[int]) -> TokenFile:
-    """Open the tokens 0 to 5 with an index of three sentences."""
+    """Open the tokens 0 to 5 with a handmade index of three sentences."""
     head = struct.pack("<9sQBQ", b"MMIDIDX\0\0", 1, 8, 3)
     Path(f"{stem}.idx").write_bytes(head + struct.pack("<3i3q", *sizes, *offsets))
     Path(f"{stem}.bin").write_bytes(struct.pack("<6H", *range(6)))
@@ -276,11 +276,11 @@ def test_sizes_and_offsets_that_are_wrong_in_agreement(tmp_path: Path) -> None:
     file = by_hand(tmp_path / "right", [2, 1, 3], [0, 4, 6])
     assert [row.tolist() for row in file] == [[0, 1], [2], [3, 4, 5]]
     assert (file[-1].tolist(), file.sizes.tolist()) == ([3, 4, 5], [2, 1, 3])
-    with pytest.raises(FastdissError, match="do not fit together"):
+    with pytest.raises(FastdissError, match="do not match"):
         by_hand(tmp_path / "begins-late", [1, 1, 3], [2, 4, 6])
     file = by_hand(tmp_path / "below-nothing", [5, -2, 3], [0, 10, 6])
     for read in (lambda: file[1], lambda: file.sizes, lambda: file.gather(np.array([0]))):
-        with pytest.raises(FastdissError, match="do not fit together"):
+        with pytest.raises(FastdissError, match="do not match"):
             read()
 
 
@@ -346,8 +346,8 @@ def test_the_old_dataset_comes_back_when_it_cannot_be_replaced(
     assert [path.name for path in tmp_path.iterdir()] == ["data-bin"]
 
 
-def test_an_unfinished_dataset_is_none(dataset: Path, tmp_path: Path) -> None:
-    """Without its manifest, which is written last, a folder does not pass for a dataset."""
+def test_an_unfinished_dataset_is_refused(dataset: Path, tmp_path: Path) -> None:
+    """Without its manifest, which is written last, a folder is not a dataset."""
     shutil.copytree(dataset, tmp_path / "cut", ignore=shutil.ignore_patterns("manifest.json"))
     with pytest.raises(FastdissError, match="is not a fastdiss dataset"):
         BinarizedDataset(tmp_path / "cut")

@@ -1,4 +1,4 @@
-"""Several machines: the SLURM script, with two machines on loopback in the place of a cluster."""
+"""Several machines: the SLURM script, with two processes on loopback in place of a cluster."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from runs import assert_same, command, newest
 SCRIPT = Path(__file__).parent.parent / "recipes" / "slurm" / "train.sbatch"
 STAND_INS = {
     "torchrun": f'#!/bin/sh\nexec "{sys.executable}" -m torch.distributed.run "$@"\n',
-    # two machines of one process each; as the real one it hands signals on to what it started
+    # two machines of one process each; like the real one it forwards signals to what it started
     "srun": """#!/usr/bin/env bash
 tasks=() code=0
 for machine in 0 1; do
@@ -40,7 +40,7 @@ class Cluster:
 
     Attributes:
         job: the number of its jobs.
-        calls: the file where it is noted what was asked of the scheduler.
+        calls: the file that records the calls to the scheduler.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -65,7 +65,7 @@ class Cluster:
 
 
 def is_free(job: int) -> bool:
-    """Tell whether the port is free that the script takes for a job of this number."""
+    """Return whether the port is free that the script uses for a job of this number."""
     with socket.socket() as attempt:
         return attempt.connect_ex(("127.0.0.1", 20_000 + job)) != 0
 
@@ -83,8 +83,8 @@ def test_two_machines_leave_what_one_leaves(
     for done in run_ranks(2, *command(data_bin, tmp_path / "one", **options)):
         assert done.returncode == 0, done.stderr
     job = cluster.submit(*command(data_bin, tmp_path / "two", **options)[1:])
-    said, _ = job.communicate(timeout=120)
-    assert job.returncode == 0, said
+    output, _ = job.communicate(timeout=120)
+    assert job.returncode == 0, output
     assert_same(tmp_path / "one", tmp_path / "two")
     assert not cluster.calls.exists()
 
@@ -100,8 +100,8 @@ def test_before_the_time_limit_it_saves_and_goes_back_into_the_queue(
     while not (log.exists() and log.stat().st_size) and time.monotonic() < deadline:
         time.sleep(0.1)
     job.send_signal(signal.SIGUSR1)
-    said, _ = job.communicate(timeout=60)
+    output, _ = job.communicate(timeout=60)
     assert job.returncode != 0
     assert cluster.calls.read_text() == f"requeue {cluster.job}\n"
     update = newest(tmp_path / "c").progress.update
-    assert f"stopped by signal {signal.SIGTERM} after update {update:,}; saved" in said
+    assert f"stopped by signal {signal.SIGTERM} after update {update:,}; saved" in output

@@ -131,7 +131,7 @@ def test_history_shows_every_step(data_bin: Path, fastdiss: Path) -> None:
 
 
 @pytest.mark.parametrize("select", ["score", "mbr", "rerank"])
-def test_candidates_are_chosen_as_told(
+def test_candidates_are_chosen_as_requested(
     data_bin: Path, fastdiss: Path, transformer: Path, select: str
 ) -> None:
     more = ["--rerank-path", transformer] if select == "rerank" else []
@@ -157,7 +157,7 @@ def test_nbest_writes_the_chosen_one_first(
     scores = [float(row[1]) for row in found[1]]
     others = list(zip(scores[1::3], scores[2::3], strict=True))
     assert all(first >= second for first, second in others)
-    if select == "mbr":  # only by score is the chosen one the best scored
+    if select == "mbr":  # the chosen one has the best score only with --select score
         assert any(first > chosen for chosen, (first, _) in zip(scores[::3], others, strict=True))
     (tmp_path / "best").write_text(best, encoding="utf-8")
     (tmp_path / "nbest").write_text(done.stdout, encoding="utf-8")
@@ -198,14 +198,14 @@ def test_a_checkpoint_is_named_as_it_was_found(fastdiss: Path, tmp_path: Path) -
     line = ["generate", "--input", corpus_line(tmp_path), "--path"]
     assert f"{tmp_path}/c/checkpoint_last.safetensors (" in run_cli(*line, tmp_path / "c").stderr
     above = run_cli(*line, tmp_path)
-    one_line_error(above, f"{tmp_path} holds no checkpoint; there are some in {tmp_path / 'c'}")
+    one_line_error(above, f"{tmp_path} contains no checkpoint; there are some in {tmp_path / 'c'}")
     best = run_cli(*line, tmp_path / "c" / "checkpoint_best.safetensors")
     one_line_error(best, "has checkpoint_last.safetensors; the best is known after a validation")
     missing = run_cli("generate", "--input", tmp_path / "none", "--path", tmp_path / "c")
     one_line_error(missing, f"--input {tmp_path / 'none'}: no such file")
 
 
-def test_an_empty_file_has_no_answers_and_is_told(fastdiss: Path, tmp_path: Path) -> None:
+def test_an_empty_file_has_no_answers_and_is_reported(fastdiss: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").touch()
     done = run_cli("generate", "--path", fastdiss, "--input", tmp_path / "empty", "--plain")
     assert (done.returncode, done.stdout) == (0, "")
@@ -218,11 +218,11 @@ def test_an_empty_file_has_no_answers_and_is_told(fastdiss: Path, tmp_path: Path
         (["--steps", "0"], "at least 1"),
         (["--steps", "2,x"], "at least 1"),
         (["--beam", "3"], "--beam does not apply to fastdiss_tiny"),
-        (["--select", "best"], "'best' is none of score, mbr, rerank"),
+        (["--select", "best"], "'best' is not one of score, mbr, rerank"),
         (["--input", "-"], "--input needs no dataset"),
         (["--select", "rerank"], "--select rerank needs a transformer: --rerank-path"),
         (["--noise-beam", "2", "--nbest", "3"], "a sentence has 2 candidates"),
-        (["--diagnose", "--early-exit"], "without --early-exit"),
+        (["--diagnose", "--early-exit"], "leave out --early-exit"),
         (["--self-cond", "gold", "--input", "x"], "dataset"),
     ],
 )
@@ -242,9 +242,9 @@ def test_a_dataset_of_another_tokenizer_is_refused_with_both_hashes(
     corpus: Path, fastdiss: Path, tmp_path: Path
 ) -> None:
     preprocess(corpus, tmp_path / "other", "--model-type", "char")
-    said = one_line_error(run_cli("generate", tmp_path / "other", "--path", fastdiss))
+    message = one_line_error(run_cli("generate", tmp_path / "other", "--path", fastdiss))
     mine = fastdiss_cli.load(fastdiss).loaded.src.hash[:16]
-    assert mine in said and "tokenizer" in said
+    assert mine in message and "tokenizer" in message
 
 
 def test_missing_things_are_named(data_bin: Path, fastdiss: Path, tmp_path: Path) -> None:
@@ -272,32 +272,34 @@ def test_a_truncated_dataset_is_one_line(data_bin: Path, fastdiss: Path, tmp_pat
 
 
 def test_train_names_what_it_does_not_know(data_bin: Path, tmp_path: Path) -> None:
-    def said(*options: str, code: int = 1) -> str:
+    def error_of(*options: str, code: int = 1) -> str:
         done = run_cli("train", data_bin, "--save-dir", tmp_path, *options)
         return one_line_error(done, code=code)
 
-    assert "did you mean 'fastdiss_tiny'" in said("--arch", "fastdiss_tny", code=2)
-    assert "'gpu' is none of auto, cpu, cuda and cuda:N" in said("--device", "gpu", code=2)
-    for wrong, told in (  # what is wrong on the command line is wrong usage
-        (["--set", "model.nois_factor=2"], "--set model.nois_factor is no option; did you mean"),
+    assert "did you mean 'fastdiss_tiny'" in error_of("--arch", "fastdiss_tny", code=2)
+    assert "'gpu' is not one of auto, cpu, cuda and cuda:N" in error_of("--device", "gpu", code=2)
+    for wrong, message in (  # errors on the command line are usage errors
+        (["--set", "model.nois_factor=2"], "--set model.nois_factor is not an option; did"),
         (["--set", "train.lr=fast"], "--set train.lr must be a number, not 'fast'"),
         (["--set", "train.lr="], "--set train.lr must be a number, not empty"),
-        (["--set", "train.heads=2"], "--set train.heads is no option; it is model.heads"),
+        (["--set", "train.heads=2"], "--set train.heads is not an option; use model.heads"),
         (["--set", "lr=1"], "--set lr=1: write model.KEY=VALUE"),
         (["--lr", "-1"], "--lr must be above 0, not -1.0"),
         (["--dropout", "1.5"], "--dropout must be in [0, 1), not 1.5"),
         (["--lr-scheduler", "cosin"], "--lr-scheduler must be one of inverse_sqrt, cosine"),
     ):
-        assert told in said(*wrong, code=2)
+        assert message in error_of(*wrong, code=2)
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("modle: {dropout: 0.1}\n")
-    assert f"--save-dir {recipe} is a file" in said("--save-dir", str(recipe))
+    assert f"--save-dir {recipe} is a file" in error_of("--save-dir", str(recipe))
     unset = run_process("train", data_bin, "--save-dir", "")
     one_line_error(unset, "an argument is empty", code=2)
-    one_line_error(run_cli("generate", "--path="), "--path is empty, as of a variable", code=2)
-    assert "unknown section 'modle'; did you mean 'model'" in said("--config", str(recipe))
+    one_line_error(
+        run_cli("generate", "--path="), "--path is empty: is a shell variable unset", code=2
+    )
+    assert "unknown section 'modle'; did you mean 'model'" in error_of("--config", str(recipe))
     recipe.write_text("train: {max_update: 0}\n")
-    assert f"{recipe}: train.max_update must be at least 1" in said("--config", str(recipe))
+    assert f"{recipe}: train.max_update must be at least 1" in error_of("--config", str(recipe))
 
 
 def test_flags_override_the_recipe_and_set_overrides_flags(data_bin: Path, tmp_path: Path) -> None:
@@ -312,7 +314,7 @@ def test_flags_override_the_recipe_and_set_overrides_flags(data_bin: Path, tmp_p
         "--seed", "8", "--set", "train.seed=7",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "the learning rate rises until update 4,000, and training ends at 1" in done.stderr
+    assert "the learning rate rises until update 4,000, but training ends at 1" in done.stderr
     from fastdiss_cli.checkpoints.checkpoint import Checkpoint
 
     checkpoint = Checkpoint.load(tmp_path / "c" / "checkpoint_last.safetensors")
@@ -337,7 +339,7 @@ register("loud_tiny", Loud, "a model of one's own", model_dim=16, ffn_dim=32, he
 """
 
 
-def test_a_model_of_ones_own(
+def test_a_user_defined_model(
     data_bin: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module = tmp_path / "loud.py"
@@ -351,15 +353,15 @@ def test_a_model_of_ones_own(
     assert "--user-module" in one_line_error(run_process("generate", data_bin, *path))
     begin = ["train", data_bin, *options[:-1], tmp_path / "new", *mine]
     module.write_text(USER_MODULE.replace("    pass", "    def __init__(self, *_):\n        1 / 0"))
-    told = "making loud_tiny: ZeroDivisionError: division by zero (loud.py:10)"
-    one_line_error(run_process(*begin), told)
+    message = "making loud_tiny: ZeroDivisionError: division by zero (loud.py:10)"
+    one_line_error(run_process(*begin), message)
     module.write_text("\nraise RuntimeError('no')")
-    said = one_line_error(run_process("models", "--user-module", module))
-    assert said.endswith("loud.py: RuntimeError: no (loud.py:2)")
+    message = one_line_error(run_process("models", "--user-module", module))
+    assert message.endswith("loud.py: RuntimeError: no (loud.py:2)")
     with monkeypatch.context() as patched:
         patched.setenv("FASTDISS_TRACEBACK", "1")
         assert "Traceback" in run_process("models", "--user-module", module).stderr
-    module.write_text("raise SystemExit(0)")  # it ends nothing but itself
+    module.write_text("raise SystemExit(0)")  # it terminates nothing but itself
     one_line_error(run_process("models", "--user-module", module), "loud.py: SystemExit: 0")
     module.write_text("print('loud')")  # stdout is for data
     done = run_process("models", "--user-module", module)
@@ -415,7 +417,7 @@ def test_diagnosis_is_written_beside_the_hypotheses(
         "generate", data_bin, "--path", fastdiss, "--steps", "2,4", "--diagnose",
         "--time-grid", "uniform", "--results-path", tmp_path,
     )  # fmt: skip
-    assert done.returncode == 0 and "told nothing" in done.stdout
+    assert done.returncode == 0 and "given nothing" in done.stdout
     for steps in (2, 4):
         path = tmp_path / f"generate-test.steps{steps}.diagnosis.json"
         tables = json.loads(path.read_text())
@@ -430,18 +432,18 @@ def test_diagnosis_is_written_beside_the_hypotheses(
     one_line_error(done, "needs a dataset", code=2)
 
 
-def test_who_is_told_the_right_answers_is_warned(
+def test_revealing_the_references_is_warned_of(
     data_bin: Path, fastdiss: Path, tmp_path: Path
 ) -> None:
-    untold = [f"--set=model.{key}={value}" for key, value in NETWORK.items()]
-    untold += ["--set=model.self_cond_rate=0", "--max-update=1", "--max-tokens=300"]
-    untold += ["--arch=difformer_tiny", "--save-dir", tmp_path]
-    assert run_cli("train", data_bin, *untold).returncode == 0
-    for path, told in ((fastdiss, "the right answers"), (tmp_path, "the lengths of the right")):
-        said = run_cli("generate", data_bin, "--path", path, "--self-cond=gold").stderr
-        assert f"tells the model {told}" in said and " sentences of test on cpu" in said
-    said = run_cli("generate", data_bin, "--path", tmp_path, "--self-cond=recompute").stderr
-    assert "recompute has no effect" in said
+    unconditioned = [f"--set=model.{key}={value}" for key, value in NETWORK.items()]
+    unconditioned += ["--set=model.self_cond_rate=0", "--max-update=1", "--max-tokens=300"]
+    unconditioned += ["--arch=difformer_tiny", "--save-dir", tmp_path]
+    assert run_cli("train", data_bin, *unconditioned).returncode == 0
+    for path, what in ((fastdiss, "the references"), (tmp_path, "the lengths of the references")):
+        log = run_cli("generate", data_bin, "--path", path, "--self-cond=gold").stderr
+        assert f"gives the model {what}" in log and " sentences of test on cpu" in log
+    log = run_cli("generate", data_bin, "--path", tmp_path, "--self-cond=recompute").stderr
+    assert "recompute has no effect" in log
 
 
 def corpus_line(folder: Path) -> Path:
@@ -459,7 +461,7 @@ def test_score_reads_generate_files(data_bin: Path, fastdiss: Path, tmp_path: Pa
     assert scored.strip() in summary
 
 
-# the Python API and the front door
+# the Python API and the entry point
 
 
 def test_python_api(fastdiss: Path) -> None:
@@ -478,7 +480,7 @@ def test_python_api(fastdiss: Path) -> None:
     ["", "preprocess", "train", "generate", "score", "plot", "export", "average", "card", "models"],
 )
 def test_help_is_there_without_torch(command: str) -> None:
-    """Help must come at once, so it may not import what takes long to import."""
+    """Help must appear at once, so it must not import slow packages."""
     code = (
         "import sys; from fastdiss_cli.__main__ import command_line\n"
         "try: command_line(*sys.argv[1:2])()\n"
@@ -498,7 +500,7 @@ def test_help_is_there_without_torch(command: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("line", "said"),
+    ("line", "message"),
     [
         ("scor", "No such command 'scor'. Did you mean 'score'? (see `fastdiss --help`)"),
         ("--sed 1", "No such option: --sed"),
@@ -507,8 +509,8 @@ def test_help_is_there_without_torch(command: str) -> None:
         ("generate --nbest x", "Invalid value for '--nbest': "),
     ],
 )
-def test_a_line_that_cannot_be_parsed_is_one_line(line: str, said: str) -> None:
-    one_line_error(run_cli(*line.split()), said, code=2)
+def test_a_line_that_cannot_be_parsed_is_one_line(line: str, message: str) -> None:
+    one_line_error(run_cli(*line.split()), message, code=2)
 
 
 def test_no_words_ask_for_help() -> None:
@@ -533,8 +535,8 @@ def test_a_closed_pipe_is_no_crash(data_bin: Path, fastdiss: Path) -> None:
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
         process.stdout.close()
-        said = process.stderr.read()
-    assert "Traceback" not in said and "Exception" not in said
+        log = process.stderr.read()
+    assert "Traceback" not in log and "Exception" not in log
 
 
 def test_closed_streams_are_no_traceback(fastdiss: Path) -> None:
@@ -547,9 +549,9 @@ def test_closed_streams_are_no_traceback(fastdiss: Path) -> None:
 
 
 def test_there_are_limits_to_a_beam(data_bin: Path, transformer: Path) -> None:
-    for wrong, said in ((["--beam", "1001"], "1000"), (["--lenpen", "nan"], "from -10 to 10")):
+    for wrong, message in ((["--beam", "1001"], "1000"), (["--lenpen", "nan"], "from -10 to 10")):
         done = run_cli("generate", data_bin, "--path", transformer, *wrong)
-        one_line_error(done, said, wrong[0], code=2)
+        one_line_error(done, message, wrong[0], code=2)
 
 
 @pytest.mark.parametrize("family", ["difformer", "transformer"])
@@ -559,8 +561,8 @@ def test_help_names_the_defaults_of_decoding(family: str) -> None:
     for name, default in vars(decoding()).items():
         if default is not False:
             entry = shown.split(f"--{name.replace('_', '-')} ")[1]
-            told = re.search(r"\(default: (.*?)\)", entry)[1]
-            assert told == (f"{default:g}" if isinstance(default, float) else str(default)), name
+            value = re.search(r"\(default: (.*?)\)", entry)[1]
+            assert value == (f"{default:g}" if isinstance(default, float) else str(default)), name
 
 
 def test_help_names_all_choices() -> None:

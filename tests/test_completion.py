@@ -12,7 +12,7 @@ import pytest
 
 from fastdiss_cli.models.registry import architectures
 
-# what a shell does at the tab key; the last word is the one to complete
+# what a shell does on Tab; the last word is the one to complete
 BASH = """
 eval "$(fastdiss --show-completion bash)"
 COMP_WORDS=("$@")
@@ -48,7 +48,7 @@ def fastdiss(tmp_path: Path) -> Path:
 )
 def test_bash_completes(fastdiss: Path, words: list[str], expected: list[str]) -> None:
     env = {**os.environ, "PATH": f"{fastdiss}:{os.environ['PATH']}"}
-    # so that the shell is the one named above, whichever started the tests
+    # so that the shell is the one named above, whichever shell runs the tests
     env["_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION"] = "1"
     done = subprocess.run(
         ["bash", "-c", BASH, "bash", *words], env=env, capture_output=True, text=True

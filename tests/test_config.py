@@ -1,4 +1,4 @@
-"""Configuration: types, ranges, YAML's ways, and suggestions."""
+"""Configuration: types, ranges, quirks of YAML, and suggestions."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ def test_values_of_yaml_become_the_types_of_the_fields() -> None:
 
 
 def test_an_older_checkpoint_keeps_what_it_was_trained_with() -> None:
-    """Before an option existed, or under the name that it had."""
+    """It was written before an option existed, or under its former name."""
     family = architecture("fastdiss_tiny").family.Config
     assert (family().source_copy, family().mans_time) == (1.0, "sentence")
     oldest = build_saved(family, {}, "model")
     assert (oldest.source_copy, oldest.mans_time) == (0.0, "token")
     renamed = build_saved(family, {"source_copy": 0.5, "mans_told": "sentence"}, "model")
     assert (renamed.source_copy, renamed.mans_time) == (0.5, "sentence")
-    with pytest.raises(FastdissError, match=r"model\.mans_told is no option"):
+    with pytest.raises(FastdissError, match=r"model\.mans_told is not an option"):
         build(family, {"mans_told": "sentence"}, "model")
 
 
@@ -39,10 +39,10 @@ def test_an_older_checkpoint_keeps_what_it_was_trained_with() -> None:
         ("train.max_update=9223372036854775808", "train.max_update must be a whole number"),
         ("train.compile=2", "train.compile must be true or false"),
         ("train.adam_betas=0.9", "train.adam_betas must be a list of 2"),
-        ("train.adam_betas=[1.5, 1]", "adam_betas must be two in"),
+        ("train.adam_betas=[1.5, 1]", "adam_betas must be a pair in"),
         ("train.max_updat=3", "did you mean 'max_update'"),
-        ("train.1=3", "train.1 is no option; `fastdiss models ARCH` lists all"),
-        ("train.heads=3", "train.heads is no option; `fastdiss models ARCH` lists all"),
+        ("train.1=3", "train.1 is not an option; `fastdiss models ARCH` lists all"),
+        ("train.heads=3", "train.heads is not an option; `fastdiss models ARCH` lists all"),
         ("train.warmup_updates=0", "warmup_updates must be at least 1 with inverse_sqrt"),
         ("train.lr_scheduler=cosin", "did you mean 'cosine'"),
         ("train.save_interval_updates=0", "at least 1"),
@@ -55,35 +55,35 @@ def test_what_is_wrong_is_named(item: str, message: str) -> None:
         build(TrainConfig, parse_settings([item])["train"], "train")
 
 
-def test_an_option_that_is_there_twice_is_told(tmp_path: Path) -> None:
+def test_a_duplicate_option_is_reported(tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
     for text in ("train:\n  lr: 1\n  seed: 3\n  lr: 2\n", "train:\n  <<:\n   lr: 1\n   lr: 2\n"):
         path.write_text(text)
-        with pytest.raises(FastdissError, match=r"no recipe: 'lr' is there twice, again in line 4"):
+        with pytest.raises(FastdissError, match=r"valid recipe: duplicate key 'lr' in line 4"):
             read_recipe(path)
     merged = "model: &a\n  <<: {dropout: 0.1}\n  dropout: 0.2\ntrain:\n  <<: *a\n"
-    path.write_text(merged)  # a merged value gives way, as YAML has it
+    path.write_text(merged)  # a merged value is overridden, as YAML defines it
     assert read_recipe(path) == {"model": {"dropout": 0.2}, "train": {"dropout": 0.2}}
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         ("train:\n  lr: [1\n  seed: 2\n", "line 3: expected ',' or ']', but got ':'"),
         ("train:\n\tlr: 1\n", "line 2: found character"),
         ("train: *x\n", "line 1: found undefined alias 'x'"),
     ],
 )
-def test_what_is_no_yaml_is_told_by_its_line(tmp_path: Path, text: str, told: str) -> None:
+def test_invalid_yaml_is_reported_with_its_line(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text(text)
     with pytest.raises(FastdissError) as failed:
         read_recipe(path)
-    assert str(failed.value).startswith(f"{path} is no recipe: {told}")
+    assert str(failed.value).startswith(f"{path} is not a valid recipe: {message}")
 
 
-def test_an_option_in_the_wrong_section_is_told() -> None:
-    with pytest.raises(FastdissError, match=r"model.lr is no option; it is train.lr$"):
+def test_an_option_in_the_wrong_section_is_reported() -> None:
+    with pytest.raises(FastdissError, match=r"model.lr is not an option; use train.lr$"):
         architecture("fastdiss_tiny").config({"lr": 1})
 
 
@@ -97,7 +97,7 @@ def test_settings_have_a_form(item: str) -> None:
     "content",
     ["train: [1, 2]", "- train", "trian: {}", "train: {lr: [", "\x00", "train: {}\ntrain: {}"],
 )
-def test_a_recipe_that_is_none_is_one_line(tmp_path: Path, content: str) -> None:
+def test_an_invalid_recipe_is_one_line(tmp_path: Path, content: str) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text(content)
     with pytest.raises(FastdissError, match=str(path)) as refused:

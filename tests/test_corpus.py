@@ -37,7 +37,7 @@ def lines(path: Path) -> list[str]:
 
 
 def test_the_same_text_everywhere(text: Path) -> None:
-    """The results in the README are of this text; it may not change by accident."""
+    """The results in the README are for this text, which must not change by accident."""
     names = sorted(path.name for path in text.iterdir())
     assert names == [
         "test.de", "test.en", "test.refs.tsv", "train.de", "train.en",

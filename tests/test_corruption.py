@@ -1,7 +1,7 @@
-"""Damaged datasets and checkpoints: refused in one line or read right, never anything else.
+"""Damaged datasets and checkpoints: refused in one line or read correctly, nothing else.
 
 Every case writes a damaged file and reads it as the commands do. Memory is limited meanwhile, so
-that a size which is believed before it is checked raises a MemoryError, which fails the test.
+that a size which is trusted before it is checked raises a MemoryError, which fails the test.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ INDEX = {"magic": (0, 9), "version": (9, 17), "dtype": (17, 18), "count": (18, 2
 
 
 def cases(count: int) -> Callable:
-    """Draw so many cases, the same ones on every run."""
+    """Draw ``count`` cases, the same ones on every run."""
     unsuited = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
     return settings(
         max_examples=count, derandomize=True, deadline=None, suppress_health_check=unsuited
@@ -53,7 +53,7 @@ def cases(count: int) -> Callable:
 
 @pytest.fixture(autouse=True, scope="module")
 def little_memory() -> Iterator[None]:
-    """Allow two gigabytes more than there are in use."""
+    """Limit memory to two gigabytes more than are in use."""
     before = resource.getrlimit(resource.RLIMIT_AS)
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 2**31, before[1]))
@@ -67,7 +67,7 @@ def damages(draw: st.DrawFn, data: bytes, regions: dict[str, tuple[int, int]]) -
 
     Args:
         data: the whole file.
-        regions: parts that get an equal share of the damage, by name: start and end.
+        regions: parts that get equal shares of the damage, by name: start and end.
     """
     start, end = regions[draw(st.sampled_from(sorted(regions)))]
     place = draw(st.integers(start, end - 1))
@@ -150,8 +150,8 @@ def list_of(facts: dict[str, Any]) -> list[Any]:
     return found
 
 
-def told(error: FastdissError) -> None:
-    """Check that an error is one line of some use."""
+def check_message(error: FastdissError) -> None:
+    """Check that an error is one useful line."""
     assert "\n" not in str(error) and len(str(error)) > 20
 
 
@@ -166,8 +166,8 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def check_dataset(folder: Path, name: str, content: bytes, expected: Tokens) -> bool:
     """Read a dataset with one file replaced; return whether it was refused.
 
-    What is not refused must be right where hashes are compared. Without that it may have other
-    tokens, but no other exception.
+    If it is not refused, it must be right where hashes are compared. Without hashes, tokens may
+    differ, but no other exception may be raised.
     """
     path = folder / name
     whole = path.read_bytes()
@@ -178,10 +178,10 @@ def check_dataset(folder: Path, name: str, content: bytes, expected: Tokens) -> 
             try:
                 found = tokens_of(BinarizedDataset(folder, verify=verify))
             except FastdissError as error:
-                told(error)
+                check_message(error)
                 refused = True
             else:
-                # a manifest may lack a split in all its parts; who needs that split is told so
+                # a manifest may lack a split altogether; whoever needs that split gets an error
                 assert all(expected[key] == found[key] for key in found) or not verify
                 refused = False
     finally:
@@ -220,11 +220,11 @@ def test_a_damaged_dataset_is_refused_or_right(dataset: Path, name: str, count: 
 
     damage()
     assert len(refused) > count // 2
-    assert all(refused) or name == "manifest.json"  # which may hold other flags, or more blanks
+    assert all(refused) or name == "manifest.json"  # it may have other flags, or more blanks
 
 
 def test_a_damaged_index_alone_is_refused_or_right(dataset: Path, tmp_path: Path) -> None:
-    """Without hashes, and where only a part of it is ever used: each sentence by itself."""
+    """Without hashes, and if only a part of it is used: each sentence by itself."""
     whole = (dataset / "train.src.idx").read_bytes()
     stem = tmp_path / "x"
     shutil.copy(dataset / "train.src.bin", f"{stem}.bin")
@@ -239,7 +239,7 @@ def test_a_damaged_index_alone_is_refused_or_right(dataset: Path, tmp_path: Path
         try:
             file = TokenFile(stem)
         except FastdissError as error:
-            told(error)
+            check_message(error)
             return
         assert len(file) == len(expected)
         refused = 0
@@ -247,12 +247,12 @@ def test_a_damaged_index_alone_is_refused_or_right(dataset: Path, tmp_path: Path
             try:
                 assert file[i].tolist() == expected[i]
             except FastdissError as error:
-                told(error)
+                check_message(error)
                 refused += 1
         try:
             assert file.sizes.tolist() == original.sizes.tolist() and not refused
         except FastdissError as error:
-            told(error)
+            check_message(error)
             assert refused
         opened.append(refused)
 
@@ -377,7 +377,7 @@ def check_checkpoint(path: Path, content: bytes, original: Checkpoint) -> bool:
     try:
         found = Checkpoint.load(path)
     except FastdissError as error:
-        told(error)
+        check_message(error)
         assert str(path) in str(error)
         with pytest.raises(FastdissError):
             load_model(path, CPU)
@@ -475,21 +475,21 @@ def test_another_version_of_a_checkpoint_says_so(
     (tmp_path / "x").write_bytes(joined(header, tensors))
     with pytest.raises(FastdissError) as caught:
         Checkpoint.load(tmp_path / "x")
-    told(caught.value)
+    check_message(caught.value)
     assert f"checkpoint format {version!r}; this fastdiss reads '3'" in str(caught.value)
 
 
 @pytest.mark.parametrize("text", ["", "eins\n", "a line that is longer than a header's length\n"])
 def test_a_file_that_is_no_checkpoint_says_so(tmp_path: Path, text: str) -> None:
     (tmp_path / "x").write_text(text)
-    with pytest.raises(FastdissError, match=r"x is no checkpoint: give a .safetensors file"):
+    with pytest.raises(FastdissError, match=r"x is not a checkpoint: give a .safetensors file"):
         Checkpoint.load(tmp_path / "x")
 
 
 def test_facts_that_are_incomplete_under_a_right_hash(
     saved: bytes, original: Checkpoint, tmp_path: Path
 ) -> None:
-    """What another program wrote, with the hash that belongs to it."""
+    """Written by another program, with the correct hash."""
     header, tensors = parts(saved)
     facts = json.loads(json.loads(header["__metadata__"]["fastdiss"])["facts"])
     path = tmp_path / "x.safetensors"
@@ -507,7 +507,7 @@ def test_facts_that_are_incomplete_under_a_right_hash(
             try:
                 read(path)
             except FastdissError as error:
-                told(error)
+                check_message(error)
 
     change()
     lacking = Checkpoint(**{**vars(original), "tensors": original.group("none")})
@@ -520,7 +520,7 @@ def test_facts_that_are_incomplete_under_a_right_hash(
 
 
 def test_damage_through_the_commands(dataset: Path, saved: bytes, tmp_path: Path) -> None:
-    """Each command says one line and leaves, or does what it does with the whole files."""
+    """Each command exits with one line, or does the same as with intact files."""
     checkpoint, folder = tmp_path / "c" / "checkpoint_last.safetensors", tmp_path / "data-bin"
     checkpoint.parent.mkdir()
     checkpoint.write_bytes(saved)
@@ -562,7 +562,7 @@ def test_damage_through_the_commands(dataset: Path, saved: bytes, tmp_path: Path
 
 
 class Bomb:
-    """A pickle that makes a file where it is loaded."""
+    """A pickle that creates a file when it is loaded."""
 
     def __init__(self, mark: Path) -> None:
         self.mark = mark
@@ -617,7 +617,7 @@ def test_a_pickle_does_not_go_off(dataset: Path, saved: bytes, tmp_path: Path, k
         (tmp_path / "x").write_bytes(bomb)
         fastdiss_cli.load(tmp_path / "x")
     assert not mark.exists()
-    if kind == "pickle":  # the bomb is a live one
+    if kind == "pickle":  # the bomb is live
         pickle.loads(bomb)
         assert mark.exists()
 

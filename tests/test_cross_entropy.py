@@ -1,4 +1,4 @@
-"""The output layer with its loss: what torch's two functions give, value and gradient."""
+"""The output layer with its loss: value and gradient are those of torch's two functions."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ P, D, V = 53, 8, 31
 
 @pytest.fixture(params=[1, 7, 100])
 def rows(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    """Tokens of a chunk: one, some with a rest, all."""
+    """Tokens per chunk: one, some with a remainder, all."""
     monkeypatch.setattr(cross_entropy, "_CHUNK", {"cpu": request.param * V})
     return request.param
 

@@ -1,4 +1,4 @@
-"""Several processes: they fail, stop and end together; what they generate is what one generates."""
+"""Several processes: they fail, stop and end together, and generate what a single one does."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ FULL = {
 
 @pytest.fixture(scope="module")
 def whole(data_bin: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return what two processes leave that nothing disturbs."""
+    """Return the result of two undisturbed processes."""
     folder = tmp_path_factory.mktemp("whole")
     for done in run_ranks(2, *command(data_bin, folder, **FULL)):
         assert done.returncode == 0, done.stderr
@@ -51,18 +51,18 @@ def whole(data_bin: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("how", "told"),
+    ("how", "message"),
     [
         ("memory", "rank 1: out of memory in update 3, in a batch of "),
         ("bug", "ValueError: no such thing (runs.py:"),
     ],
 )
-def test_what_fails_on_one_rank_is_told_once_and_ends_all(
-    data_bin: Path, tmp_path: Path, how: str, told: str
+def test_a_failure_on_one_rank_is_reported_once_and_ends_all(
+    data_bin: Path, tmp_path: Path, how: str, message: str
 ) -> None:
     wound = partial(failing, on=1, update=3, how=how)
     first, second = run_ranks(2, *command(data_bin, tmp_path, **FULL), prepare=wound)
-    assert told in one_line_error(first)
+    assert message in one_line_error(first)
     assert (second.returncode, second.stderr) == (1, "")
     assert newest(tmp_path).progress.update == 2
 
@@ -72,11 +72,11 @@ def test_ranks_that_begin_at_different_updates_do_not_begin(data_bin: Path, tmp_
     assert [done.returncode for done in run_ranks(2, *few)] == [0, 0]
     more = command(data_bin, tmp_path, **FULL)
     first, second = run_ranks(2, *more, prepare=blind)
-    assert "goes on after update 2 and one after 0: it must" in one_line_error(first)
+    assert "resumes after update 2 and one after 0: it must" in one_line_error(first)
     assert (second.returncode, second.stderr) == (1, "")
 
 
-def test_a_loss_that_is_no_number_on_one_rank_is_no_update_on_any(
+def test_a_non_finite_loss_on_one_rank_skips_the_update_on_all(
     data_bin: Path, tmp_path: Path
 ) -> None:
     wound = partial(failing, on=1, update=3, how="nan")
@@ -96,7 +96,7 @@ def test_ranks_agree_on_a_save_that_fails(data_bin: Path, tmp_path: Path) -> Non
     first, second = run_ranks(2, *command(data_bin, hurt, **options), prepare=wound)
     assert (first.returncode, second.returncode) == (0, 0), first.stderr
     assert first.stderr.count("warning") == 1 and "Read-only file system" in first.stderr
-    # of equal ones the first that was saved: not that of update 4
+    # the first saved one of equals: not that of update 4
     assert newest(hurt).progress.best_update == 8 and newest(whole).progress.best_update == 4
     assert [line["loss"] for line in metrics(hurt)] == [line["loss"] for line in metrics(whole)]
 
@@ -180,11 +180,12 @@ def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -
         Processes(torch.device("cuda"))
 
 
-def test_only_what_the_transport_says_is_told_of_another_process() -> None:
+def test_only_errors_of_the_transport_mean_a_lost_peer() -> None:
     ranks = Processes(torch.device("cpu"))
-    with pytest.raises(FastdissError, match="another process has ended"), ranks.naming_the_lost():
+    ended = "another process has ended"
+    with pytest.raises(FastdissError, match=ended), ranks.reporting_lost_peers():
         raise RuntimeError("Connection closed by peer")
-    with pytest.raises(RuntimeError, match="device-side assert"), ranks.naming_the_lost():
+    with pytest.raises(RuntimeError, match="device-side assert"), ranks.reporting_lost_peers():
         raise RuntimeError("CUDA error: device-side assert triggered")
 
 
@@ -219,16 +220,16 @@ def test_a_rank_that_dies_under_torchrun_ends_the_others(data_bin: Path, tmp_pat
     killed = time.monotonic()
     assert process.wait(timeout=120) == 1
     assert time.monotonic() - killed < 60
-    (said,) = (tmp_path / "log").glob("*/attempt_0/0/stderr.log")
-    lines = said.read_text().splitlines()
-    assert "Traceback" not in said.read_text()
+    (output,) = (tmp_path / "log").glob("*/attempt_0/0/stderr.log")
+    lines = output.read_text().splitlines()
+    assert "Traceback" not in output.read_text()
     (line,) = [line for line in lines if line.startswith("fastdiss: error: ")]
     assert "rank 0 of 2: another process has ended" in line and lines[-1] == line
 
 
 @pytest.mark.parametrize(("error", "code"), [("FastdissError('no')", 1), ("SystemExit(143)", 143)])
-def test_who_leaves_alone_is_not_aborted_by_torchs_threads(error: str, code: int) -> None:
-    """Whatever happens when the interpreter ends comes too late; here it is an abort."""
+def test_a_rank_that_fails_alone_is_not_aborted_by_torchs_threads(error: str, code: int) -> None:
+    """The interpreter's shutdown, here an abort, is never reached."""
     script = f"""
 import atexit, os, sys, torch
 from fastdiss_cli.distributed import Processes
@@ -238,13 +239,13 @@ try:
     with Processes(torch.device("cpu")) as processes:
         processes.world_size = 2
         raise {error}
-except FastdissError as said:
-    print("said:", said)
+except FastdissError as error:
+    print("error:", error)
     sys.exit(1)
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == code, done.stderr
-    assert done.stdout == ("said: no\n" if code == 1 else "")
+    assert done.stdout == ("error: no\n" if code == 1 else "")
 
 
 def children(pid: int) -> list[int]:
@@ -267,7 +268,7 @@ def trained(data_bin: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def without_times(text: str) -> str:
-    """Return output without its summary, which tells seconds."""
+    """Return output without its summary, which has timings."""
     return "".join(line for line in text.splitlines(True) if not line.startswith("Generate "))
 
 
@@ -320,7 +321,7 @@ def test_several_processes_share_raw_text_on_stdout(trained: Path, tmp_path: Pat
     assert without_times(first.stdout) == without_times(one.stdout) and second.stdout == ""
 
 
-def test_a_line_that_is_no_text_is_told_once(trained: Path, tmp_path: Path) -> None:
+def test_an_invalid_line_is_reported_once(trained: Path, tmp_path: Path) -> None:
     (tmp_path / "in").write_bytes(b"drei\n\xff\n")
     generate = ["generate", "--path", trained, "--input", tmp_path / "in", "--device=cpu"]
     first, second = run_ranks(2, *generate)
@@ -370,7 +371,7 @@ def test_the_time_of_a_run_is_that_of_its_slowest_rank(data_bin: Path, trained: 
 
 
 def slow_clock(rank: int) -> None:
-    """Let decoding take 7 s a batch on the first rank and 70 s on the second."""
+    """Make decoding take 7 s per batch on the first rank and 70 s on the second."""
     right = SequenceGenerator.decode
 
     def decode(self, sources, runs, *more):
@@ -381,7 +382,7 @@ def slow_clock(rank: int) -> None:
     SequenceGenerator.decode = decode
 
 
-def test_wrong_usage_is_told_once(data_bin: Path, tmp_path: Path) -> None:
+def test_wrong_usage_is_reported_once(data_bin: Path, tmp_path: Path) -> None:
     first, second = run_ranks(2, *command(data_bin, tmp_path / "c"), "--lr", "-1")
     assert "--lr must be above 0" in one_line_error(first, code=2)
     assert (second.returncode, second.stderr) == (2, "")
@@ -394,9 +395,9 @@ def test_half_of_torchrun_is_one_line(
     monkeypatch.setenv("RANK", "first")
     one_line_error(run_cli(*line), "RANK is 'first', not a number: use torchrun")
     monkeypatch.setenv("RANK", "1")
-    one_line_error(run_cli(*line), "RANK is 1 and WORLD_SIZE 1: start the processes with torchrun")
+    one_line_error(run_cli(*line), "RANK is 1 but WORLD_SIZE is 1: start the processes")
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "0")
-    one_line_error(run_cli(*line), "RANK is 0 and WORLD_SIZE 0")
+    one_line_error(run_cli(*line), "RANK is 0 but WORLD_SIZE is 0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     one_line_error(run_cli(*line), "WORLD_SIZE is 2, but", "MASTER_ADDR", "torchrun, or unset")

@@ -1,6 +1,6 @@
-"""The `sh` blocks of the README and of docs/ run, on a small corpus; every link leads somewhere.
+"""The `sh` blocks of the README and of docs/ run, on a small corpus; all links are valid.
 
-docs/api.md and docs/fairseq.md are run by the tests of what they describe.
+docs/api.md and docs/fairseq.md are run by the tests of their subjects.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from tests.conftest import run_cli
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-# the last one of two flags counts: what the pages show is made small
+# appended flags override those of the pages, to keep the models small
 SMALL = [
     "--max-update=2", "--max-tokens=300", "--set=model.encoder_layers=1",
     "--set=model.decoder_layers=1", "--set=model.model_dim=16", "--set=model.ffn_dim=16",
@@ -31,7 +31,7 @@ def blocks(page: Path, language: str) -> list[str]:
 
 
 def run(line: str) -> str:
-    """Run a command line as it is written but for sizes; return its output."""
+    """Run a command line as written, except for sizes; return its output."""
     command, *words = shlex.split(line, comments=True)
     assert command == "fastdiss"
     expanded: list[str] = []
@@ -50,7 +50,7 @@ def run(line: str) -> str:
 
 @pytest.fixture
 def here(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with the text that the README speaks of, small."""
+    """A folder with a small version of the text that the README uses."""
     (tmp_path / "text").mkdir()
     for path in corpus.glob("*.*"):
         lines = path.read_text(encoding="utf-8").split("\n")[:60]
@@ -74,7 +74,7 @@ def test_every_command_of_the_documentation_runs(here: Path) -> None:
         for block in blocks(ROOT / "docs" / f"{page}.md", "sh")
         for line in block.splitlines()
     ]
-    assert "half_told_tiny" in shown[0] and len(shown) == 6
+    assert "half_conditioned_tiny" in shown[0] and len(shown) == 6
     assert "license: mit" in shown[-1]
 
 
@@ -86,14 +86,14 @@ def test_every_link_leads_somewhere(page: Path) -> None:
 
 
 def test_flags_in_the_documentation_exist() -> None:
-    """A flag that a page names is one of some command, or of a tool that the page speaks of."""
+    """A flag that a page names belongs to a command, or to a tool that the page describes."""
     commands = ["preprocess", "train", "generate", "score", "plot", "export", "card", "models"]
     known = set()
     for command in commands:
         known |= set(re.findall(r"--[a-z][a-z-]+", run_cli(command, "--help").stdout))
     tool = [sys.executable, ROOT / "recipes" / "bench" / "preprocess.py", "--help"]
-    said = subprocess.run(tool, capture_output=True, text=True, check=True).stdout
-    known |= set(re.findall(r"--[a-z][a-z-]+", said))
+    output = subprocess.run(tool, capture_output=True, text=True, check=True).stdout
+    known |= set(re.findall(r"--[a-z][a-z-]+", output))
     others = {"--install-completion", "--nproc-per-node"}
     for page in PAGES:
         if page.name in ("fairseq.md", "cluster.md"):  # tables of other programs' flags
@@ -103,7 +103,7 @@ def test_flags_in_the_documentation_exist() -> None:
 
 
 def test_every_test_that_the_list_of_tests_names_exists() -> None:
-    """``..._`` stands for the beginning of a name, or for the file that was named last."""
+    """``..._`` stands for the beginning of a name, ``...test_`` for the file named last."""
     missing, names = [], []
     for row in (ROOT / "tests" / "README.md").read_text(encoding="utf-8").splitlines():
         for file, name in re.findall(r"`(test_\w+\.py)?(?:::)?((?:\.\.\.)?\w*(?:\.\.\.)?)`", row):
@@ -111,7 +111,7 @@ def test_every_test_that_the_list_of_tests_names_exists() -> None:
                 text = (ROOT / "tests" / file).read_text(encoding="utf-8")
                 names = re.findall(r"^def (test_\w+)\(", text, re.MULTILINE)
             wanted = name.strip(".").strip("_")
-            tells_a_test = file or name.startswith("...")
-            if wanted and tells_a_test and not any(wanted in known for known in names):
+            names_a_test = file or name.startswith("...")
+            if wanted and names_a_test and not any(wanted in known for known in names):
                 missing.append(f"{file} {name}")
     assert not missing

@@ -1,4 +1,4 @@
-"""fairseq's data-bins, read as they are; its flags, translated; and what docs/fairseq.md says.
+"""fairseq's data-bins, read as they are; its flags, translated; and docs/fairseq.md.
 
 fairseq itself is not needed: `write_data_bin` writes the bytes that its `mmap` format is made of,
 and shares no code with the package.
@@ -158,8 +158,8 @@ def test_these_are_the_bytes_of_fairseq(tmp_path: Path) -> None:
 def test_every_whole_number_type(tmp_path: Path, text, code: int) -> None:
     folder = write_data_bin(tmp_path / "bin", text, code=code)
     dataset = open_dataset(folder, verify=True)
-    told = [dataset.tgt_tokenizer.pieces(ids.tolist()) for ids in dataset["test"]["tgt"]]
-    assert [" ".join(pieces) for pieces in told] == [f"{t} </s>" for t in text["test"]["en"]]
+    rows = [dataset.tgt_tokenizer.pieces(ids.tolist()) for ids in dataset["test"]["tgt"]]
+    assert [" ".join(pieces) for pieces in rows] == [f"{t} </s>" for t in text["test"]["en"]]
 
 
 @pytest.mark.parametrize("is_joined", [True, False])
@@ -213,8 +213,8 @@ def test_a_flagged_word_takes_the_place_of_the_earlier() -> None:
     ("model", "message"),
     [
         (b"", "the dictionary is empty"),
-        (b"a 1\na 1\n", "line 2 has 'a' for the second time"),
-        (b"a 1\n</s> 1\n", "line 2 has '</s>' for the second time"),
+        (b"a 1\na 1\n", "line 2 repeats the word 'a'"),
+        (b"a 1\n</s> 1\n", "line 2 repeats the word '</s>'"),
         (b"a 1\n\nb 1\n", "line 2 is not a word and its count"),
         (b"a 1\nb\n", "line 2 is not a word and its count"),
         (b"a 1\nb x\n", "line 2 is not a word and its count"),
@@ -226,7 +226,7 @@ def test_other_lines_are_refused(model: bytes, message: str) -> None:
         Dictionary(model, "dict.de.txt")
 
 
-def test_bytes_tell_which_tokenizer_they_are() -> None:
+def test_bytes_identify_their_tokenizer() -> None:
     model = train_tokenizer(["eins zwei 3\n"], "char", 270).model
     assert isinstance(make_tokenizer(model), SentencePiece)
     for text in ("the 100\nof 2\n", "the 100", "# 3 #fairseq:overwrite\n", "1 2\r\n"):
@@ -275,12 +275,12 @@ def test_unknown_words_of_the_input_are_counted(checkpoint: Path) -> None:
 
 
 def test_other_dictionaries_are_refused_with_both_hashes(joined: Path, checkpoint: Path) -> None:
-    said = one_line_error(run_cli("generate", joined, "--path", checkpoint))
+    message = one_line_error(run_cli("generate", joined, "--path", checkpoint))
     for tokenizer in (
         Checkpoint.load(checkpoint).tokenizer("src"),
         open_dataset(joined).src_tokenizer,
     ):
-        assert tokenizer.hash[:16] in said
+        assert tokenizer.hash[:16] in message
 
 
 def test_a_training_resumes_on_the_same_data_only(separate: Path, tmp_path: Path) -> None:
@@ -291,14 +291,14 @@ def test_a_training_resumes_on_the_same_data_only(separate: Path, tmp_path: Path
     trained(folder, tmp_path / "c", "--max-update=4")
     again = ["train", folder, "--save-dir", tmp_path / "c", "--arch=fastdiss_tiny", *TINY]
     again += ["--max-update=5"]
-    for name, old, new, said in (
+    for name, old, new, message in (
         ("valid.de-en.en.bin", b"\x04\0", b"\x05\0", "dataset was"),
         ("dict.en.txt", b"two ", b"TWO ", "the target tokenizer of"),
     ):
         content = (folder / name).read_bytes()
         assert old in content
         (folder / name).write_bytes(content.replace(old, new, 1))
-        assert said in one_line_error(run_cli(*again))
+        assert message in one_line_error(run_cli(*again))
         (folder / name).write_bytes(content)
     assert run_cli(*again).returncode == 0
 
@@ -377,20 +377,20 @@ def test_an_open_choice_of_languages_is_asked_for(joined: Path, tmp_path: Path) 
             source = folder / f"train.de-en.{language.replace('fr', 'de')}.{ending}"
             shutil.copy(source, folder / f"train.fr-en.{language}.{ending}")
         shutil.copy(source, folder / f"train.de-None.de.{ending}")  # --only-source
-    said = one_line_error(run_cli("train", folder, "--save-dir", tmp_path / "c"))
-    assert "holds de-en, fr-en: say which with --source-lang and --target-lang" in said
+    message = one_line_error(run_cli("train", folder, "--save-dir", tmp_path / "c"))
+    assert "holds de-en, fr-en: choose with --source-lang and --target-lang" in message
     assert open_dataset(folder, "fr").languages == ("fr", "en")
     assert open_dataset(folder, "de").languages == ("de", "en")
-    with pytest.raises(FastdissError, match="say which"):
+    with pytest.raises(FastdissError, match="choose with"):
         open_dataset(folder, target="en")
-    with pytest.raises(FastdissError, match="say which"):
+    with pytest.raises(FastdissError, match="choose with"):
         open_dataset(folder, "de", "fr")
 
 
 def test_a_dataset_of_fastdiss_has_its_one_direction(data_bin: Path, tmp_path: Path) -> None:
     assert open_dataset(data_bin, "de", "en").hash == open_dataset(data_bin).hash
-    said = one_line_error(run_cli("train", data_bin, "-s", "en", "--save-dir", tmp_path, *TINY))
-    assert "goes from de to en" in said
+    message = one_line_error(run_cli("train", data_bin, "-s", "en", "--save-dir", tmp_path, *TINY))
+    assert "goes from de to en" in message
     done = run_cli("generate", "--path=x", "--input=-", "-s", "de")
     one_line_error(done, "--source-lang", code=2)
 
@@ -398,9 +398,9 @@ def test_a_dataset_of_fastdiss_has_its_one_direction(data_bin: Path, tmp_path: P
 # damage
 
 
-def test_what_is_wrong_is_told_in_one_line(joined: Path, tmp_path: Path) -> None:
-    def said(name: str, change) -> str:
-        """Let ``change(folder)`` do its worst to a copy; both commands must tell the same."""
+def test_what_is_wrong_is_reported_in_one_line(joined: Path, tmp_path: Path) -> None:
+    def error_of(name: str, change) -> str:
+        """Apply ``change(folder)`` to a copy; both commands must report the same error."""
         folder = shutil.copytree(joined, tmp_path / name)
         change(folder)
         for command in (
@@ -422,35 +422,37 @@ def test_what_is_wrong_is_told_in_one_line(joined: Path, tmp_path: Path) -> None
         return lambda folder: write_tokens(folder / "test.de-en.de", sentences, code)
 
     legacy = b"TNTIDX\x00\x00" + struct.pack("<QQQQQ", 1, 4, 4, 20, 20)
-    line = said("legacy", write("train.de-en.de.idx", legacy))
+    line = error_of("legacy", write("train.de-en.de.idx", legacy))
     assert "train.de-en.de.idx is in fairseq's lazy or cached format, not mmap" in line
     assert "run `fairseq-preprocess --dataset-impl mmap` again" in line
-    assert "huffman" in said("huffman", write("test.de-en.en.idx", b"HUFFIDX\x00\x00" + b"\0" * 20))
-    assert "no SPLIT.SRC-TGT.LANG.idx" in said("raw", drop("*.idx", "*.bin"))
-    assert "dict.en.txt: cannot read the dictionary" in said("no dict", drop("dict.en.txt"))
-    assert "dict.de.txt: cannot read the dictionary" in said("no dicts", drop("dict.*"))
-    assert "the side en is missing beside test.de-en.de.idx" in said(
+    assert "huffman" in error_of(
+        "huffman", write("test.de-en.en.idx", b"HUFFIDX\x00\x00" + b"\0" * 20)
+    )
+    assert "no SPLIT.SRC-TGT.LANG.idx" in error_of("raw", drop("*.idx", "*.bin"))
+    assert "dict.en.txt: cannot read the dictionary" in error_of("no dict", drop("dict.en.txt"))
+    assert "dict.de.txt: cannot read the dictionary" in error_of("no dicts", drop("dict.*"))
+    assert "there is test.de-en.de.idx, but the side en is missing" in error_of(
         "no side", drop("test.de-en.en.*")
     )
-    assert "train.de-en.de.bin: No such file" in said("no bin", drop("train.de-en.de.bin"))
+    assert "train.de-en.de.bin: No such file" in error_of("no bin", drop("train.de-en.de.bin"))
     content = (joined / "train.de-en.de.bin").read_bytes()
     cut = write("train.de-en.de.bin", content[:-4])
-    assert "2554 bytes where the index ends at 2558" in said("cut", cut)
-    assert "no index header" in said("noise", write("valid.de-en.de.idx", b"\x01" * 40))
-    assert "id 6000 is outside the vocabulary" in said("id", tokens([[6000, 2]] * 20))
-    assert "id -1 is outside the vocabulary" in said("minus", tokens([[-1, 2]] * 20, code=4))
-    assert "the first of them is number 1" in said("eos", tokens([[4, 2], [4, 4]] * 10))
-    assert "20 sentences do not end with eos" in said("empty", tokens([[]] * 20))
-    assert "19 sentences on one side and 20 on the other" in said("count", tokens([[2]] * 19))
+    assert "2554 bytes, but the index ends at 2558" in error_of("cut", cut)
+    assert "no index header" in error_of("noise", write("valid.de-en.de.idx", b"\x01" * 40))
+    assert "id 6000 is outside the vocabulary" in error_of("id", tokens([[6000, 2]] * 20))
+    assert "id -1 is outside the vocabulary" in error_of("minus", tokens([[-1, 2]] * 20, code=4))
+    assert "the first is number 1" in error_of("eos", tokens([[4, 2], [4, 4]] * 10))
+    assert "20 sentences do not end with eos" in error_of("empty", tokens([[]] * 20))
+    assert "19 sentences on one side and 20 on the other" in error_of("count", tokens([[2]] * 19))
     floats = bytearray((joined / "test.de-en.de.idx").read_bytes())
     floats[17] = 7
-    assert "dtype code 7" in said("floats", write("test.de-en.de.idx", bytes(floats)))
+    assert "dtype code 7" in error_of("floats", write("test.de-en.de.idx", bytes(floats)))
     bad = write("dict.de.txt", b"a\nb 1\n")
-    assert "dict.de.txt: line 1 is not a word and its count" in said("dict", bad)
+    assert "dict.de.txt: line 1 is not a word and its count" in error_of("dict", bad)
 
 
-def test_damage_is_told_or_read(text, tmp_path: Path) -> None:
-    """Nothing says what the bytes should be, so other tokens may come out, but never a crash."""
+def test_damage_is_reported_or_read(text, tmp_path: Path) -> None:
+    """There are no hashes, so tokens may differ, but there must be no crash."""
     few = {split: {k: v[:8] for k, v in sides.items()} for split, sides in text.items()}
     folder = write_data_bin(tmp_path / "bin", few)
     files = sorted(path for path in folder.iterdir() if path.suffix != ".log")
@@ -477,8 +479,8 @@ def test_damage_is_told_or_read(text, tmp_path: Path) -> None:
 def test_a_checkpoint_of_fairseq_is_refused(joined: Path, tmp_path: Path) -> None:
     path = tmp_path / "checkpoint_best.pt"
     path.write_bytes(pickle.dumps({"model": {}}))
-    said = one_line_error(run_cli("generate", joined, "--path", path))
-    assert ".pt is pickle" in said and "fastdiss train" in said
+    message = one_line_error(run_cli("generate", joined, "--path", path))
+    assert "are pickle" in message and "fastdiss train" in message
 
 
 def test_generate_checks_the_split(separate: Path, checkpoint: Path, tmp_path: Path) -> None:
@@ -500,10 +502,10 @@ def test_old_flags_are_translated_with_a_line_each(capsys: pytest.CaptureFixture
     )
     new = "generate D --path c --steps 20 --length-beam 7 --select mbr --beam 4"
     assert " ".join(rewrite_flags(line.split())) == new
-    told = capsys.readouterr().err.splitlines()
-    assert len(told) == 7
-    assert told[1] == "--decoding-steps is --steps 20 here"
-    assert told[3].startswith("--remove-bpe is not needed here: D- and T- lines are text")
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 7
+    assert lines[1] == "--decoding-steps is --steps 20 here"
+    assert lines[3].startswith("--remove-bpe is not needed here: D- and T- lines are text")
 
 
 def test_difformers_noise_of_decoding_is_the_temperature_here(
@@ -512,11 +514,11 @@ def test_difformers_noise_of_decoding_is_the_temperature_here(
     assert rewrite_flags(["generate", "D", "--decoding-noise-factor", "1"]) == ["generate", "D"]
     with pytest.raises(SystemExit):
         rewrite_flags(["generate", "D", "--decoding-noise-factor", "2"])
-    said = capsys.readouterr().err
-    assert "--temperature 0.25" in said and "'2' is not there" in said
+    output = capsys.readouterr().err
+    assert "--temperature 0.25" in output and "'2' is not supported" in output
 
 
-def test_the_word_behind_remove_bpe_may_be_the_dataset() -> None:
+def test_the_word_after_remove_bpe_may_be_the_dataset() -> None:
     assert rewrite_flags(["generate", "--remove-bpe", "data-bin"]) == ["generate", "data-bin"]
 
 
@@ -536,7 +538,7 @@ def test_one_rank_speaks(
     ("line", "parts"),
     [
         ("train D --min-lr 1e-9 --apply-bert-init", ["--min-lr (", "--apply-bert-init (there"]),
-        ("train D --optimizer=sgd", ["--optimizer (the optimizer is AdamW; 'sgd' is not there)"]),
+        ("train D --optimizer=sgd", ["(the optimizer is AdamW; 'sgd' is not supported)"]),
         ("train D --batch-size 50", ["--batch-size (batches are counted in tokens: --max-tokens)"]),
         ("train D --tensorboard-logdir x", ["-logdir (--set train.tensorboard=true writes"]),
         ("train D --wandb-project x", ["--wandb-project (metrics.jsonl in --save-dir"]),
@@ -544,7 +546,7 @@ def test_one_rank_speaks(
         ("generate D --iter-decode-max-iter x", ["use --steps"]),
         ("generate D --remove-bpe=_EOW", ["'_EOW' cannot be undone"]),
         ("preprocess --srcdict d --tgtdict e", ["--tokenizer SRC,TGT"]),
-        ("score --sentence-bleu", ["scores are of the corpus"]),
+        ("score --sentence-bleu", ["scores are corpus-level"]),
         ("score ref.txt -i out.txt", ["sacreBLEU's REF -i HYP is --sys HYP --ref REF"]),
     ],
 )
@@ -554,7 +556,7 @@ def test_what_has_no_equivalent_exits_with_2(line: str, parts: list[str]) -> Non
 
 
 def test_old_and_new_flags_meet_nowhere() -> None:
-    """Every old flag becomes flags that the command has, and hides none of them."""
+    """Every old flag translates to flags that the command has, and shadows none of them."""
     root = typer.main.get_command(command_line())
     for command, table in OLD_FLAGS.items():
         known = {
@@ -565,7 +567,7 @@ def test_old_and_new_flags_meet_nowhere() -> None:
             assert old.takes in ("none", "one", "maybe"), flag
             for value in ("", "0", "1", "bleu", "mmap"):
                 try:
-                    new = old.become(value)
+                    new = old.translate(value)
                 except NoEquivalent as reason:
                     assert str(reason), flag
                     continue

@@ -1,4 +1,4 @@
-"""What goes wrong in a training: full disks, too little memory, losses that are no numbers."""
+"""Faults in training: full disks, too little memory, non-finite losses."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from fastdiss_cli.training import validation
 
 
 def failing_saves(monkeypatch: pytest.MonkeyPatch, calls: set[int]) -> None:
-    """Let the saves of these numbers find the disk full, after half the file."""
+    """Make the saves of these numbers run out of disk space, after half the file."""
     right, count = checkpoint.save_file, [0]
 
     def save_file(tensors: object, path: Path, metadata: object) -> None:
@@ -74,15 +74,15 @@ def test_a_last_save_that_fails_is_an_error(
 ) -> None:
     options = {"save_interval_updates": 2, "max_update": 5, "validate_interval_updates": 100}
     failing_saves(monkeypatch, {3})
-    said = one_line_error(run_cli(*command(data_bin, tmp_path, **options)))
-    assert "checkpoint_last" in said and "No space left on device" in said
+    message = one_line_error(run_cli(*command(data_bin, tmp_path, **options)))
+    assert "checkpoint_last" in message and "No space left on device" in message
     assert newest(tmp_path).progress.update == 4
 
 
 def test_a_best_checkpoint_that_was_not_saved_is_not_the_best(
     data_bin: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Else no later one, better than all that are on the disk, would be kept as the best."""
+    """Otherwise a later one, better than all that are on the disk, would not be kept."""
     scores = iter([1.0, 3.0, 2.0, 1.5])
     monkeypatch.setattr(validation.Validator, "bleu", lambda *_: next(scores))
     failing_saves(monkeypatch, {2})
@@ -107,7 +107,7 @@ def test_a_numbered_checkpoint_that_fails_does_not_forget_the_best(
 
 
 def test_a_disk_that_is_really_full(data_bin: Path, tmp_path: Path) -> None:
-    """The limit on a file's size is met in the middle of the write."""
+    """The limit on a file's size is reached in the middle of a write."""
     assert run_cli(*command(data_bin, tmp_path, max_update=1)).returncode == 0
     before = tensors(tmp_path)
     more = command(data_bin, tmp_path, max_update=2)
@@ -145,7 +145,7 @@ def test_a_log_that_cannot_be_written_is_written_later(
 def test_a_half_written_line_of_the_log_is_taken_back(data_bin: Path, tmp_path: Path) -> None:
     more = command(data_bin, tmp_path, max_update=9, save_interval_updates=100, valid_sentences=0)
     (done,) = Ranks(1, *more, prepare=partial(full_disk, size=300)).results()
-    one_line_error(done, "checkpoint_last")  # the last save finds the disk as full
+    one_line_error(done, "checkpoint_last")  # the last save finds the disk still full
     assert "metrics.jsonl: cannot write: File too large" in done.stderr
     assert [line["update"] for line in metrics(tmp_path)] == [1]
 
@@ -154,7 +154,7 @@ def test_a_half_written_line_of_the_log_is_taken_back(data_bin: Path, tmp_path: 
 
 
 def real_failure() -> RuntimeError:
-    """Ask torch's allocator for more than any address space holds, and return what it says."""
+    """Ask torch's allocator for more than any address space holds, and return the error."""
     with pytest.raises(RuntimeError) as failure:
         torch.empty(1 << 58)
     return RuntimeError(str(failure.value))
@@ -182,13 +182,13 @@ def test_training_without_memory_names_the_batch_and_the_way_out(
 
     monkeypatch.setattr(Difformer, "loss", loss)
     more = command(data_bin, tmp_path, save_interval_updates=1)
-    said = one_line_error(run_cli(*more))
+    message = one_line_error(run_cli(*more))
     B, S, T = shapes[0]
     assert (
         f"out of memory in update 3, in a batch of {B} sentences padded to {S} source x {T} "
-        in said
+        in message
     )
-    assert "lower --max-tokens (now 500)" in said and "raise --update-freq" in said
+    assert "lower --max-tokens (now 500)" in message and "raise --update-freq" in message
     assert newest(tmp_path).progress.update == 2
 
 
@@ -256,11 +256,11 @@ def test_generating_without_memory_names_the_batch(
         raise MEMORY[0]
 
     monkeypatch.setattr(Difformer, "decode", decode)
-    said = one_line_error(run_cli("generate", data_bin, "--path", path, "--max-tokens", "100"))
-    assert "out of memory decoding a batch of" in said and "--max-tokens (now 100)" in said
+    message = one_line_error(run_cli("generate", data_bin, "--path", path, "--max-tokens", "100"))
+    assert "out of memory decoding a batch of" in message and "--max-tokens (now 100)" in message
 
 
-def test_validation_without_memory_is_told_too(
+def test_validation_without_memory_is_reported_too(
     data_bin: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     right = Difformer.loss
@@ -281,8 +281,8 @@ def test_a_bug_in_a_loss_is_one_line_with_its_place(
         raise ValueError("no\nsuch thing")
 
     monkeypatch.setattr(Difformer, "loss", loss)
-    said = one_line_error(run_cli(*command(data_bin, tmp_path)))
-    assert "ValueError: no such thing (test_faults.py:" in said and "update 1" in said
+    message = one_line_error(run_cli(*command(data_bin, tmp_path)))
+    assert "ValueError: no such thing (test_faults.py:" in message and "update 1" in message
     monkeypatch.setenv("FASTDISS_TRACEBACK", "1")
     done = run_cli(*command(data_bin, tmp_path))
     assert done.returncode == 1 and 'raise ValueError("no' in done.stderr
@@ -301,7 +301,7 @@ def test_the_place_of_a_bug_is_not_in_torch(
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_a_loss_that_is_no_number_is_no_update_though_its_gradient_is(
+def test_a_non_finite_loss_skips_the_update_despite_a_finite_gradient(
     data_bin: Path, tmp_path: Path, value: float
 ) -> None:
     training = start(data_bin, tmp_path, max_update=3, ema_decay=0.5, validate_interval_updates=99)
@@ -327,9 +327,7 @@ def test_a_loss_that_is_no_number_is_no_update_though_its_gradient_is(
     assert "loss" not in lines[1] and lines[2]["skipped"] == 1
 
 
-def test_a_validation_loss_that_is_no_number_is_null_in_the_log(
-    data_bin: Path, tmp_path: Path
-) -> None:
+def test_a_non_finite_validation_loss_is_null_in_the_log(data_bin: Path, tmp_path: Path) -> None:
     training = start(data_bin, tmp_path, max_update=3, validate_interval_updates=1)
     right = training.model.loss
 
@@ -348,9 +346,9 @@ def test_a_validation_loss_that_is_no_number_is_null_in_the_log(
 def test_weights_that_may_be_broken_take_the_place_of_no_checkpoint(
     data_bin: Path, tmp_path: Path
 ) -> None:
-    """Saves and validations that fall due wait for the next update that is none to skip.
+    """Saves and validations that are due wait for the next update that is not skipped.
 
-    A signal that comes meanwhile saves nothing either.
+    Nor does a signal save anything meanwhile.
     """
     often = {"save_interval_updates": 1, "validate_interval_updates": 2, "keep_last": 9}
 
@@ -387,7 +385,7 @@ def test_weights_that_may_be_broken_take_the_place_of_no_checkpoint(
 def test_what_ends_diverged_takes_the_place_of_no_checkpoint(
     data_bin: Path, tmp_path: Path
 ) -> None:
-    """Where training ends before as many updates are skipped as stop it."""
+    """If training ends before enough updates are skipped to stop it."""
     often = {"save_interval_updates": 1, "validate_interval_updates": 99}
     for folder, validated in ((tmp_path / "a", True), (tmp_path / "b", False)):
         training = start(data_bin, folder, max_update=4, max_skipped=4, **often)
@@ -398,7 +396,7 @@ def test_what_ends_diverged_takes_the_place_of_no_checkpoint(
         training._try_largest_batch = lambda: 0
         if not validated:
             training.validator = None
-        with pytest.raises(FastdissError, match=r"finite: lower --lr.* is of update 2$"):
+        with pytest.raises(FastdissError, match=r"finite: lower --lr.* is from update 2$"):
             training.run()
         assert newest(folder).progress.update == 2
 
@@ -409,17 +407,17 @@ def test_a_model_that_has_diverged_gives_no_answers() -> None:
         for p in model.parameters():
             p.data.fill_(math.nan)
         runs = [Run(model.Decoding())]
-        with pytest.raises(FastdissError, match="what the model gives is not finite"):
+        with pytest.raises(FastdissError, match="the model's output is not finite"):
             SequenceGenerator(model, by_score, 100).decode([[5, 6, 2]], runs)
-    model = make_model("fastdiss")  # and where it is one candidate only
+    model = make_model("fastdiss")  # and if it is a single candidate
     one, other = (Hypothesis([5], score, [score], 1) for score in (-1.0, math.nan))
     model.decode = lambda *_: [[one, other]]
-    with pytest.raises(FastdissError, match="what the model gives is not finite"):
+    with pytest.raises(FastdissError, match="the model's output is not finite"):
         SequenceGenerator(model, by_score, 100).decode([[5, 6, 2]], [Run(model.Decoding())])
 
 
-def test_training_goes_on_though_nobody_hears_of_it(data_bin: Path, tmp_path: Path) -> None:
-    """Its log is a full disk, or a pipe whose reader has left."""
+def test_training_continues_without_a_working_stderr(data_bin: Path, tmp_path: Path) -> None:
+    """stderr is a full disk, or a pipe whose reader is gone."""
     read, closed = os.pipe()
     os.close(read)
     for name, log in (("full", os.open("/dev/full", os.O_WRONLY)), ("closed", closed)):
@@ -430,7 +428,7 @@ def test_training_goes_on_though_nobody_hears_of_it(data_bin: Path, tmp_path: Pa
         assert newest(tmp_path / name).progress.update == 3
 
 
-def test_losses_that_are_no_numbers_are_bounded(data_bin: Path, tmp_path: Path) -> None:
+def test_non_finite_losses_are_bounded(data_bin: Path, tmp_path: Path) -> None:
     training = start(data_bin, tmp_path, max_skipped=3)
     right = training.model.loss
     training.model.loss = lambda *of: Loss(right(*of).total + math.inf)

@@ -29,7 +29,7 @@ def checkpoints(data_bin: Path, tmp_path_factory: pytest.TempPathFactory) -> dic
     found = {}
     for arch in TYPES:
         folder = tmp_path_factory.mktemp(arch)
-        updates = 100 if arch == "transformer_tiny" else 30  # it begins by answering all alike
+        updates = 100 if arch == "transformer_tiny" else 30  # at first, all its answers are alike
         more = {"max_update": updates, "lr": 1e-2, "ema_decay": 0, "valid_sentences": 0}
         done = run_cli(*command(data_bin, folder, arch, **more))
         assert done.returncode == 0, done.stderr
@@ -104,7 +104,7 @@ def test_hypotheses_do_not_depend_on_the_order_of_the_corpus(
 def test_a_signal_leaves_the_beginning_of_the_output(
     data_bin: Path, checkpoints: dict[str, Path], number: int
 ) -> None:
-    """Windows of 6 sentences; after the warm-up, the second is under way when the signal comes."""
+    """Windows of 6 sentences; the signal comes in the second one after the warm-up."""
     more = ["generate", data_bin, "--path", checkpoints["fastdiss_tiny"], "--device=cpu"]
     more += ["--buffer-size", "6"]
     whole = run_cli(*more).stdout
@@ -114,13 +114,13 @@ def test_a_signal_leaves_the_beginning_of_the_output(
     (done,) = Ranks(1, *more, prepare=wound).results()
     assert done.returncode == 128 + number
     assert whole.startswith(done.stdout) and done.stdout.splitlines()[-1].startswith("I-11\t")
-    _, stopping, told = done.stderr.splitlines()
+    _, stopping, message = done.stderr.splitlines()
     assert stopping == "stopping: finishing this batch (again to stop at once)"
-    assert told == f"stopped by signal {number}; 12 of 20 sentences are written"
+    assert message == f"stopped by signal {number}; 12 of 20 sentences are written"
 
 
 def test_a_signal_in_a_window_leaves_no_gap(data_bin: Path, checkpoints: dict[str, Path]) -> None:
-    """Batches go by length, so what is done of a window may lie anywhere in it."""
+    """Batches are sorted by length, so finished sentences may be anywhere in a window."""
     more = ["generate", data_bin, "--path", checkpoints["fastdiss_tiny"], "--device=cpu"]
     more += ["--max-tokens", "60"]
     whole = run_cli(*more).stdout
@@ -166,7 +166,7 @@ def test_a_signal_in_a_window_leaves_what_was_done_in_files(
     assert numbers == sorted(numbers) and 0 < len(numbers) < 20 and 0 not in numbers
     assert f"{len(numbers)} of 20 sentences are in {part}" in done.stderr
     whole = run_cli(*more)
-    assert not part.exists()  # all of it is in the file that is complete
+    assert not part.exists()  # all of it is in the complete file
     complete = set((tmp_path / "generate-test.txt").read_text().splitlines())
     assert whole.returncode == 0 and complete > set(lines)
 
@@ -201,7 +201,7 @@ def test_a_signal_between_two_batches_leaves_no_wait_for_input(
 
 
 def signalled_in_output(rank: int) -> None:
-    """Give a line, send a signal while its answer is written, and let nobody ask for more."""
+    """Give a line, send a signal while its answer is written, and allow no further read."""
     from fastdiss_cli.data import text
     from fastdiss_cli.decoding import translation
 
@@ -230,7 +230,7 @@ def waiting_input(rank: int) -> None:
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device that is always full")
-def test_a_full_disk_is_told_with_the_name_of_the_file(
+def test_a_full_disk_is_reported_with_the_file_name(
     data_bin: Path,
     checkpoints: dict[str, Path],
     tmp_path: Path,
@@ -256,7 +256,7 @@ def test_what_is_written_before_a_failure_is_kept(
     done = run_cli("generate", "--input", tmp_path / "in", *more, tmp_path / "out")
     one_line_error(done, "line 4 is not valid UTF-8")
     (part,) = (tmp_path / "out").iterdir()
-    assert f"what was done before, 2 sentences, is in {part}" in done.stderr
+    assert f"the lines written before the failure (2 sentences) are in {part}" in done.stderr
     assert [line[:3] for line in part.read_text().splitlines() if line[0] == "D"] == ["D-0", "D-1"]
 
 
@@ -275,15 +275,15 @@ def test_an_empty_line_has_an_empty_answer(checkpoints: dict[str, Path], arch: s
 def test_the_other_direction_is_refused(
     corpus: Path, data_bin: Path, checkpoints: dict[str, Path], tmp_path: Path
 ) -> None:
-    """A joined tokenizer cannot tell it."""
+    """A joined tokenizer does not reveal it."""
     more = ["-s", "en", "-t", "de", "--tokenizer", data_bin / "tokenizer.src"]
     more += ["--testpref", corpus / "test", "--destdir", tmp_path / "d"]
     assert run_cli("preprocess", *more).returncode == 0
     done = run_cli("generate", tmp_path / "d", "--path", checkpoints["transformer_tiny"])
-    assert "goes from de to en" in one_line_error(done, "from en to de")
+    assert "translates from de to en" in one_line_error(done, "from en to de")
 
 
-def test_other_languages_are_told(
+def test_other_languages_are_reported(
     corpus: Path, data_bin: Path, checkpoints: dict[str, Path], tmp_path: Path
 ) -> None:
     for side, language in (("de", "nl"), ("en", "en")):
@@ -296,8 +296,8 @@ def test_other_languages_are_told(
         for data in (tmp_path / "d", data_bin)
     ]
     assert [done.returncode for done in found] == [0, 0]
-    told = ["was trained to go from de to en" in done.stderr for done in found]
-    assert told == [True, False]
+    warned = ["the checkpoint translates from de to en" in done.stderr for done in found]
+    assert warned == [True, False]
 
 
 def test_a_reranker_that_goes_the_other_way_is_refused(
@@ -309,7 +309,7 @@ def test_a_reranker_that_goes_the_other_way_is_refused(
     more = ["--path", checkpoints["fastdiss_tiny"], "--input=-", "--noise-beam=2", "--rerank-path"]
     assert run_cli("generate", *more, checkpoints["transformer_tiny"], stdin="eins\n").stdout
     done = run_cli("generate", *more, tmp_path / "backward.safetensors", stdin="eins\n")
-    one_line_error(done, "the reranker goes from en to de, the model from de to en")
+    one_line_error(done, "the reranker translates from en to de, the model from de to en")
 
 
 def test_hypotheses_are_kept_where_references_are_too_few(
@@ -319,15 +319,15 @@ def test_hypotheses_are_kept_where_references_are_too_few(
     more = ["--input=-", "--ref", tmp_path / "ref", "--results-path", tmp_path / "out"]
     lines = "eins\nzwei\ndrei\n"
     done = run_cli("generate", "--path", checkpoints["fastdiss_tiny"], *more, stdin=lines)
-    said = one_line_error(done, "--ref has 2 lines where the input has 3 sentences")
+    message = one_line_error(done, "--ref has 2 lines, but the input has 3 sentences")
     (kept,) = (tmp_path / "out").iterdir()
-    assert str(kept) in said and kept.read_text().count("\nD-") == 3
+    assert str(kept) in message and kept.read_text().count("\nD-") == 3
 
 
 def test_an_option_that_a_checkpoint_does_not_know_is_as_before_it(
     checkpoints: dict[str, Path], tmp_path: Path
 ) -> None:
-    """No weights would tell: the source copy has none, and the first checkpoints had no copy."""
+    """The weights do not show it: a source copy has none, and the first checkpoints had no copy."""
     checkpoint = Checkpoint.load(checkpoints["fastdiss_tiny"])
     assert checkpoint.model_config.pop("source_copy") == 1.0
     checkpoint.save(tmp_path / "old.safetensors")
@@ -337,9 +337,9 @@ def test_an_option_that_a_checkpoint_does_not_know_is_as_before_it(
 
 
 @pytest.mark.parametrize(
-    ("more", "said"),
+    ("more", "message"),
     [
-        (["--input=-", "--gen-subset", "valid"], "--gen-subset is of a dataset"),
+        (["--input=-", "--gen-subset", "valid"], "--gen-subset applies to a dataset"),
         (
             ["--input=-", "--mbr-metric", "chrf", "--select", "score"],
             "--mbr-metric applies to mbr, not to score",
@@ -347,17 +347,17 @@ def test_an_option_that_a_checkpoint_does_not_know_is_as_before_it(
         (["--input=-", "--solver", "dimm"], "--solver must be one of ddpm, ddim, dpm-solver++"),
         (["--input=-", "--solver=ddim", "--temperature=1"], "--temperature must be 0 with ddim"),
         (["data", "--self-cond=gold", "--length-beam=3"], "--length-beam must be 1 with"),
-        (["data", "--diagnose", "--buffer-size", "3"], "without --buffer-size"),
+        (["data", "--diagnose", "--buffer-size", "3"], "leave out --buffer-size"),
     ],
 )
 def test_options_that_could_not_count_are_wrong_usage(
-    checkpoints: dict[str, Path], more: list[str], said: str
+    checkpoints: dict[str, Path], more: list[str], message: str
 ) -> None:
     done = run_cli("generate", "--path", checkpoints["fastdiss_tiny"], *more, stdin="eins\n")
-    one_line_error(done, said, code=2)
+    one_line_error(done, message, code=2)
 
 
-def test_a_solver_of_ones_own(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+def test_a_user_defined_solver(checkpoints: dict[str, Path], tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(
         "from fastdiss_cli.diffusion.solvers import SOLVERS, Deterministic\n"
         "class Half(Deterministic):\n"

@@ -1,4 +1,4 @@
-"""What a GPU does as a CPU does; skipped where there is none."""
+"""A GPU gives the results of a CPU; skipped without a GPU."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ HAS_GPU = (
 pytestmark = pytest.mark.slow
 needs_gpu = pytest.mark.skipif(not HAS_GPU, reason="no GPU")
 
-# prints how many sentences, one by one, are answered otherwise by a graph than without, how many by
-# a CPU, and how many graphs were captured
+# decodes sentences one by one; prints how many answers of a graph differ from those without one,
+# how many from those of a CPU, and how many graphs were captured
 ONE_BY_ONE = """
 import json, sys
 import fastdiss_cli
@@ -48,7 +48,7 @@ def one_by_one(device: str, checkpoint: Path, sentences: list[str]) -> list[int]
 
 
 def test_what_the_gpu_is_compared_with_runs(data_bin: Path, tmp_path: Path) -> None:
-    """On a CPU, so that it is not first known to be broken where there is a GPU."""
+    """On a CPU, so that breakage is not first noticed on a GPU."""
     assert run_process(*command(data_bin, tmp_path, max_update=2)).returncode == 0
     checkpoint = tmp_path / "checkpoint_last.safetensors"
     assert one_by_one("cpu", checkpoint, ["drei", "vier fünf"]) == [0, 0, 0]
@@ -56,7 +56,7 @@ def test_what_the_gpu_is_compared_with_runs(data_bin: Path, tmp_path: Path) -> N
 
 @pytest.fixture(scope="module")
 def trained(data_bin: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the folder of a training on the GPU that was interrupted and went on."""
+    """Return the folder of a training on the GPU that was interrupted and resumed."""
     folder = tmp_path_factory.mktemp("gpu")
     for updates in (150, 300):
         words = command(data_bin, folder, max_update=updates, max_tokens=2000)

@@ -1,4 +1,4 @@
-"""Hostile text, names and recipes through the four commands: no crash, no line that shifts."""
+"""Hostile text, names and recipes in all four commands: no crash, and no shifted line."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def preprocess(folder: Path, destdir: Path, *more: str | Path) -> Any:
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder with a hostile corpus; target lines are the source's in another order."""
+    """Return a folder with a hostile corpus; target lines are source lines in another order."""
     folder = tmp_path_factory.mktemp("räume und Wörter 漢字")
     for split, lines in (("train", HOSTILE * 3), ("valid", HOSTILE[:12]), ("test", HOSTILE)):
         write_sides(folder / split, lines, [*lines[1:], lines[0]])
@@ -118,7 +118,7 @@ def checkpoint(data_bin: Path) -> Path:
 
 
 def stored(line: str) -> str:
-    """Return the text that is stored of a line: U+2581 is lost."""
+    """Return the text that a line is stored as: U+2581 is lost."""
     return line.replace("\u2581", " ")
 
 
@@ -197,7 +197,7 @@ def test_any_text_gives_a_line_for_a_line(
 
 @pytest.mark.slow
 def test_a_line_of_100_000_characters(tmp_path: Path) -> None:
-    """It is stored, left out of training with a report, and translated."""
+    """It is stored, left out of training with a warning, and translated."""
     for split in ("train", "valid", "test"):
         short = LONG[:46]  # long lines are left out when a tokenizer is trained
         write_sides(tmp_path / split, [short, LONG, "zwei"], ["one", LONG, "two"])
@@ -226,7 +226,7 @@ def test_a_corpus_of_one_line(tmp_path: Path) -> None:
 
 
 def test_a_sentence_of_unknown_characters_with_a_foreign_tokenizer(tmp_path: Path) -> None:
-    """Without bytes to fall back on, what is unknown is counted and told, and stays a sentence."""
+    """Without byte fallback, unknown characters are counted and reported, and kept."""
     from sentencepiece import SentencePieceTrainer
 
     SentencePieceTrainer.train(
@@ -255,15 +255,17 @@ def test_bad_utf8_is_one_line_in_every_command(
     number = bad.count(b"\n") + 1
     for name in ("x.de", "x.en"):
         (tmp_path / name).write_bytes(bad + b"\n")
-    told = f"line {number} is not valid UTF-8"
+    message = f"line {number} is not valid UTF-8"
     into = ("--trainpref", tmp_path / "x", "--destdir", tmp_path / "d", "--vocab-size", "300")
-    assert told in one_line_error("preprocess", "-s", "de", "-t", "en", *into)
-    assert told in one_line_error("generate", "--path", checkpoint, "--input", tmp_path / "x.de")
-    assert told in one_line_error("score", "--sys", tmp_path / "x.de", "--ref", tmp_path / "x.en")
+    assert message in one_line_error("preprocess", "-s", "de", "-t", "en", *into)
+    assert message in one_line_error("generate", "--path", checkpoint, "--input", tmp_path / "x.de")
+    assert message in one_line_error(
+        "score", "--sys", tmp_path / "x.de", "--ref", tmp_path / "x.en"
+    )
 
 
 def test_score_of_hostile_text_is_that_of_its_lines(tmp_path: Path) -> None:
-    """Line for line equal but for the first one, whatever is in the lines."""
+    """All lines but the first are equal, whatever they contain."""
     lines = ["first of all", *HOSTILE]
     path = tmp_path / "Antworten ä.txt"
     path.write_bytes("".join(f"{line}\n" for line in lines).encode())
@@ -274,7 +276,7 @@ def test_score_of_hostile_text_is_that_of_its_lines(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "message"),
     [
         ("D-999999999999\t0\tx\n", "no D-0 line"),
         (f"D-{'9' * 5000}\t0\tx\n", None),
@@ -285,13 +287,13 @@ def test_score_of_hostile_text_is_that_of_its_lines(tmp_path: Path) -> None:
     ],
     ids=["far", "farther", "gap", "twice", "plain", "digits"],
 )
-def test_what_looks_like_a_generate_file(tmp_path: Path, content: str, told: str | None) -> None:
+def test_what_looks_like_a_generate_file(tmp_path: Path, content: str, message: str | None) -> None:
     path = tmp_path / "x"
     path.write_text(content, encoding="utf-8")
-    if told is None:
+    if message is None:
         assert read_system(path).hypotheses == content.split("\n")[:-1]
     else:
-        assert told in one_line_error("score", "--sys", path, "--ref", path)
+        assert message in one_line_error("score", "--sys", path, "--ref", path)
 
 
 def test_a_line_break_that_a_model_writes_shifts_no_line(data_bin: Path) -> None:
@@ -308,13 +310,13 @@ def test_a_line_break_that_a_model_writes_shifts_no_line(data_bin: Path) -> None
 
 
 @pytest.mark.parametrize("name", ["two\nlines", ":dog: [red]", "\x1b[31m"])
-def test_a_name_is_told_as_it_is_in_one_line(tmp_path: Path, name: str) -> None:
+def test_a_name_is_reported_unchanged_in_one_line(tmp_path: Path, name: str) -> None:
     line = one_line_error("score", "--sys", tmp_path / name, "--ref", "x")
     assert ":dog: [red]" in line if "dog" in name else "x" not in name
 
 
-def test_names_that_are_no_text(tmp_path: Path) -> None:
-    """A file name is bytes; those that are no UTF-8 still name a file."""
+def test_names_that_are_not_text(tmp_path: Path) -> None:
+    """File names are bytes, which may be invalid UTF-8."""
     folder = tmp_path / os.fsdecode(b"caf\xe9")
     folder.mkdir()
     write_sides(folder / "train", ["eins zwei", "drei"], ["one two", "three"])
@@ -347,7 +349,7 @@ def test_a_recipe_is_data(data_bin: Path, tmp_path: Path) -> None:
         recipe = tmp_path / "Rezept ü.yaml"
         for text in (call, f"train: {{seed: {call}}}", f"model:\n  {call}: 1\n"):
             recipe.write_text(text, encoding="utf-8")
-            assert "is no recipe" in one_line_error(*train, "--config", recipe)
+            assert "is not a valid recipe" in one_line_error(*train, "--config", recipe)
         assert "cannot read the value" in one_line_error(*train, f"--set=train.seed={call}", code=2)
     assert not mark.exists() and not (tmp_path / "c").exists()
 
@@ -379,8 +381,8 @@ def test_aliases_of_aliases_are_not_written_out(data_bin: Path, tmp_path: Path) 
     recipe = tmp_path / "recipe.yaml"
     indented = "".join(f"  {line}\n" for line in ALIASES.splitlines())
     recipe.write_text(f"train:\n  seed: *j\nmodel:\n{indented}".replace("seed: *j", "lr: 1"))
-    told = one_line_error("train", data_bin, "--config", recipe)
-    assert f"{recipe}: model.a is no option" in told
+    message = one_line_error("train", data_bin, "--config", recipe)
+    assert f"{recipe}: model.a is not an option" in message
     eight = ", ".join(["*{0}"] * 8)
     nested = (
         "[&a [x, x], "

@@ -1,4 +1,4 @@
-"""The layers: attention, dropout and caches of our own do what torch's or a concatenation would."""
+"""The layers: our own attention, dropout and caches match torch's or a concatenation."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_dropout_zeroes_its_share_and_keeps_the_mean() -> None:
     torch.testing.assert_close(
         found[~zeros], torch.full_like(found[~zeros], 2 / 0.7), rtol=1e-4, atol=0
     )
-    for lag in (1, 2, 3, 4):  # the four that share a draw do not fall together
+    for lag in (1, 2, 3, 4):  # the four that share a draw are not dropped together
         flat = zeros.flatten().float()
         assert torch.corrcoef(torch.stack([flat[:-lag], flat[lag:]]))[0, 1].abs() < 5e-3
     torch.manual_seed(0)
@@ -43,7 +43,7 @@ def test_dropout_zeroes_its_share_and_keeps_the_mean() -> None:
     assert torch.equal(x.grad == 0, zeros)
 
 
-def test_a_cache_keeps_the_rows_that_it_is_told_to_keep() -> None:
+def test_a_cache_keeps_the_selected_rows() -> None:
     cache, parts = Cache(), torch.randn(40, 2, 5, 3, 1, 4)  # beyond the first capacity
     for part in parts[:-1]:
         cache.append(part)
@@ -66,10 +66,10 @@ def test_a_layout_takes_padding_away_and_puts_it_back() -> None:
 
 
 def test_a_gpu_attends_without_cudnn() -> None:
-    """The flag is there without a GPU, too; what it was before is what it is after.
+    """The flag exists without a GPU, too, and is restored afterwards.
 
-    It is one for all threads: the first to leave must not switch it on for the others, nor the last
-    one take for good what it found.
+    All threads share it: the first to leave must not switch it on for the others, nor must the last
+    one restore the value that it found itself.
     """
     allowed = torch.backends.cuda.cudnn_sdp_enabled
     before = allowed()

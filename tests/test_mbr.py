@@ -1,4 +1,4 @@
-"""MBR utilities: exact to sacreBLEU's sentence scores, and rightly averaged."""
+"""MBR utilities: equal to sacreBLEU's sentence scores, and correctly averaged."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fastdiss_cli.errors import FastdissError
 
 SCORERS = {"bleu": BLEU(effective_order=True), "chrf": CHRF()}
 
-# Few different words, so that n-grams repeat within and between the candidates.
+# Few distinct words, so that n-grams repeat within and between the candidates.
 WORDS = ["a", "b", "the", "The", "3.5", "1,000", "-", "5-7", "e.g.", "...", "(so)", "&quot;", "ß"]
 PIECES = [*WORDS, *".,é\n\t\u2003\0", "e\u0301", "日本", "<skipped>", "x-\ny"]
 sentences = st.lists(st.sampled_from(WORDS), max_size=12).map(" ".join)
@@ -114,7 +114,7 @@ def test_single_candidate_is_scored_against_itself(text: str, utility: float) ->
 @settings(max_examples=60, derandomize=True, deadline=None)
 @given(batch=st.lists(candidate_lists, max_size=5))
 def test_sentences_do_not_know_of_each_other(metric: str, batch: list[list[str]]) -> None:
-    """Alone or in a batch, of other lengths and numbers of candidates: the same to the last bit."""
+    """Alone or in a mixed batch of lengths and numbers of candidates: equal bit for bit."""
     found = expected_utilities(batch, metric)
     assert len(found) == len(batch)
     for values, candidates in zip(found, batch, strict=True):
@@ -129,7 +129,7 @@ def test_more_sentences_than_are_counted_at_once() -> None:
 
 
 def test_words_are_forgotten_when_they_are_many(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A stream of text without end does not fill the memory, and no value changes."""
+    """An endless stream of text does not fill the memory, and no value changes."""
     monkeypatch.setattr(mbr, "CHARACTERS_KEPT", 9)
     for number in range(4):
         check([f"x{number} y{number}, z", f"x{number} y z{number}", f"x y{number}."], "bleu")

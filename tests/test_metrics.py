@@ -67,7 +67,7 @@ def test_metrics_have_signatures() -> None:
 
 
 @pytest.mark.parametrize("test", ["bs", "ar"])
-def test_a_better_system_is_told_from_an_equal_one(test: str) -> None:
+def test_a_better_system_differs_from_an_equal_one(test: str) -> None:
     draw = random.Random(1)
     references = [" ".join(draw.choices("abcdefgh", k=9)) for _ in range(60)]
 
@@ -152,7 +152,7 @@ class FakeBert(ModuleType):
 
 
 def test_bertscore_is_a_mean_over_sentences(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Weights are too large for a test: this is all but the network."""
+    """Weights are too large for a test, so this covers all but the network."""
     fake = FakeBert({"models/xlm"})
     monkeypatch.setitem(sys.modules, "bert_score", fake)
     silent = SimpleNamespace(set_verbosity_error=list, disable_progress_bar=list)
@@ -166,12 +166,12 @@ def test_bertscore_is_a_mean_over_sentences(monkeypatch: pytest.MonkeyPatch) -> 
     assert metric._scorer._tokenizer.model_max_length == 9
     result = metric.corpus_score(["a", "b"], reference_streams([["x", "a"], ["y"]]))
     assert result.score == pytest.approx(75)
-    said = metric.get_signature().format()
-    assert said.startswith("nrefs:var|model:xlm|layer:3|bert-score:0.3.13|")
+    output = metric.get_signature().format()
+    assert output.startswith("nrefs:var|model:xlm|layer:3|bert-score:0.3.13|")
     (with_self,) = paired_test([["a", "c"], ["a", "b"]], [["a", "b"]], {"bertscore": metric})
     assert with_self.name == "BERTScore"
     assert [result.score for result in with_self.results] == [75.0, 100.0]
-    monkeypatch.setattr(metric, "_scorer", None)  # what is known is not computed again
+    monkeypatch.setattr(metric, "_scorer", None)  # cached scores are not computed again
     assert metric.corpus_score(["a", "c"], [["a", "b"]]).score == 75
 
 

@@ -63,7 +63,7 @@ def test_more_padding_changes_neither_memory_nor_loss(
     real = ~batch.src_layout.pad_mask
     torch.testing.assert_close(kept[real], memory.hidden[real], rtol=1e-4, atol=1e-5)
 
-    # of wide noise the narrow batch gets a part, and both draw the same times
+    # the narrow batch gets a part of the wide noise, and both draw the same times
     noise, tgt_tokens = torch.randn(6, 40, 16), batch.tgt_tokens
     monkeypatch.setattr(torch, "randn_like", lambda x: noise[:, : x.shape[1]])
     losses = []
@@ -91,7 +91,7 @@ def test_more_padding_changes_neither_memory_nor_loss(
 def test_a_gradient_never_waits_for_the_device(
     family: str, options: dict[str, Any], bfloat16: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The device meta stands in for a GPU: it has no values, and what is elsewhere is refused."""
+    """The device meta stands in for a GPU: it has no values, and rejects other devices' tensors."""
     monkeypatch.setattr(torch, "get_autocast_dtype", lambda _: torch.bfloat16)
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda _: bfloat16)
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())
@@ -148,7 +148,7 @@ def test_the_source_is_copied_along_the_diagonal(
 
 
 def test_a_network_without_source_copy_starts_from_positions_alone() -> None:
-    """At pure noise two targets of one source differ by where they look, or not at all."""
+    """At pure noise, two targets of one source differ only by where they attend, if at all."""
     sources = [[5, 6, 7, 8, 2]]
     with_copy, without = (make_model("difformer", source_copy=width) for width in (1.0, 0.0))
     layout = Layout.of(torch.tensor([[False] * 2 + [True] * 3]))
@@ -254,7 +254,7 @@ def test_an_unknown_architecture_suggests_the_closest() -> None:
 
 def test_an_unknown_option_suggests_the_closest() -> None:
     with pytest.raises(
-        FastdissError, match=r"model.nois_factor is no option; did you mean 'noise_factor'"
+        FastdissError, match=r"model.nois_factor is not an option; did you mean 'noise_factor'"
     ):
         architecture("difformer_tiny").config({"nois_factor": 3})
 
@@ -272,7 +272,7 @@ def test_options_are_checked() -> None:
             build(family.Config, wrong, "model")
 
 
-def test_an_estimate_is_told_raw_nearest_or_expected() -> None:
+def test_an_estimate_is_given_raw_nearest_or_expected() -> None:
     z0_hat = torch.randn(2, 3, 16)
     z0_hat[1, 2] = 0
     layout = Layout.of(torch.tensor([[False] * 3, [False, False, True]]))
@@ -280,8 +280,8 @@ def test_an_estimate_is_told_raw_nearest_or_expected() -> None:
     for form in ("raw", "nearest", "expected"):
         model = make_model("fastdiss", self_cond_form=form)
         denoiser = Denoiser(model, model.encode(*sources), layout)
-        told = denoiser.to_self_cond(z0_hat)
-        assert torch.equal(told, denoiser.project(z0_hat, form))
+        self_cond = denoiser.to_self_cond(z0_hat)
+        assert torch.equal(self_cond, denoiser.project(z0_hat, form))
         logits = model.embedding.logits(z0_hat)
         rows = model.embedding(torch.arange(VOCAB.size))
         wanted = {
@@ -289,8 +289,8 @@ def test_an_estimate_is_told_raw_nearest_or_expected() -> None:
             "nearest": rows[logits.argmax(-1)],
             "expected": torch.einsum("btv,vd->btd", logits.softmax(-1), rows),
         }[form]
-        assert not told[1, 2].any()  # padding
-        torch.testing.assert_close(layout.flat(told), layout.flat(wanted))
+        assert not self_cond[1, 2].any()  # padding
+        torch.testing.assert_close(layout.flat(self_cond), layout.flat(wanted))
 
 
 def test_a_learned_scale_scales_embeddings_and_logits() -> None:
@@ -303,7 +303,7 @@ def test_a_learned_scale_scales_embeddings_and_logits() -> None:
 
 
 def test_a_diagnosis_measures_the_gap_to_a_fresh_estimate() -> None:
-    """An estimate that was told a fresh one has no gap; a stale one has."""
+    """An estimate conditioned on a fresh one has no gap; one conditioned on a stale one has."""
     model, sources = make_model("difformer"), random_sentences(5)
     memory = model.encode(*pad(sources, VOCAB.pad))
     for mode, exact in (("recompute", True), ("reuse", False)):
@@ -318,7 +318,7 @@ def test_a_diagnosis_measures_the_gap_to_a_fresh_estimate() -> None:
 
 
 def test_losses_at_a_time_are_those_of_training() -> None:
-    """Told nothing at a fixed time, the losses are those of `loss` there."""
+    """Without conditioning, at a fixed time, they are the losses of `loss`."""
     model, sentences = make_model("difformer", self_cond_rate=0.0), random_sentences(6)
     batch = make_batch(sentences, sentences[::-1])
     at = torch.full((6,), 0.3)
@@ -329,9 +329,9 @@ def test_losses_at_a_time_are_those_of_training() -> None:
         torch.manual_seed(1)
         parts = model.loss(batch, update=1).parts
     torch.testing.assert_close((mse, anchor), (parts["mse"], parts["anchor"]))
-    told = model.losses_at(batch, 0.3, 0.2)[0]
+    stale = model.losses_at(batch, 0.3, 0.2)[0]
     torch.manual_seed(1)
-    assert model.losses_at(batch, 0.3, None)[0] == mse != told
+    assert model.losses_at(batch, 0.3, None)[0] == mse != stale
 
 
 def test_a_stale_estimate_is_made_at_the_later_time(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -346,10 +346,12 @@ def test_a_stale_estimate_is_made_at_the_later_time(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(model, "denoise", denoise)
     batch = make_batch(sentences, sentences[::-1])
     model.losses_at(batch, 0.3, 0.2)
-    (first, nothing, estimate), (second, told, _) = calls
+    (first, nothing, estimate), (second, self_cond, _) = calls
     assert (first, second) == (pytest.approx(0.5), pytest.approx(0.3)) and not nothing.any()
     denoiser = Denoiser(model, model.encode(batch.src_tokens, batch.src_layout), batch.tgt_layout)
-    assert torch.equal(told, denoiser.to_self_cond(estimate)) and not torch.equal(told, estimate)
+    assert torch.equal(self_cond, denoiser.to_self_cond(estimate)) and not torch.equal(
+        self_cond, estimate
+    )
 
 
 @pytest.mark.parametrize("measure", ["distance", "probability"])
@@ -378,7 +380,7 @@ def test_confidence_is_of_the_right_token(measure: str, monkeypatch: pytest.Monk
 
 
 def test_training_runs_on_what_was_chosen() -> None:
-    """z_t of the unrolled sentences is what the condition says, that of others the noised z_0."""
+    """z_t of unrolled sentences is that of the condition, z_t of others is the noised z_0."""
     model, sentences = make_model("fastdiss", scp_unroll=0.5), random_sentences(40)
     chosen, seen = [], []
     condition, denoise = model.condition, model.denoise
@@ -394,7 +396,7 @@ def test_training_runs_on_what_was_chosen() -> None:
 
 @pytest.mark.parametrize("rate", [0.0, 0.5])
 def test_losses_by_time_compare_like_with_like(rate: float) -> None:
-    """Each batch has one noise, whatever is told, and nothing stands for what cannot be told."""
+    """A batch has the same noise for every condition, and impossible conditions have no row."""
     model = make_model("difformer", self_cond_rate=rate)
     batches = [make_batch(some, some) for some in (random_sentences(3), random_sentences(2))]
     drawn: dict[tuple[float, float | None], list[float]] = {}
@@ -410,16 +412,16 @@ def test_losses_by_time_compare_like_with_like(rate: float) -> None:
     for t in {t for t, _ in drawn}:
         ways = [noise for (time, _), noise in drawn.items() if time == t]
         assert all(noise == ways[0] for noise in ways) and len(set(ways[0])) == 2
-    fresh, stale = ([f"mse_{told}" in row for row in rows] for told in ("fresh", "stale"))
+    fresh, stale = ([f"mse_{condition}" in row for row in rows] for condition in ("fresh", "stale"))
     assert fresh == [rate > 0] * 10
     assert stale == [rate > 0 and row["t"] + 0.25 <= 1 for row in rows]
 
 
-def test_pairs_of_very_different_length_are_told() -> None:
+def test_pairs_of_very_different_length_are_reported() -> None:
     model = make_model("difformer", max_length_offset=5)
     src, tgt = np.array([3, 9, 20, 4]), np.array([8, 3, 3, 10], dtype=np.uint16)
-    said = model.misfits(src, tgt)
-    assert "3 of 4 pairs" in said and "max_length_offset = 5" in said
+    output = model.misfits(src, tgt)
+    assert "3 of 4 pairs" in output and "max_length_offset = 5" in output
     assert model.misfits(src[:1], tgt[:1]) is None
     assert make_model("transformer").misfits(src, tgt) is None
 
@@ -436,7 +438,7 @@ def test_only_one_and_the_same_vocabulary_is_shared() -> None:
 def test_a_frozen_model_decodes_as_the_trained_one(family: str) -> None:
     model, sources = make_model(family), random_sentences(32)
     for p in model.parameters():
-        p.add_(0.05 * torch.randn_like(p))  # biases begin as zeros
+        p.add_(0.05 * torch.randn_like(p))  # biases start as zeros
     wanted = answers(model, sources, 200)
     freeze(model, torch.float32)
     assert not any(isinstance(m, torch.nn.Linear) for m in model.modules())
@@ -444,7 +446,7 @@ def test_a_frozen_model_decodes_as_the_trained_one(family: str) -> None:
 
 
 def test_a_module_prepares_itself_for_decoding() -> None:
-    """As the diffusion models do, whose table is normalised once and not in every step."""
+    """Diffusion models normalise their table once, not in every step."""
     model = make_model("difformer")
     assert model.embedding.rows() is not model.embedding.rows()
     freeze(model, torch.float32)
@@ -482,7 +484,7 @@ def test_a_frozen_model_computes_in_bfloat16(family: str) -> None:
 
 @pytest.mark.parametrize("smoothing", [0.1, 0.3])
 def test_a_perfect_estimate_is_as_sure_as_smoothed_labels_are(smoothing: float) -> None:
-    """Where the embeddings are at right angles to each other."""
+    """If the embeddings are orthogonal."""
     V = D = 32
     embedding = LatentEmbedding(V, D, "matched", smoothing, learn_scale=False)
     embedding.rows = lambda: torch.eye(V) * D**0.5

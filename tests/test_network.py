@@ -23,7 +23,7 @@ from fastdiss_cli.models import layers
 from fastdiss_cli.models.registry import Vocabulary
 
 Drop = Callable[[Tensor], Tensor]
-DROPPED = 3.0  # what is dropped is multiplied by it, so that its place is seen
+DROPPED = 3.0  # dropout multiplies by it, so that its places show
 
 
 def kept(x: Tensor) -> Tensor:
@@ -53,7 +53,7 @@ def sinusoid(x: float, dim: int) -> Tensor:
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, heads: int, causal: bool) -> Tensor:
-    """Attend from [T, H] to [S, H], a head at a time."""
+    """Attend from [T, H] to [S, H], one head at a time."""
     answers = []
     for q, k, v in zip(*(x.chunk(heads, dim=-1) for x in (query, key, value)), strict=True):
         scores = q @ k.T / math.sqrt(q.shape[-1])
@@ -118,7 +118,7 @@ def denoised(
 @pytest.mark.parametrize("per_token", [False, True])
 @pytest.mark.parametrize("family", ["difformer", "fastdiss"])
 def test_the_denoiser_is_the_one_of_the_formula(family: str, per_token: bool, drop: Drop) -> None:
-    """For two candidates of each sentence, of other lengths than it."""
+    """For two candidates of each sentence, with different lengths."""
     model, sources = make_model(family, dropout=0.2), random_sentences(4)
     model.train(drop is not kept)
     _, layout = pad(random_sentences(8, longest=7), VOCAB.pad)
@@ -152,7 +152,7 @@ def test_the_transformer_is_the_one_of_the_formula(drop: Drop) -> None:
 
 
 def smoothed(log_probs: Tensor, gold: int, share: float) -> Tensor:
-    """Return the cross-entropy with labels of which a share is spread over all tokens."""
+    """Return the cross-entropy with label smoothing."""
     return -(1 - share) * log_probs[gold] - share * log_probs.mean()
 
 
@@ -162,7 +162,7 @@ def test_the_loss_is_the_one_of_the_formula(family: str) -> None:
     model = make_model(family, max_length_offset=2, length_loss=0.3, label_smoothing=0.2)
     sources, targets = random_sentences(6), random_sentences(12)[6:]
     offsets = [len(target) - len(source) for source, target in zip(sources, targets, strict=True)]
-    assert max(offsets) > 2 and min(offsets) < -2  # beyond what the length head can say
+    assert max(offsets) > 2 and min(offsets) < -2  # beyond the range of the length head
     batch, seen = make_batch(sources, targets), SimpleNamespace()
 
     def condition(denoiser, z_0: Tensor, noise: Tensor, *_: object) -> Condition:
@@ -208,7 +208,7 @@ def test_the_loss_of_the_transformer_is_the_smoothed_cross_entropy() -> None:
 
 
 def test_a_new_network_begins_as_fairseqs_does() -> None:
-    """Target embeddings are normal, the source's have variance 1/H; logits begin at their scale."""
+    """Target embeddings have variance 1, the source's 1/H; logits have their initial scale."""
     vocab = Vocabulary(size=5000, bos=0, pad=1, eos=2)
     sizes = {"model_dim": 64, "ffn_dim": 128, "heads": 2, "latent_dim": 32}
     for scale, start in (("learned", 32**-0.5), ("rsqrt", 32**-0.5), ("one", 1.0)):

@@ -1,4 +1,4 @@
-"""SCP and MANS: times, couplings, what the network is told, and how many passes that costs."""
+"""SCP and MANS: times, couplings, the inputs of the network, and the number of passes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ OFF = MANS(0.0, "distance", (0.1, 1.0), 0, False, "token")
 
 
 class Recorder:
-    """A denoiser that remembers what it was given and answers with a constant."""
+    """A denoiser that records its inputs and returns a constant."""
 
     def __init__(self, answer: float = 7.0) -> None:
         self.calls: list[tuple[Tensor, Tensor, Tensor]] = []
@@ -89,11 +89,11 @@ def test_standard_self_conditioning_estimates_at_the_same_noise() -> None:
 def test_rates_are_shares_of_batches() -> None:
     torch.manual_seed(0)
     z_t, t = torch.randn(B, T, D), torch.rand(B, T)
-    told = [
+    conditioned = [
         standard_self_conditioning(Recorder(), as_it_is, z_t, t, rate=0.25).self_cond.any().item()
         for _ in range(400)
     ]
-    assert sum(told) / 400 == pytest.approx(0.25, abs=0.06)
+    assert sum(conditioned) / 400 == pytest.approx(0.25, abs=0.06)
     torch.manual_seed(0)
     denoise = Recorder()
     for _ in range(400):
@@ -117,7 +117,7 @@ def test_step_matched_times_are_on_the_grid_of_sampling(grid: str) -> None:
     """From a time of a 5-step run, with K = 5, the stale time is the one before it."""
     times = time_grid(5, grid, SCHEDULE)
     stale = scp(offset="step-matched", step_counts=(5,), grid=grid).stale_time(times, SCHEDULE)
-    assert stale[0] > 1  # before the first step there is nothing to tell
+    assert stale[0] > 1  # before the first step there is no estimate
     torch.testing.assert_close(stale[2:5], times[1:4], rtol=2e-3, atol=2e-3)
 
 
@@ -139,7 +139,7 @@ def test_first_pass_runs_at_the_stale_time() -> None:
     torch.testing.assert_close(given.t, t[:, None])
 
 
-def test_beyond_time_one_the_network_is_told_nothing() -> None:
+def test_beyond_time_one_the_network_gets_no_estimate() -> None:
     t = torch.tensor([0.1, 0.79, 0.81, 0.9, 0.99, 0.5])
     given, *_ = condition(Recorder(), t, scp())
     assert given.self_cond[:, 0, 0].tolist() == [7, 7, 0, 0, 0, 7]
@@ -180,7 +180,7 @@ def test_mans_gives_easy_tokens_more_noise() -> None:
 
 
 def test_uniform_stale_times_stay_uniform_above_the_time_of_the_token() -> None:
-    """A token that MANS moved to t_i keeps its share of what is left: no pile at t' = 1."""
+    """A token that MANS moved to t_i keeps its share of the rest: t' does not pile up at 1."""
     t, stale = torch.tensor([0.2]), torch.tensor([0.6])  # half of the way from t to 1
     token_t = torch.tensor([[0.2, 0.6, 0.9]])
     later = scp(offset="uniform").token_stale_times(token_t, t, stale)
@@ -188,8 +188,8 @@ def test_uniform_stale_times_stay_uniform_above_the_time_of_the_token() -> None:
 
 
 @pytest.mark.parametrize("shared", [False, True])
-def test_the_network_is_told_the_time_of_the_sentence(shared: bool) -> None:
-    """It then sees the noise that MANS adds, in both passes, and not the times t_i."""
+def test_the_network_gets_the_time_of_the_sentence(shared: bool) -> None:
+    """In both passes it sees the noise that MANS adds, but not the times t_i."""
     mans = MANS(0.5, "distance", (0.2, 1.0), 0, shared, "sentence")
     denoise, t = Recorder(), torch.full((B,), 0.4)
     given, z_0, noise = condition(denoise, t, scp(unroll=0.0), mans, torch.zeros(B, T))
@@ -247,7 +247,7 @@ def test_without_an_offset_scp_is_standard_self_conditioning() -> None:
 
 
 def test_an_unrolled_input_is_a_step_of_sampling_from_the_estimate() -> None:
-    """It is distributed as z_t if the estimate is z_0, and moved by its error otherwise."""
+    """It is distributed like z_t if the estimate is z_0, and shifted by its error otherwise."""
     t, n = torch.full((40_000,), 0.2), 40_000
     z_0 = torch.full((n, 1, 1), 1.5)
 
@@ -269,14 +269,14 @@ def test_an_unrolled_input_is_a_step_of_sampling_from_the_estimate() -> None:
     torch.testing.assert_close(moved, (2 * weight).expand_as(moved), rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("told", ["sentence", "token"])
-def test_an_unrolled_step_takes_what_sampling_would(told: str) -> None:
-    """From z_t' to each token's own time, with the estimate in the form that is told.
+@pytest.mark.parametrize("mans_time", ["sentence", "token"])
+def test_an_unrolled_step_takes_what_sampling_would(mans_time: str) -> None:
+    """From z_t' to each token's own time, with the estimate in the form that the network gets.
 
-    From two estimates, of 1 and of 0 with the same draws, the weight of z0_hat in a step is read
-    off: alpha_s sigma_{t|s}^2 / sigma_t^2, of the noise that the tokens really have.
+    Two estimates, 1 and 0, with the same draws reveal the weight of z0_hat in a step:
+    alpha_s sigma_{t|s}^2 / sigma_t^2, at the noise levels that the tokens really have.
     """
-    mans = MANS(0.5, "distance", (0.2, 1.0), 0, False, told)
+    mans = MANS(0.5, "distance", (0.2, 1.0), 0, False, mans_time)
     t, confidence = torch.full((B,), 0.4), torch.linspace(0, 1.2, B)[:, None].expand(B, T)
 
     def unrolled(z0_hat: float) -> tuple[Tensor, Tensor]:
@@ -317,7 +317,7 @@ def test_a_share_of_the_sentences_is_unrolled(share: float) -> None:
     assert 1 - same[t < 0.8].double().mean().item() == pytest.approx(share, abs=0.04)
 
 
-def test_the_network_is_told_its_estimate_in_the_form_asked_for() -> None:
+def test_the_network_gets_its_estimate_in_the_requested_form() -> None:
     z, t = torch.randn(B, T, D), torch.full((B,), 0.1)
     given = perturbed_self_conditioning(
         Recorder(), lambda z0_hat: -z0_hat, lambda _: None, SCHEDULE,
@@ -327,7 +327,7 @@ def test_the_network_is_told_its_estimate_in_the_form_asked_for() -> None:
 
 
 def test_a_time_that_rounds_up_is_below_1(monkeypatch: pytest.MonkeyPatch) -> None:
-    """At t = 1 exactly an offset that is uniform on what is left would be 0/0."""
+    """At t = 1 exactly, an offset that is uniform on the rest would be 0/0."""
     nearly = torch.tensor(1 - 2**-24)
     monkeypatch.setattr(torch, "rand", lambda *_, **__: nearly)
     t = draw_times(512, torch.device("cpu"))

@@ -1,4 +1,4 @@
-"""The optimizer: a training against AdamW, clipping, schedule and average written out by hand."""
+"""The optimizer: training against AdamW, clipping, schedule and average written by hand."""
 
 from __future__ import annotations
 

@@ -128,7 +128,7 @@ def test_selection_by_score_and_by_agreement(tokenizer: Tokenizer) -> None:
 
 def test_reranking_takes_what_the_reranker_finds_most_likely(tokenizer: Tokenizer) -> None:
     class Prefers(torch.nn.Linear):
-        """Likes short answers."""
+        """A reranker that prefers short answers."""
 
         class src:
             pad = 1
@@ -186,14 +186,14 @@ def test_a_narrow_terminal_shows_all_figures(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(logs, "_console", lambda: console)
     with logs.progress("training", 600, 20) as bar:
         bar.advance(loss="9.186", **{"tok/s": "3,209"})
-    said = r"training 21/600 0:00:0\d < -:--:-- loss 9.186  tok/s 3,209"
-    assert re.search(said, shown.getvalue())
+    output = r"training 21/600 0:00:0\d < -:--:-- loss 9.186  tok/s 3,209"
+    assert re.search(output, shown.getvalue())
 
 
 def test_the_time_left_counts_from_the_first_item(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """What comes before it, such as a trial of the largest batch, is no part of the speed."""
+    """Start-up, such as a trial of the largest batch, is not part of the speed."""
     now = [0.0]
     monkeypatch.setattr(logs, "time", SimpleNamespace(monotonic=lambda: now[0]))
     bar = logs.Bar("training", 105, 0, None)

@@ -1,4 +1,4 @@
-"""``fastdiss preprocess``: from text to a dataset, and every way in which that can fail."""
+"""``fastdiss preprocess``: from text to a dataset, and all ways to fail."""
 
 from __future__ import annotations
 
@@ -68,14 +68,14 @@ def lines_of(prefix: Path) -> list[tuple[str, str]]:
     return list(zip(*sides, strict=True))
 
 
-def assert_fails(outcome: Outcome, *told: str) -> None:
-    """Check for exit code 1 and one line of error, the last, and no traceback."""
+def assert_fails(outcome: Outcome, *message: str) -> None:
+    """Check for exit code 1, one error line at the end, and no traceback."""
     assert outcome.code == 1
     assert outcome.out == ""
     *before, error = outcome.err.splitlines()
     assert error.startswith("fastdiss: error: ")
     assert not [line for line in before if "rror" in line or "Traceback" in line]
-    for part in told:
+    for part in message:
         assert part in error
 
 
@@ -102,7 +102,7 @@ def test_text_goes_in_and_comes_out(
     assert [path.name for path in tmp_path.iterdir()] == ["d"]
 
 
-def test_a_line_break_in_a_field_becomes_a_blank_and_is_told(
+def test_a_line_break_in_a_field_becomes_a_blank_and_is_reported(
     preprocess: Command, tmp_path: Path
 ) -> None:
     rows = [{"de": "ein\nHund", "en": "a dog"}, {"de": "zwei", "en": "two\n\ncats"}] * 40
@@ -111,13 +111,13 @@ def test_a_line_break_in_a_field_becomes_a_blank_and_is_told(
     options = ("--format", "jsonl", "--model-type", "char", "--destdir", tmp_path / "d")
     done = preprocess("--trainpref", tmp_path / "x", *options)
     assert done.code == 0, done.err
-    assert "train: 80 pairs with a line break within a field: now a blank" in done.err
+    assert "train: 80 pairs with a line break in a field: replaced by a blank" in done.err
     assert "decoding changes" not in done.err
     expected = [("ein Hund", "a dog"), ("zwei", "two  cats")] * 40 + [("null", "zero")] * 40
     assert text_of(BinarizedDataset(tmp_path / "d"), "train") == expected
 
 
-def test_fields_of_other_names_are_told_before_any_work(
+def test_fields_of_other_names_are_reported_before_any_work(
     preprocess: Command, tmp_path: Path
 ) -> None:
     (tmp_path / "x.jsonl").write_text('{"source": "eins", "target": "one"}\n' * 3)
@@ -286,7 +286,7 @@ def test_verify_alone_checks_what_is_there(
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         ((), "--trainpref"),
         (("--testpref", "x"), "--tokenizer"),
@@ -299,10 +299,10 @@ def test_verify_alone_checks_what_is_there(
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
-def test_wrong_usage(preprocess: Command, tmp_path: Path, arguments: tuple, told: str) -> None:
+def test_wrong_usage(preprocess: Command, tmp_path: Path, arguments: tuple, message: str) -> None:
     outcome = preprocess(*arguments, "--destdir", tmp_path / "d")
     assert (outcome.code, outcome.out) == (2, "")
-    assert told in outcome.err and "Traceback" not in outcome.err
+    assert message in outcome.err and "Traceback" not in outcome.err
     assert list(tmp_path.iterdir()) == []
 
 
@@ -326,7 +326,7 @@ def removed(prefix: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("spoil", "told"),
+    ("spoil", "message"),
     [
         (unequal, "x.en has 21 lines"),
         (not_utf8, "x.de: line 21 is not valid UTF-8"),
@@ -342,7 +342,7 @@ def test_a_failure_leaves_the_older_dataset(
     small: tuple,
     split: str,
     spoil: Callable[[Path], None],
-    told: str,
+    message: str,
 ) -> None:
     preprocess(*small, "--destdir", tmp_path / "d")
     before = contents(tmp_path / "d")
@@ -351,14 +351,14 @@ def test_a_failure_leaves_the_older_dataset(
     prefixes = {"train": corpus / "train", split: tmp_path / "x"}
     flags = [part for name, prefix in prefixes.items() for part in (f"--{name}pref", prefix)]
     outcome = preprocess(*flags, "--vocab-size", 300, "--destdir", tmp_path / "d")
-    assert_fails(outcome, told)
-    assert "tokenizer" not in outcome.err  # it is told before any work
+    assert_fails(outcome, message)
+    assert "tokenizer" not in outcome.err  # reported before any work
     assert contents(tmp_path / "d") == before
     assert sorted(path.suffix for path in tmp_path.iterdir() if path.name[0] != "x") == [""]
 
 
 @pytest.mark.parametrize(
-    ("flags", "told"),
+    ("flags", "message"),
     [
         (("--vocab-size", "10"), "--vocab-size 10 is too small"),
         (("--tokenizer", "nowhere.model"), "nowhere.model: cannot read the tokenizer"),
@@ -367,9 +367,9 @@ def test_a_failure_leaves_the_older_dataset(
     ids=["vocabulary", "missing", "no model"],
 )
 def test_tokenizer_failures(
-    preprocess: Command, tmp_path: Path, small: tuple, flags: tuple, told: str
+    preprocess: Command, tmp_path: Path, small: tuple, flags: tuple, message: str
 ) -> None:
-    assert_fails(preprocess(*small, *flags, "--destdir", tmp_path / "d"), told)
+    assert_fails(preprocess(*small, *flags, "--destdir", tmp_path / "d"), message)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -440,16 +440,16 @@ def test_in_a_process_of_its_own(corpus: Path, tmp_path: Path, small: tuple) -> 
     failed = run_process("preprocess", *LANGUAGES, *prefix, "--destdir", tmp_path / "d")
     assert_fails(Outcome(failed.returncode, failed.stdout, failed.stderr), "x.en: no such file")
     assert run_process("preprocess", "--destdir", tmp_path / "d").returncode == 2
-    for wrong, told in (
+    for wrong, message in (
         (["--trainpref", ""], "an argument is empty"),
         (["--testpref", "a,"], "a name is empty"),
         (["--tokenizer", ""], "an argument is empty"),
     ):
         done = run_process("preprocess", "--destdir", tmp_path / "d", *wrong)
-        one_line_error(done, told, code=2)
+        one_line_error(done, message, code=2)
 
 
-def test_a_missing_file_is_told_before_a_tokenizer_is_trained(
+def test_a_missing_file_is_reported_before_a_tokenizer_is_trained(
     tmp_path: Path, preprocess: Command
 ) -> None:
     write_pairs(tmp_path / "train", 20)

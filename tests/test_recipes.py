@@ -1,4 +1,4 @@
-"""The recipes on small cuts of their corpora, in the official formats: from archive to scores."""
+"""The recipes on small samples of their corpora, in the official formats: archive to scores."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def read(path: Path) -> list[str]:
     return path.read_text(encoding="utf-8").splitlines()
 
 
-# the road
+# from archive to scores
 
 
 @pytest.mark.slow
@@ -145,7 +145,7 @@ def test_every_recipe_is_here() -> None:
 
 @pytest.mark.slow
 def test_distillation_trains_on_the_answers_of_a_teacher(bench: Bench) -> None:
-    """And once: a second run only samples and scores again."""
+    """Only once: a second run only samples and scores again."""
     for side, language in enumerate(("de", "en")):
         for split, count, start in (("train", 12, 0), ("valid", 2, 300), ("test", 2, 400)):
             write(bench.folder / "text", {f"{split}.{language}": text(column(side, count, start))})
@@ -233,7 +233,7 @@ def test_a_step_that_fails_ends_the_recipe(bench: Bench) -> None:
 
 
 def prepared(name: str, folder: Path, *more: str | Path) -> subprocess.CompletedProcess[str]:
-    """Run prepare.py in a process of its own on a local copy beside the folder it writes."""
+    """Run prepare.py in a new process on a local copy beside the folder that it writes."""
     command = [sys.executable, RECIPES / "prepare.py", name, folder / "text"]
     return subprocess.run(
         [*command, "--from", folder / "local", *more], capture_output=True, encoding="utf-8"
@@ -249,7 +249,7 @@ def snapshot(folder: Path) -> dict[str, tuple[int, bytes]]:
 
 
 def test_iwslt14_is_cleaned_as_usual(tmp_path: Path) -> None:
-    """Facts of talks are dropped, titles kept; lower case; every 23rd pair is for validation."""
+    """Metadata of talks is dropped, titles kept; lower case; every 23rd pair is for validation."""
     local = originals_of("iwslt14_de_en", tmp_path / "local")
     done = prepared("iwslt14_de_en", tmp_path, "--cut")
     assert done.returncode == 0, done.stderr
@@ -304,8 +304,8 @@ def test_a_wrong_number_of_pairs_is_refused(tmp_path: Path, name: str) -> None:
 def test_sides_of_unequal_length_are_refused(tmp_path: Path) -> None:
     local = originals_of("gigaword", tmp_path / "local")
     write(local, {"sumdata/Giga/input.txt": "one line\n"})
-    said = one_line_error(prepared("gigaword", tmp_path, "--cut"), "ends after 1 sentences")
-    assert "input.txt" in said and "task1_ref0.txt" in said
+    message = one_line_error(prepared("gigaword", tmp_path, "--cut"), "ends after 1 sentences")
+    assert "input.txt" in message and "task1_ref0.txt" in message
 
 
 def test_a_second_run_changes_nothing_and_needs_no_originals(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""export and average: what is in a release, where it loads, and what is refused."""
+"""export and average: the contents of a release, where it loads, and what is refused."""
 
 from __future__ import annotations
 
@@ -63,11 +63,11 @@ def test_a_checkpoint_of_format_2_is_read(files: list[Path], tmp_path: Path) -> 
 
 
 def test_a_release_generates_what_the_checkpoint_does(files: list[Path], tmp_path: Path) -> None:
-    """And holds nothing but the weights that it generates with, and the tokenizers."""
+    """And it holds only the weights that it generates with, and the tokenizers."""
     done = run_cli("export", files[1], "--output", tmp_path / "model.safetensors")
     assert done.returncode == 0 and done.stdout == ""
     assert f"wrote {tmp_path / 'model.safetensors'}: fastdiss_tiny" in done.stderr
-    assert f"reading {files[1]}; to average, name several, or --last N" in done.stderr
+    assert f"reading {files[1]}; to average, name several, or a folder with --last N" in done.stderr
     before, after = Checkpoint.load(files[1]), Checkpoint.load(tmp_path / "model.safetensors")
     assert {name.split(".")[0] for name in after.tensors} == {"model", "tokenizer"}
     for name, weight in before.group("ema").items():
@@ -120,7 +120,7 @@ def test_without_averages_the_weights_themselves_are_taken(data_bin: Path, tmp_p
 
 
 def test_the_card(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every command has its default, and the card says where the model comes from."""
+    """All commands work with defaults, and the card says where the model comes from."""
     (tmp_path / "checkpoints").symlink_to(trained)
     (tmp_path / "words.md").write_text("# Numbers\n\nFür Zahlen.", encoding="utf-8")
     monkeypatch.chdir(tmp_path)
@@ -162,8 +162,8 @@ def test_the_card(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_no_training_goes_on_from_a_release(trained: Path, data_bin: Path, tmp_path: Path) -> None:
     assert run_cli("export", trained, "-o", tmp_path / "x.safetensors").returncode == 0
     shutil.copy(tmp_path / "x.safetensors", tmp_path / "checkpoint_last.safetensors")
-    said = one_line_error(run_cli(*command(data_bin, tmp_path, **RUN)))
-    assert "is a release without optimizer state" in said and "--save-dir" in said
+    message = one_line_error(run_cli(*command(data_bin, tmp_path, **RUN)))
+    assert "is a release without optimizer state" in message and "--save-dir" in message
 
 
 def test_what_does_not_belong_together_is_refused(
@@ -180,17 +180,17 @@ def test_what_does_not_belong_together_is_refused(
     prefs = [f"--{split}pref={corpus / split}" for split in ("train", "valid")]
     more = ["-s", "de", "-t", "en", "--model-type=word", "--destdir", tmp_path / "bin"]
     assert run_cli("preprocess", *more, *prefs).returncode == 0
-    for folder, said in (
+    for folder, message in (
         (other("arch", "difformer_tiny"), "architectures differ (fastdiss_tiny and difformer_tiny"),
         (other("width", ffn_dim=64), "model.ffn_dim differs"),
         (other("words", data=tmp_path / "bin"), "the src tokenizers differ ("),
     ):
         refused = run_cli("average", trained, folder, "-o", out)
-        assert said in one_line_error(refused, "cannot be averaged", str(folder))
+        assert message in one_line_error(refused, "cannot be averaged", str(folder))
     assert not out.exists()
     assert run_cli(*command(data_bin, tmp_path / "seed", max_update=1, seed=7)).returncode == 0
     done = run_cli("average", trained, tmp_path / "seed", "-o", out)
-    assert done.returncode == 0 and "averaging trainings of the seeds 1, 7: unless" in done.stderr
+    assert done.returncode == 0 and "averaging trainings with the seeds 1, 7: unless" in done.stderr
 
 
 def test_what_is_missing_is_named(
@@ -205,7 +205,7 @@ def test_what_is_missing_is_named(
     for wrong in (["--last=2", trained / "checkpoint_best.safetensors"], [trained, "--last=-1"]):
         assert run_cli("average", *wrong).returncode == 2
     taken = run_cli("export", trained, "-o", trained / "checkpoint_last.safetensors")
-    one_line_error(taken, "belongs to", code=2)
+    one_line_error(taken, "reserved for", code=2)
     pickled = run_cli("export", tmp_path, "--output", tmp_path / "model.pt")
     one_line_error(pickled, "must end in .safetensors", code=2)
     assert not list(tmp_path.iterdir())

@@ -1,4 +1,4 @@
-"""Exact resume: killed or stopped and resumed is, byte for byte, the same as never stopping."""
+"""Exact resume: a killed or stopped run gives, byte for byte, the same as an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fastdiss_cli.errors import FastdissError
 HARD = {
     "update_freq": 2, "max_tokens": 150, "dtype": "bfloat16", "log_interval": 4,
     "save_interval_updates": 3, "validate_interval_updates": 2, "patience": 4, "max_update": 99,
-    "lr": 3.0,  # so high that the loss only rises: bad validations
+    "lr": 3.0,  # so high that the loss rises: bad validations
 }  # fmt: skip
 
 
@@ -25,7 +25,7 @@ HARD = {
 def unbroken(
     request: pytest.FixtureRequest, data_bin: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[int, Path]:
-    """Return a number of processes and what a training with them leaves that nothing disturbs."""
+    """Return a number of processes, and the result of an undisturbed training with them."""
     folder = tmp_path_factory.mktemp("unbroken")
     for done in run_ranks(request.param, *command(data_bin, folder, **HARD)):
         assert done.returncode == 0, done.stderr
@@ -87,7 +87,7 @@ def other_data(data_bin: Path, folder: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         ({"seed": 2}, "train.seed was 1 and is now 2"),
         ({"max_tokens": 400}, "train.max_tokens was 500 and is now 400"),
@@ -106,23 +106,23 @@ def test_what_changes_the_result_is_refused_or_accepted(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     change: dict[str, object],
-    told: str,
+    message: str,
 ) -> None:
     given = set(change)
     start(data_bin, tmp_path / "c", max_update=1).run()
     if change.pop("data", None):
         before = BinarizedDataset(data_bin).manifest.hash
         data_bin = other_data(data_bin, tmp_path)
-        told += f"{before[:16]} and is now {BinarizedDataset(data_bin).manifest.hash[:16]}"
+        message += f"{before[:16]} and is now {BinarizedDataset(data_bin).manifest.hash[:16]}"
     if processes := change.pop("processes", None):
         monkeypatch.setenv("WORLD_SIZE", str(processes))  # no group is made: nothing is run
     with pytest.raises(FastdissError) as refused:
         start(data_bin, tmp_path / "c", **change)
-    assert told in str(refused.value) and "--accept-changes" in str(refused.value)
+    assert message in str(refused.value) and "--accept-changes" in str(refused.value)
     assert "\n" not in str(refused.value)
     capsys.readouterr()
     resumed = start(data_bin, tmp_path / "c", **change, max_update=2, accept_changes=True)
-    assert told in capsys.readouterr().err
+    assert message in capsys.readouterr().err
     assert resumed.progress.update == 1
     others = bool({"data", "processes", "seed", "max_tokens"} & given)
     assert (resumed.progress.epoch, resumed.progress.batch) == ((2, 0) if others else (1, 1))
@@ -147,8 +147,8 @@ def test_options_that_a_checkpoint_does_not_know_have_their_defaults(
     old.save(tmp_path / "checkpoint_last.safetensors")
     with pytest.raises(FastdissError) as refused:  # the family has 0, its sizes 1
         start(data_bin, tmp_path)
-    told = str(refused.value)
-    assert "settings: model.source_copy was 0.0 and is now 1.0; train.dtype was auto" in told
+    message = str(refused.value)
+    assert "settings: model.source_copy was 0.0 and is now 1.0; train.dtype was auto" in message
 
 
 def test_a_cosine_knows_its_end(data_bin: Path, tmp_path: Path) -> None:

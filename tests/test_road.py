@@ -1,6 +1,6 @@
-"""The whole road through the commands: a task that can be solved, solved.
+"""All commands in turn: a task that can be solved is solved.
 
-Source: digits in words. Target: the same digits, reversed. (Sockeye's tests do the like.)
+Source: digits in words. Target: the same digits, reversed. (Sockeye has similar tests.)
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ def no_grad() -> Iterator[None]:
 
 
 class Replayed(GraphCache):
-    """Runs what a GPU would capture as a graph, from the first time on."""
+    """Runs, from the first call, what a GPU would capture as a graph."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -70,7 +70,7 @@ def test_what_a_gpu_replays_gives_the_same_answers(family: str, options: dict[st
 def test_what_a_gpu_replays_never_waits_for_it(
     solver: str, self_cond: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On the device `meta`, which has no numbers, whatever asks for one fails."""
+    """On the device `meta`, which has no values, whatever reads one fails."""
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind: False)  # it knows no such device
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())
     model, sources = make_model("fastdiss"), random_sentences(3)
@@ -93,7 +93,7 @@ def test_a_graph_is_captured_for_what_comes_again() -> None:
 
 
 def test_a_graph_is_captured_where_the_model_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stand-ins for torch.cuda, whose current device is the first one, note where it begins."""
+    """Stand-ins for torch.cuda, with the first device current, record where a capture begins."""
     current, captured = ["cuda:0"], []
 
     class Stream:
@@ -159,7 +159,7 @@ def test_solvers_are_told_apart() -> None:
         return [h[0].score for h in model.decode(memory, torch.arange(4), options)]
 
     assert len({tuple(scores(solver, 4)) for solver in ("ddpm", "ddim", "dpm-solver++")}) == 3
-    assert scores("ddpm", 1) == scores("ddim", 1)  # one step has no move to make
+    assert scores("ddpm", 1) == scores("ddim", 1)  # a single step makes no move
 
 
 def test_more_lengths_than_there_are_is_refused() -> None:
@@ -171,7 +171,7 @@ def test_more_lengths_than_there_are_is_refused() -> None:
 
 
 def test_the_most_likely_lengths_are_tried() -> None:
-    """Offsets from -3 to 3, the largest the likeliest; none leads to a length below 1."""
+    """Offsets from -3 to 3, the largest the most likely; none gives a length below 1."""
     model, sources = make_model("difformer", max_length_offset=3), [[5, 2], [5, 6, 7, 8, 2]]
     model.length_head.weight.zero_()
     model.length_head.bias.copy_(torch.tensor([6.0, 5, 0, 1, 2, 3, 7]))
@@ -229,23 +229,23 @@ def test_gold_self_conditioning_uses_the_gold_length() -> None:
     model, sources = make_model("difformer"), random_sentences(3)
     memory = model.encode(*pad(sources, VOCAB.pad))
     gold = [[5, 6, 2], [7, 2], [8, 9, 10, 11, 2]]
-    told, right = [], model.denoise
+    estimates, right = [], model.denoise
     model.denoise = lambda z, t, self_cond, *more: (
-        told.append(self_cond),
+        estimates.append(self_cond),
         right(z, t, self_cond, *more),
     )[1]
     options = model.Decoding(self_cond="gold", noise_beam=2)
     found = model.decode(memory, torch.arange(3), options, gold)
     tokens, layout = pad([tokens for tokens in gold for _ in range(2)], VOCAB.pad)
     mask = layout.pad_mask
-    assert len(told) == 5
-    for self_cond in told:
+    assert len(estimates) == 5
+    for self_cond in estimates:
         assert torch.equal(self_cond[~mask], model.embedding(tokens)[~mask])
     for row, wanted in zip(found, gold, strict=True):
         assert len(row) == 2 and all(len(h.token_scores) <= len(wanted) for h in row)
 
 
-def test_who_was_never_told_anything_is_told_nothing() -> None:
+def test_a_model_without_self_conditioning_gets_no_estimate() -> None:
     model, sources = make_model("difformer", self_cond_rate=0.0), random_sentences(5)
     memory = model.encode(*pad(sources, VOCAB.pad))
     modes = [
@@ -258,9 +258,11 @@ def test_who_was_never_told_anything_is_told_nothing() -> None:
 
 @pytest.mark.parametrize("self_cond", ["reuse", "gold"])
 def test_an_early_exit_stops_sentences_that_do_not_change(self_cond: str) -> None:
-    """What goes on is as without it; what stops has the tokens of the step before."""
+    """Other sentences are unaffected; one that stops has the tokens of the step before."""
     model, sources = make_model("difformer"), random_sentences(24)
-    model.embedding.bias.normal_(std=4)  # else an untrained model changes its mind in every step
+    model.embedding.bias.normal_(
+        std=4
+    )  # otherwise an untrained model changes its answer in every step
     memory = model.encode(*pad(sources, VOCAB.pad))
     ways = {"steps": 8, "history": True, "self_cond": self_cond, "early_exit": False}
     ways["length_beam"] = 1 if self_cond == "gold" else 2
@@ -297,7 +299,7 @@ def test_an_early_exit_waits_until_the_network_is_sure(probability: float, cost:
 
 
 def test_a_sentence_is_settled_when_all_its_candidates_are() -> None:
-    """Two candidates each: in two steps the same tokens, and sure of them both times."""
+    """Two candidates each: the same tokens in two steps, confident both times."""
     before = torch.arange(10)[:, None].expand(10, 3)
     sure_before = torch.tensor([1, 1, 1, 1, 0, 1, 1, 1, 1, 1]).bool()
     tokens, sure = before.clone(), torch.tensor([1, 1, 1, 1, 1, 1, 0, 1, 1, 1]).bool()
@@ -323,7 +325,7 @@ def test_an_early_exit_with_every_solver(solver: str) -> None:
 
 
 def decided(length_offset: int = 0) -> Seq2SeqModel:
-    """Return an untrained model that is sure of some words, and of the length of its answers."""
+    """Return an untrained model that is confident of some words, and of the answers' lengths."""
     model = make_model("difformer", max_length_offset=3)
     model.embedding.bias.normal_(std=4)
     model.length_head.weight.zero_()

@@ -38,7 +38,7 @@ def test_signal_falls_and_noise_rises(name: str) -> None:
 def test_noising_further_has_the_mean_and_variance_of_noising_directly(
     name: str, times: tuple[float, float]
 ) -> None:
-    """The Markov coupling: z_t' given z_0 is N(alpha' z_0, sigma'^2), whatever the way."""
+    """The Markov coupling: z_t' given z_0 is N(alpha' z_0, sigma'^2), whatever the path."""
     torch.manual_seed(0)
     schedule = NoiseSchedule(name, factor=4.0)
     t, later = (torch.full((1,), time) for time in times)

@@ -1,4 +1,4 @@
-"""score and plot: sacreBLEU through the command line, systems side by side, pictures."""
+"""score and plot: sacreBLEU through the command line, systems side by side, plots."""
 
 from __future__ import annotations
 
@@ -81,9 +81,10 @@ def test_bleu_of_tokenised_and_of_lower_case_text(tmp_path: Path) -> None:
         assert row["score"] == pytest.approx(expected.score, abs=1e-9)
         assert f"tok:{options.get('tokenize', '13a')}" in row["signature"]
         assert ("case:lc" in row["signature"]) == ("lowercase" in options)
-    said = one_line_error(run_cli(*command, "--tokenize", "intll"), code=2)
+    message = one_line_error(run_cli(*command, "--tokenize", "intll"), code=2)
     assert (
-        "--tokenize must be one of none, zh, 13a, intl" in said and "did you mean 'intl'?" in said
+        "--tokenize must be one of none, zh, 13a, intl" in message
+        and "did you mean 'intl'?" in message
     )
     tested = run_cli(*command[:5], "--paired", write(tmp_path / "other", hypotheses), "-lc").stdout
     assert "case:lc" in tested and f"{expected.score:.2f}" in tested
@@ -103,10 +104,10 @@ def test_any_of_several_references_is_right(tmp_path: Path) -> None:
 def test_unequal_line_counts_are_an_error(tmp_path: Path) -> None:
     (tmp_path / "hyp").write_text("one\ntwo\n")
     (tmp_path / "ref").write_text("one\n")
-    said = one_line_error(run_cli("score", "--sys", tmp_path / "hyp", "--ref", tmp_path / "ref"))
-    assert "1 line" in said and "2" in said
-    said = one_line_error(run_cli("score", "--sys", tmp_path / "hyp"))
-    assert "--ref" in said
+    message = one_line_error(run_cli("score", "--sys", tmp_path / "hyp", "--ref", tmp_path / "ref"))
+    assert "1 line" in message and "2" in message
+    message = one_line_error(run_cli("score", "--sys", tmp_path / "hyp"))
+    assert "--ref" in message
 
 
 def test_names_are_those_of_the_metrics() -> None:
@@ -124,9 +125,9 @@ def test_names_are_those_of_the_metrics() -> None:
         (["--metrics", "bleu", "chrf,", "ter"], "chrf, ter: no such file; metrics are one word"),
         (["--metrics", "destinct"], "did you mean 'distinct'?"),
         (["--paired-test", "bs"], "--paired-test needs --paired BASELINE"),
-        (["--metrics", "chrf", "--tokenize", "none"], "--tokenize is of --metrics bleu"),
-        (["--metrics", "chrf", "-lc"], "--lowercase is of --metrics bleu"),
-        (["--bertscore-model", "x"], "--bertscore-model is of --metrics bertscore"),
+        (["--metrics", "chrf", "--tokenize", "none"], "--tokenize applies to --metrics bleu"),
+        (["--metrics", "chrf", "-lc"], "--lowercase applies to --metrics bleu"),
+        (["--bertscore-model", "x"], "--bertscore-model applies to --metrics bertscore"),
         (["--plot", "out.gif"], "must end in .png, .svg, .pdf"),
     ],
 )
@@ -147,14 +148,14 @@ def test_a_system_comes_from_stdin(tmp_path: Path) -> None:
     for named in ([], ["-"], ["--sys", "-"]):
         done = run_cli("score", *named, "--ref", ref, "--metrics=ser", stdin=text)
         assert done.stdout == expected and " = 50.00" in expected
-    one_line_error(run_cli("score", "-", "-", "--ref", ref), "stdin can be read once", code=2)
+    one_line_error(run_cli("score", "-", "-", "--ref", ref), "stdin can be read only once", code=2)
 
 
 def test_a_folder_stands_for_its_generate_files(tmp_path: Path) -> None:
     files = [generated(tmp_path / f"x/generate-test.steps{n}.txt", POOR) for n in (5, 20)]
     assert run_cli("score", tmp_path / "x").stdout == run_cli("score", *files).stdout
-    said = one_line_error(run_cli("score", tmp_path))
-    assert f"without generate-*.txt; there are some in {tmp_path / 'x'}" in said
+    message = one_line_error(run_cli("score", tmp_path))
+    assert f"without generate-*.txt; there are some in {tmp_path / 'x'}" in message
 
 
 # several systems
@@ -187,8 +188,8 @@ def test_references_of_generate_files_must_agree(tmp_path: Path) -> None:
     rows = json.loads(run_cli("score", good, plain, "--metrics=ser", "--json").stdout)
     assert [row["score"] for row in rows] == [0, 50]  # scored by the references of the first
     other = write(tmp_path / "other", good.read_text().replace("T-3\t", "T-3\tnot ").splitlines())
-    said = one_line_error(run_cli("score", good, other))
-    assert "hold different references: give --ref" in said
+    message = one_line_error(run_cli("score", good, other))
+    assert "hold different references: give --ref" in message
     short = write(tmp_path / "short", ["one line"])
     assert "1 sentences" in one_line_error(run_cli("score", good, short), "30")
 
@@ -204,19 +205,19 @@ def test_paired_tests_mark_what_differs_from_the_baseline(
     command = ["score", good, poor, same, "--ref", ref, "--paired", poor, "--paired-test", test]
     command += ["--metrics", "bleu,ser,distinct1"]
     done = run_cli(*command)
-    assert ("those of ser, which count errors" in done.stderr) == (test == "ar")
+    assert ("p-values of ser, which count errors" in done.stderr) == (test == "ar")
     head, *rows, _, _, _, legend = done.stdout.splitlines()
     assert head.split() == ["system", "BLEU", "p", "SER", "p", "distinct-1"]
     assert [row.split()[0] for row in rows] == [str(poor), str(good), str(same)]
     assert "(baseline)" in rows[0] and rows[1].count("*") == 2 and "*" not in rows[0] + rows[2]
-    assert rows[2].count("1.0000") == 2  # chance explains no difference
+    assert rows[2].count("1.0000") == 2  # no significant difference
     assert legend.startswith("* differs from the baseline with p < 0.05")
     found = json.loads(run_cli(*command, "--json").stdout)
     assert [row["p_value"] is None for row in found[:3]] == [True] * 3
     bleu, ser, distinct = found[3:6]
     assert bleu["score"] == pytest.approx(100) and bleu["p_value"] < 0.01
     assert f"{test}:{drawn}" in bleu["signature"] and ser["score"] == 0
-    assert distinct["p_value"] is None  # it is no sum over sentences
+    assert distinct["p_value"] is None  # it is not a sum over sentences
     assert ("mean" in bleu, "ci" in ser) == (test == "bs", test == "bs")
     plain = json.loads(run_cli(*command[:6], "--metrics=bleu", "--json").stdout)
     assert plain[0].keys() == bleu.keys() - {"p_value", "mean", "ci"}
@@ -224,7 +225,7 @@ def test_paired_tests_mark_what_differs_from_the_baseline(
     equal = run_cli("score", *others, "--ref", ref, "--paired", others[0], "--metrics=bleu,ser")
     assert equal.stdout.count("1.0000") == 2  # as wrong, with other words
     untested = run_cli("score", good, "--paired", poor, "--metrics=distinct,self-bleu")
-    one_line_error(untested, "no test of --metrics distinct,self-bleu", code=2)
+    one_line_error(untested, "no test for --metrics distinct,self-bleu", code=2)
     alone = run_cli("score", poor, "--ref", ref, "--paired", poor)
     one_line_error(alone, "needs another system", code=2)
 
@@ -232,7 +233,7 @@ def test_paired_tests_mark_what_differs_from_the_baseline(
 def test_lines_with_their_numbers_are_no_references(tmp_path: Path) -> None:
     ref = write(tmp_path / "ref", [f"T-{n}\t{line}" for n, line in enumerate(POOR)])
     hyp = write(tmp_path / "hyp", POOR)
-    assert "`cut -f2-`" in one_line_error(run_cli("score", hyp, "--ref", ref), "with their numbers")
+    assert "`cut -f2-`" in one_line_error(run_cli("score", hyp, "--ref", ref), "has numbered lines")
     one_line_error(run_cli("score", ref, "--ref", hyp), "but no D- lines")
 
 
@@ -251,8 +252,8 @@ def test_pieces_are_not_scored_as_text(tmp_path: Path) -> None:
 
 def test_diversity_needs_no_references(tmp_path: Path) -> None:
     hyp = write(tmp_path / "hyp", ["a a", "b"])
-    said = run_cli("score", hyp, "--metrics", "distinct").stdout.splitlines()
-    assert [line.split(" = ")[1] for line in said] == ["66.67", "100.00"]
+    output = run_cli("score", hyp, "--metrics", "distinct").stdout.splitlines()
+    assert [line.split(" = ")[1] for line in output] == ["66.67", "100.00"]
     assert "--nbest" in one_line_error(run_cli("score", hyp, "--metrics", "self-bleu"))
     more = ("--metrics", "distinct,repetition")
     assert run_cli("score", hyp, *more).stdout.splitlines()[-1].split(" = ")[1] == "100.00"
@@ -275,7 +276,7 @@ def test_score_does_not_wait_for_torch(tmp_path: Path) -> None:
     assert done.stdout.splitlines()[-1] == "False False False False", done.stderr
 
 
-# pictures
+# plots
 
 
 def test_a_summary_line_is_read_back() -> None:
@@ -289,9 +290,9 @@ def test_a_summary_line_is_read_back() -> None:
     assert slow is not None and slow.speed == pytest.approx(0.0498)
     assert parse_summary("Generate poems with words: 5 sentences") is None
     switches = dict(steps=5, early_exit=True, history=True, diagnose=False)
-    said = parse_summary(summary("fastdiss_tiny", 8, **switches))
-    assert said is not None
-    assert said.options == {"steps": "5", "early_exit": "True", "history": "True"}
+    output = parse_summary(summary("fastdiss_tiny", 8, **switches))
+    assert output is not None
+    assert output.options == {"steps": "5", "early_exit": "True", "history": "True"}
 
 
 needs_matplotlib = pytest.mark.skipif(
@@ -340,12 +341,12 @@ def test_curves_are_told_apart_by_what_differs(tmp_path: Path) -> None:
     long = "n" * 70  # a name that would be wider than the picture
     one, two = ("transformer_tiny, beam=1", "transformer_tiny, beam=5")
     for paths, beams, labels in (
-        (["one/x/out", "two/x/out"], [1, 5], ["one", "two"]),  # what all end with says nothing
+        (["one/x/out", "two/x/out"], [1, 5], ["one", "two"]),  # the common ending is uninformative
         (["x/one", "x/two"], [1, 5], [one, two]),
         ([f"{long}1/out", f"{long}2/out"], [1, 5], [one, two]),
         ([f"{long}1/out", f"{long}2/out"], [5, 5], [f"{long}1", f"{long}2"]),
         (["x/one"], [5], ["transformer_tiny"]),
-        (["_one/out", "$b^{$/out"], [5, 5], [" _one", "$b^{$"]),  # no formula, nor hidden
+        (["_one/out", "$b^{$/out"], [5, 5], [" _one", "$b^{$"]),  # not a formula, nor hidden
     ):
         files = [
             generated(tmp_path / path, POOR, summary("transformer_tiny", 9, beam=beam, lenpen=1.0))
@@ -387,19 +388,21 @@ def test_a_picture_is_whole_or_the_older_one(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(Path, "write_bytes", full)
-    said = one_line_error(run_cli("score", file, "--metrics=bleu", "--plot", picture))
-    assert f"out.{ending}: cannot write: No space left on device" in said
+    message = one_line_error(run_cli("score", file, "--metrics=bleu", "--plot", picture))
+    assert f"out.{ending}: cannot write: No space left on device" in message
     assert picture.read_text() == "the older one\n" and len(list(picture.parent.iterdir())) == 1
 
 
-def test_what_cannot_be_drawn_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_plotted_is_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if importlib.util.find_spec("matplotlib"):
         plain = generated(tmp_path / "plain", POOR)
-        said = one_line_error(run_cli("score", plain, "--plot", tmp_path / "out.png"))
-        assert "plain does not end in the summary of `fastdiss generate`" in said
+        message = one_line_error(run_cli("score", plain, "--plot", tmp_path / "out.png"))
+        assert "plain does not end with the summary of `fastdiss generate`" in message
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    said = one_line_error(run_cli("score", "no-file", "--plot", tmp_path / "out.png"))
-    assert "a plot needs matplotlib: pip install 'fastdiss[plot]'" in said
+    message = one_line_error(run_cli("score", "no-file", "--plot", tmp_path / "out.png"))
+    assert "a plot needs matplotlib: pip install 'fastdiss[plot]'" in message
 
 
 def log(path: Path, validations: bool = True) -> Path:
@@ -434,17 +437,15 @@ def test_a_run_within_the_folder_of_another_has_a_name(tmp_path: Path) -> None:
     assert ">sub<" in out.read_text()
 
 
-def test_a_cut_generate_file_is_told(tmp_path: Path) -> None:
+def test_a_truncated_generate_file_is_reported(tmp_path: Path) -> None:
     whole = generated(tmp_path / "whole", POOR, summary("fastdiss_tiny", 8, steps=5))
-    assert "as if it was cut" not in run_cli("score", whole).stderr
+    assert "may be truncated" not in run_cli("score", whole).stderr
     cut = generated(tmp_path / "cut", POOR)
-    assert (
-        f"as if it was cut: it is taken for {len(POOR)} sentences" in run_cli("score", cut).stderr
-    )
+    assert f"may be truncated: scoring its {len(POOR)} sentences" in run_cli("score", cut).stderr
 
 
 def test_a_log_before_the_lines_is_passed_over(tmp_path: Path) -> None:
-    """As `generate > job.log 2>&1` leaves it."""
+    """As written by `generate > job.log 2>&1`."""
     path = generated(tmp_path / "out.txt", POOR, summary("fastdiss_tiny", 8, steps=5))
     plain = run_cli("score", path).stdout
     path.write_text("checkpoints: 5 sentences on cpu\n" + path.read_text() + "wrote it\n")
@@ -461,20 +462,22 @@ def test_files_of_a_run_come_in_the_order_of_their_steps(tmp_path: Path) -> None
 
 @needs_matplotlib
 def test_no_training_curves_without_a_log(tmp_path: Path) -> None:
-    said = one_line_error(run_cli("plot", tmp_path))
-    assert f"{tmp_path}: no metrics.jsonl; `fastdiss train` writes it" in said
-    said = one_line_error(run_cli("plot", generated(tmp_path / "out.txt", POOR)))
-    assert "line 1 is not a record of metrics.jsonl" in said and "score --plot" in said
+    message = one_line_error(run_cli("plot", tmp_path))
+    assert f"{tmp_path}: no metrics.jsonl; `fastdiss train` writes it" in message
+    message = one_line_error(run_cli("plot", generated(tmp_path / "out.txt", POOR)))
+    assert "line 1 is not a record of metrics.jsonl" in message and "score --plot" in message
     log(tmp_path / "a" / "metrics.jsonl")
     one_line_error(run_cli("plot", tmp_path), f"no metrics.jsonl; there is one in {tmp_path / 'a'}")
     assert "is empty" in one_line_error(run_cli("plot", write(tmp_path / "metrics.jsonl", [])))
     path = log(tmp_path / "metrics.jsonl")
     path.write_text(path.read_text() + '{"update": 4, "spl')  # the disk was full, or it was killed
     done = run_cli("plot", tmp_path, "-o", tmp_path / "curves.png")
-    assert done.returncode == 0 and "its last line is not complete" in done.stderr
-    path.write_text(path.read_text() + 'it": "train"}\n{"epoch": 5}\n')  # whole, but no record
+    assert done.returncode == 0 and "ignoring the last line, which is incomplete" in done.stderr
+    path.write_text(
+        path.read_text() + 'it": "train"}\n{"epoch": 5}\n'
+    )  # complete, but not a record
     one_line_error(run_cli("plot", tmp_path), "line 6 is not a record")
     path.write_text("{\n" + path.read_text())
     one_line_error(run_cli("plot", tmp_path), "line 1 is not a record")
     path.write_text('{"update": 1, "split": "train"}\n')
-    one_line_error(run_cli("plot", tmp_path), "metrics.jsonl has no figures to draw yet")
+    one_line_error(run_cli("plot", tmp_path), "metrics.jsonl has no figures to plot yet")

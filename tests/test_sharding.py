@@ -1,4 +1,4 @@
-"""Sharding: each rank holds its part, and learns what ranks that hold everything learn."""
+"""Sharding: each rank holds its part, and learns the same as ranks that hold everything."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ divides = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def sharded(data_bin: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return what two sharded processes leave that nothing disturbs."""
+    """Return the result of two undisturbed, sharded processes."""
     folder = tmp_path_factory.mktemp("sharded")
     train(data_bin, folder, prepare=partial(weighed, folder=folder), **SHARDED)
     return folder
@@ -53,24 +53,24 @@ def sharded(data_bin: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def whole(data_bin: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return what the same two processes leave if each holds everything."""
+    """Return the result of the same two processes if each holds everything."""
     folder = tmp_path_factory.mktemp("whole")
     train(data_bin, folder, **WHOLE)
     return folder
 
 
 def train(data_bin: Path, folder: Path, *, prepare=None, **options: object) -> str:
-    """Train with two processes to the end; return what the first one says."""
+    """Train with two processes to the end; return the messages of the first one."""
     first, second = run_ranks(2, *command(data_bin, folder, **options), prepare=prepare)
     assert (first.returncode, second.returncode) == (0, 0), first.stderr + second.stderr
     return first.stderr
 
 
 def assert_close(one: Path, other: Path) -> None:
-    """Compare two trainings whose sums were made in another order.
+    """Compare two trainings that summed in different orders.
 
-    Weights are left out: Adam makes whole steps of gradients that are nothing but rounding, as
-    those of the keys' biases are. What it has of the gradients tells more.
+    Weights are left out: Adam takes full steps even for gradients that are pure rounding errors,
+    like those of the keys' biases. Its moments are compared instead.
     """
     a, b = tensors(one), tensors(other)
     assert a.keys() == b.keys()
@@ -84,7 +84,7 @@ def assert_close(one: Path, other: Path) -> None:
 
 
 def weighed(rank: int, folder: Path) -> None:
-    """Let a rank write down, after each update, how many numbers it has in memory."""
+    """Make a rank record, after each update, how many numbers it has in memory."""
     from fastdiss_cli.training.loop import Training
 
     right = Training._update
@@ -123,11 +123,11 @@ def test_sharded_is_unsharded(sharded: Path, whole: Path) -> None:
 
 @divides
 def test_ranks_need_not_make_the_same_passes(data_bin: Path, tmp_path: Path) -> None:
-    """A loss that is no number on one of them is no update on any."""
+    """A non-finite loss on one of them skips the update on all."""
     wound = partial(failing, on=1, update=3, how="nan")
     for name, options in (("sharded", SHARDED), ("whole", WHOLE)):
-        said = train(data_bin, tmp_path / name, prepare=wound, **options | COIN)
-        assert "update 3: loss or gradient is not finite; skipped" in said
+        output = train(data_bin, tmp_path / name, prepare=wound, **options | COIN)
+        assert "update 3: loss or gradient is not finite; skipped" in output
         assert newest(tmp_path / name).progress.skipped == 1
     assert_close(tmp_path / "sharded", tmp_path / "whole")
 
@@ -136,7 +136,7 @@ def test_ranks_need_not_make_the_same_passes(data_bin: Path, tmp_path: Path) -> 
 def test_a_broken_training_goes_on_as_if_unbroken(
     data_bin: Path, tmp_path: Path, sharded: Path
 ) -> None:
-    """It is asked to stop, goes on, is killed, and goes on."""
+    """It is asked to stop, resumes, is killed, and resumes."""
     more = command(data_bin, tmp_path, **SHARDED)
     asked = run_ranks(2, *more, prepare=partial(signalled, on=1, update=2))
     assert [done.returncode for done in asked] == [143, 143], asked[0].stderr
@@ -173,8 +173,8 @@ def test_a_training_goes_on_sharded_or_not(
 
 
 @divides
-def test_memory_that_runs_out_in_the_midst_of_a_pass(data_bin: Path, tmp_path: Path) -> None:
-    """The others wait for a part of the gradient; they notice who has left."""
+def test_memory_that_runs_out_in_the_middle_of_a_pass(data_bin: Path, tmp_path: Path) -> None:
+    """The others wait for a part of the gradient, and notice the rank that is gone."""
     first, second = run_ranks(2, *command(data_bin, tmp_path, **SHARDED), prepare=no_memory)
     one_line_error(first, "rank 0: another process has ended")
     one_line_error(second, "rank 1: out of memory in update 3, in a batch of ", "--max-tokens")
@@ -204,9 +204,7 @@ def test_one_process_has_nothing_to_divide(
     for folder, divided in (("sharded", True), ("whole", False)):
         training = start(data_bin, tmp_path / folder, max_update=2, shard=divided)
         assert training.run() == 0
-    assert (
-        "train.shard divides a model among processes, and there is one" in capsys.readouterr().err
-    )
+    assert "train.shard has no effect in a single process" in capsys.readouterr().err
     assert_same(tmp_path / "sharded", tmp_path / "whole")
 
 
@@ -221,7 +219,7 @@ def test_what_cannot_be_sharded_is_refused(
         shard(nn.Linear(2, 2), processes)
     layer = Layer(NetworkConfig(), cross=False)
     layer.scale = nn.Parameter(torch.tensor(1.0))
-    with pytest.raises(FastdissError, match="cannot divide scale, which has no dimension"):
+    with pytest.raises(FastdissError, match="cannot divide scale, which is a scalar"):
         shard(layer, processes)
     monkeypatch.delattr(torch.cpu.Stream, "record_event", raising=False)  # as in torch 2.6
     with pytest.raises(FastdissError, match="on a CPU needs a newer torch than "):

@@ -101,11 +101,11 @@ def test_first_step_from_pure_noise_is_finite(solver: str) -> None:
 @pytest.mark.parametrize("solver", sorted(SOLVERS))
 @pytest.mark.parametrize("grid", TIME_GRIDS)
 def test_many_steps_are_finite(solver: str, grid: str) -> None:
-    """In float32 the levels of neighbouring times hardly differ, and near t = 0 noise is 0."""
+    """In float32, noise levels of neighbouring times hardly differ, and are 0 near t = 0."""
     schedule = NoiseSchedule("cosine", factor=4.0)  # with the least noise near t = 0
     noise = torch.randn(1, 1, 2)
     z0_hat, _ = sample(
-        lambda z, t, told: 0.5 * schedule.unit(z, t), schedule, lambda k: noise, 2000, solver,
+        lambda z, t, self_cond: 0.5 * schedule.unit(z, t), schedule, lambda k: noise, 2000, solver,
         grid=grid,
     )  # fmt: skip
     assert z0_hat.isfinite().all() and 0 < z0_hat.abs().max() < 100
@@ -117,7 +117,7 @@ def test_many_steps_are_finite(solver: str, grid: str) -> None:
 def test_n_steps_are_n_evaluations(solver: str, self_cond: str, steps: int) -> None:
     seen: list[float] = []
 
-    def denoise(z: Tensor, t: Tensor, told: Tensor) -> Tensor:
+    def denoise(z: Tensor, t: Tensor, self_cond: Tensor) -> Tensor:
         seen.append(t.item())
         return z * 0.1
 
@@ -130,18 +130,18 @@ def test_n_steps_are_n_evaluations(solver: str, self_cond: str, steps: int) -> N
     assert seen[::passes] == pytest.approx(time_grid(steps, "log-snr", SCHEDULE)[:-1].tolist())
 
 
-def test_what_each_self_conditioning_mode_tells_the_network() -> None:
-    told: list[Tensor] = []
+def test_what_each_self_conditioning_mode_gives_the_network() -> None:
+    self_conds: list[Tensor] = []
 
     def denoise(z: Tensor, t: Tensor, given: Tensor) -> Tensor:
-        told.append(given)
-        return torch.full_like(z, float(len(told)))
+        self_conds.append(given)
+        return torch.full_like(z, float(len(self_conds)))
 
     def run(mode: str) -> list[float]:
-        told.clear()
+        self_conds.clear()
         gold = torch.full((1, 1, 1), 9.0)
         sample(denoise, SCHEDULE, lambda k: torch.ones(1, 1, 1), 3, "ddim", mode, gold)
-        return [given.item() for given in told]
+        return [given.item() for given in self_conds]
 
     assert run("reuse") == [0, 1, 2]  # the estimate of the step before
     assert run("none") == [0, 0, 0]
@@ -153,7 +153,7 @@ def test_what_each_self_conditioning_mode_tells_the_network() -> None:
 def test_the_temperature_scales_the_noise_of_a_step_and_not_the_start(temperature: float) -> None:
     seen: list[Tensor] = []
 
-    def denoise(z: Tensor, t: Tensor, told: Tensor) -> Tensor:
+    def denoise(z: Tensor, t: Tensor, self_cond: Tensor) -> Tensor:
         seen.append(z)
         return torch.full_like(z, 2.0)
 
@@ -167,15 +167,15 @@ def test_the_temperature_scales_the_noise_of_a_step_and_not_the_start(temperatur
 
 
 @pytest.mark.parametrize("clamped", [True, False])
-def test_the_solver_takes_the_clamped_estimate_and_the_network_is_told_its_form(
+def test_the_solver_gets_the_clamped_estimate_and_the_network_its_form(
     clamped: bool,
 ) -> None:
-    """ddim from pure noise: z at s is alpha_s x + sigma_s noise, x being what the solver takes."""
+    """ddim from pure noise: z at s is alpha_s x + sigma_s noise, x being the solver's estimate."""
     start = torch.randn(1, 2, 3)
     seen: list[tuple[Tensor, Tensor]] = []
 
-    def denoise(z: Tensor, t: Tensor, told: Tensor) -> Tensor:
-        seen.append((z, told))
+    def denoise(z: Tensor, t: Tensor, self_cond: Tensor) -> Tensor:
+        seen.append((z, self_cond))
         return torch.full_like(z, 2.0)
 
     sample(
@@ -205,6 +205,6 @@ def test_the_levels_of_a_step_cost_the_device_nothing(solver: str) -> None:
 
     start = torch.zeros(2, 3, 4, device="meta")
     with Numbers() as numbers:
-        sample(lambda z, t, told: z + t, SCHEDULE, lambda draw: start, 4, solver)
-    # the times that the network is told, one launch each
+        sample(lambda z, t, self_cond: z + t, SCHEDULE, lambda draw: start, 4, solver)
+    # the times that the network gets, one launch each
     assert numbers.seen == ["aten.full.default"] * 5

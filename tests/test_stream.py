@@ -1,4 +1,4 @@
-"""generate --input -: a line in, a line out, at once and in order; many that wait, in batches."""
+"""generate --input -: a line in, a line out, at once and in order; waiting lines in batches."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 from conftest import run_cli
 from runs import command
 
-from fastdiss_cli.data.text import ComingLines
+from fastdiss_cli.data.text import IncomingLines
 from fastdiss_cli.decoding import translation
 from fastdiss_cli.decoding.translation import text_input
 from fastdiss_cli.models.difformer import Difformer
@@ -32,7 +32,7 @@ def checkpoint(data_bin: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 
 class Blocks(io.RawIOBase):
-    """A pipe whose writer has written one block by the time of each read."""
+    """A pipe whose writer has written one more block at each read."""
 
     def __init__(self, blocks: list[bytes]) -> None:
         self._blocks = iter(blocks)
@@ -46,8 +46,8 @@ class Blocks(io.RawIOBase):
         return len(block)
 
 
-def coming(*blocks: bytes) -> ComingLines:
-    return ComingLines(io.BufferedReader(Blocks(list(blocks))))
+def coming(*blocks: bytes) -> IncomingLines:
+    return IncomingLines(io.BufferedReader(Blocks(list(blocks))))
 
 
 def test_lines_are_given_as_soon_as_they_are_there() -> None:
@@ -59,7 +59,7 @@ def test_lines_are_given_as_soon_as_they_are_there() -> None:
 
 
 def test_what_waits_is_decoded_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Windows double while lines wait; after a pause a line is answered by itself again."""
+    """Windows double while lines wait; after a pause a line is answered alone again."""
 
     class Letters:
         unk = 0
@@ -118,10 +118,10 @@ def test_plain_is_a_line_for_a_line(data_bin: Path, checkpoint: Path, tmp_path: 
     assert run_cli(*more, data_bin, "--plain", "--print-history").returncode == 2
 
 
-def test_a_line_that_is_no_text_ends_what_comes_behind_it(piped: subprocess.Popen[bytes]) -> None:
-    said, told = piped.communicate(b"eins\nzwei\n\xff\ndrei\n")
-    assert piped.returncode == 1 and said.count(b"\n") == 2
-    assert b"stdin: line 3 is not valid UTF-8" in told.splitlines()[-1]
+def test_an_invalid_line_ends_what_comes_after_it(piped: subprocess.Popen[bytes]) -> None:
+    output, message = piped.communicate(b"eins\nzwei\n\xff\ndrei\n")
+    assert piped.returncode == 1 and output.count(b"\n") == 2
+    assert b"stdin: line 3 is not valid UTF-8" in message.splitlines()[-1]
 
 
 @pytest.fixture
@@ -140,13 +140,13 @@ def piped(checkpoint: Path) -> Iterator[subprocess.Popen[bytes]]:
 
 
 def read(process: subprocess.Popen[bytes], lines: int) -> list[str]:
-    """Wait for so many lines; nothing may come behind them."""
-    said = b""
-    while said.count(b"\n") < lines:
+    """Wait for ``count`` lines; nothing may follow them."""
+    output = b""
+    while output.count(b"\n") < lines:
         assert select.select([process.stdout], [], [], 60)[0], "no answer while stdin is open"
-        said += os.read(process.stdout.fileno(), 1 << 16)
-    assert said.endswith(b"\n") and said.count(b"\n") == lines
-    return said.decode().splitlines()
+        output += os.read(process.stdout.fileno(), 1 << 16)
+    assert output.endswith(b"\n") and output.count(b"\n") == lines
+    return output.decode().splitlines()
 
 
 def test_an_answer_comes_before_the_next_line(
@@ -168,14 +168,14 @@ def test_an_answer_comes_before_the_next_line(
     found += read(piped, 1)
     write("\n".join(LINES[4:60]) + "\n")
     found += read(piped, 56)
-    said, told = piped.communicate(LINES[60].encode())  # without an end of line
-    found += said.decode().splitlines()
+    output, message = piped.communicate(LINES[60].encode())  # without an end of line
+    found += output.decode().splitlines()
     more = ["generate", "--path", checkpoint, "--steps=1", "--device=cpu", "--input=-"]
     assert found == answers(run_cli(*more, stdin="\n".join(LINES[:61])).stdout)
-    assert piped.returncode == 0 and b"61 sentences in" in told.splitlines()[-1]
+    assert piped.returncode == 0 and b"61 sentences in" in message.splitlines()[-1]
 
 
-def test_who_reads_no_further_ends_it_silently(checkpoint: Path) -> None:
+def test_a_reader_that_stops_ends_it_silently(checkpoint: Path) -> None:
     line = [sys.executable, "-m", "fastdiss_cli", "generate", "--path", checkpoint, "--input", "-"]
     with subprocess.Popen(
         [*line, "--plain", "--device=cpu"],

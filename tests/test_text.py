@@ -1,4 +1,4 @@
-"""Reading raw text: what a line is, and one clear message for whatever is wrong with a file."""
+"""Reading raw text: what a line is, and one clear message for every invalid file."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ line_texts = all_texts.filter(lambda line: not line.startswith("\ufeff"))
 
 
 def write(path: Path, data: bytes | str) -> Path:
-    """Write a file, gzipped where its name says so."""
+    """Write a file, gzipped if its name says so."""
     data = data if isinstance(data, bytes) else data.encode()
     path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
     return path
@@ -48,7 +48,7 @@ def pairs_of(prefix: Path | str, format: str = "text") -> list[tuple[str, str]]:
 
 
 def failure(prefix: Path | str, format: str = "text") -> str:
-    """Return the message that reading the pairs fails with: always a single line."""
+    """Return the error message of reading the pairs: always a single line."""
     with pytest.raises(FastdissError) as caught:
         pairs_of(prefix, format)
     assert "\n" not in str(caught.value)
@@ -101,7 +101,7 @@ def test_a_line_feed_inside_json_stays_one_sentence(tmp_path: Path) -> None:
     write(tmp_path / "x.jsonl", json.dumps({"de": "a\nb", "en": "c"}))
     assert pairs_of(tmp_path / "x", "jsonl") == [("a b", "c")]
     write(tmp_path / "x.jsonl", '{"de": "a", "de": "b", "en": "c"}')
-    with pytest.raises(FastdissError, match=r"line 1 is .* \(the field 'de' comes twice"):
+    with pytest.raises(FastdissError, match=r"line 1 is .* \(the field 'de' is repeated"):
         pairs_of(tmp_path / "x", "jsonl")
 
 
@@ -125,7 +125,9 @@ def test_missing_target(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("longer", "shorter"), [("de", "en"), ("en", "de")])
 @pytest.mark.parametrize("few", [0, 3, 1024, 3000])
-def test_unequal_counts_are_both_told(tmp_path: Path, longer: str, shorter: str, few: int) -> None:
+def test_unequal_counts_are_both_reported(
+    tmp_path: Path, longer: str, shorter: str, few: int
+) -> None:
     write(tmp_path / f"x.{longer}", "a\n" * 5011)
     write(tmp_path / f"x.{shorter}", "a\n" * few)
     message = failure(tmp_path / "x")
@@ -199,12 +201,12 @@ def test_empty_file(tmp_path: Path, format: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("row", "told"),
+    ("row", "reported"),
     [
         ('{"de": "a"}', "lacks the text field 'en' (it has de): name the fields with -s and -t"),
         ('{"en": "a"}', "lacks the text field 'de' (it has en)"),
-        ('{"de": "a", "en": 3}', "has 3 for 'en', not text in quotes"),
-        ('{"de": "a", "en": null}', "has null for 'en', not text in quotes"),
+        ('{"de": "a", "en": 3}', "has 3 for 'en', not a string in quotes"),
+        ('{"de": "a", "en": null}', "has null for 'en', not a string in quotes"),
         (f'{{"de": {[1] * 50}}}', "has [1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, ... for 'de'"),
         ("{}", "lacks the text fields 'de' and 'en' (it has none)"),
         ('["a", "b"]', "is not a JSON object"),
@@ -216,15 +218,15 @@ def test_empty_file(tmp_path: Path, format: str) -> None:
     ],
     ids=lambda text: text[:12] or "blank",
 )
-def test_json_lines_that_hold_no_pair(tmp_path: Path, row: str, told: str) -> None:
+def test_json_lines_that_hold_no_pair(tmp_path: Path, row: str, reported: str) -> None:
     write(tmp_path / "x.jsonl", f'{{"de": "a", "en": "b"}}\n{row}\n')
     message = failure(tmp_path / "x", "jsonl")
-    assert f"x.jsonl: line 2 {told}" in message
+    assert f"x.jsonl: line 2 {reported}" in message
 
 
 def test_text_with_nul_bytes_may_be_utf_16(tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes("grün\n".encode("utf-16"))
-    with pytest.raises(FastdissError, match="x is no text, or text in UTF-16"):
+    with pytest.raises(FastdissError, match="x is not text, or text in UTF-16"):
         list(read_lines(tmp_path / "x"))
 
 
@@ -267,7 +269,7 @@ def test_damaged_gzip_gives_one_line_or_the_same_text(tmp_path: Path) -> None:
     assert refused > len(whole)
 
 
-def test_text_that_is_no_gzip(tmp_path: Path) -> None:
+def test_text_that_is_not_gzip(tmp_path: Path) -> None:
     path = tmp_path / "x.gz"
     path.write_bytes(b"plain text\n")
     with pytest.raises(FastdissError, match=r"x\.gz is not gzipped: its name must"):
@@ -284,6 +286,6 @@ def test_references(tmp_path: Path, gz: str, capsys: pytest.CaptureFixture[str])
     text = "one\tuno\n\nthree\t\tdrei\n"
     several = read_references(write(tmp_path / f"ref.tsv{gz}", text))
     assert several == [["one", "uno"], [""], ["three", "drei"]]
-    assert f"ref.tsv{gz}: the empty alternatives of 1 line are left out" in capsys.readouterr().err
+    assert f"ref.tsv{gz}: ignoring empty alternatives in 1 line" in capsys.readouterr().err
     single = read_references(write(tmp_path / f"ref.txt{gz}", text))
     assert single == [["one\tuno"], [""], ["three\t\tdrei"]]

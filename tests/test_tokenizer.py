@@ -1,4 +1,4 @@
-"""Tokenizers give every text back, number their special symbols, and refuse what they are not."""
+"""Tokenizers restore every text, number their special symbols, and reject foreign files."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ UNUSUAL = [
 
 @cache
 def foreign(**options: int | str) -> Tokenizer:
-    """Train as someone else would, with SentencePiece's own defaults."""
+    """Train with SentencePiece's own defaults, as others would."""
     model = io.BytesIO()
     spm.SentencePieceTrainer.train(
         sentence_iterator=iter(LINES),
@@ -61,7 +61,7 @@ def foreign(**options: int | str) -> Tokenizer:
 
 
 def failure(lines: list[str], model_type: str, vocab_size: int) -> str:
-    """Return the message that training fails with: always a single line."""
+    """Return the error message of training: always a single line."""
     with pytest.raises(FastdissError) as caught:
         train_tokenizer(lines, model_type, vocab_size)
     assert "\n" not in str(caught.value)
@@ -82,7 +82,7 @@ def test_round_trip(model_type: str, text: str) -> None:
     tokenizer = trained(model_type)
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text
-    assert tokenizer.decode(ids[:-1]) == text  # eos is no text
+    assert tokenizer.decode(ids[:-1]) == text  # eos is not text
     assert ids[-1] == tokenizer.eos
     assert all(tokenizer.unk < i < tokenizer.vocab_size for i in ids[:-1])
 
@@ -142,7 +142,7 @@ def test_foreign_model(options: dict[str, int], bos_pad_eos: tuple[int, int, int
 @given(many=st.lists(st.one_of(texts, sentences, st.sampled_from(["\u2581", "a\u2581b", "ﬁ"]))))
 @example(many=["eins  zwei", " eins", "eins ", "  ", "eins", "", "漢", "eins\u2581zwei", "<0x41>"])
 def test_many_texts_at_once(many: list[str]) -> None:
-    """The same ids as one by one; what decodes to other text is named, by whatever tokenizer."""
+    """The ids are those of single texts; texts that do not round-trip are found."""
     own = [trained(model_type) for model_type in MODEL_TYPES]
     others = [foreign(), foreign(bos_id=-1, eos_id=-1, pad_id=-1), foreign(**KEEPS_BLANKS)]
     others += [foreign(**options) for options in UNUSUAL]
@@ -157,7 +157,7 @@ def test_many_texts_at_once(many: list[str]) -> None:
 
 
 def test_a_model_that_decodes_to_other_letters(tmp_path: Path) -> None:
-    """Its pieces say what was encoded, and its denormalizer what comes out."""
+    """Its pieces show what was encoded, and its denormalizer determines the output."""
     (tmp_path / "rules.tsv").write_text("65\t45\n")  # e becomes E
     tokenizer = foreign(denormalization_rule_tsv=str(tmp_path / "rules.tsv"))
     texts = ["eins", "acht"]
@@ -185,7 +185,7 @@ def test_training_on_a_sample_is_repeatable(monkeypatch: pytest.MonkeyPatch) -> 
     lines = [f"{word} {i}" for i in range(2000) for word in ("eins", "Haus")]
     found = [train_tokenizer(lines, "char", 300, total).hash for total in (4000, 4000, 0)]
     assert found[0] == found[1]
-    # characters are those of lines all over the text, and not those of its beginning alone
+    # characters come from the whole text, not only from its beginning
     late = [*lines, *["ü" * 20] * 1000]
     assert "ü" in train_tokenizer(late, "char", 300, len(late)).pieces([*range(260, 290)])
 
@@ -228,11 +228,11 @@ def test_a_vocabulary_larger_than_the_text_is_smaller(model_type: str) -> None:
 def test_a_vocabulary_that_is_too_small(model_type: str, vocab_size: int) -> None:
     message = failure(LINES, model_type, vocab_size)
     assert f"--vocab-size {vocab_size} is too small" in message
-    assert "character_coverage" not in message  # no option of ours
+    assert "character_coverage" not in message  # not one of our options
 
 
 @pytest.mark.parametrize("model_type", ["unigram", "bpe"])
-def test_the_least_vocabulary_is_told(model_type: str) -> None:
+def test_the_smallest_vocabulary_is_reported(model_type: str) -> None:
     least = FIXED + len(set("".join(LINES)))
     assert f"use at least {least}" in failure(LINES, model_type, least - 1)
     assert train_tokenizer(LINES, model_type, least).vocab_size == least
@@ -248,7 +248,7 @@ def test_only_lines_that_are_too_long() -> None:
 
 
 @pytest.mark.parametrize("good", [0, 1, 300])
-def test_a_failure_in_the_text_is_told_as_it_is(good: int) -> None:
+def test_a_failure_in_the_text_is_reported_unchanged(good: int) -> None:
     def lines() -> Iterator[str]:
         yield from LINES[:good]
         raise FastdissError("x.de: line 7 is not valid UTF-8")
@@ -258,6 +258,8 @@ def test_a_failure_in_the_text_is_told_as_it_is(good: int) -> None:
     assert str(caught.value) == "x.de: line 7 is not valid UTF-8"
 
 
-def test_lines_that_train_no_tokenizer_are_told(capsys: pytest.CaptureFixture[str]) -> None:
+def test_lines_that_cannot_train_a_tokenizer_are_reported(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     train_tokenizer(["eins zwei drei"] * 50 + ["Ω" * 40_000], "bpe", 300)
     assert "1 of 51 lines are longer than 65,536 bytes" in " ".join(capsys.readouterr().err.split())

@@ -60,7 +60,7 @@ def test_resuming_is_the_same_as_never_stopping(data_bin: Path, tmp_path: Path, 
 def test_a_compiled_network_trains_the_same(
     data_bin: Path, tmp_path: Path, arch: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Torch traces the network for all lengths, with a backend that runs what it is given."""
+    """Torch traces the network for all lengths, with a backend that runs it eagerly."""
     graphs, right = [], nn.Module.compile
 
     def run_as_it_is(graph: Any, inputs: Any) -> Any:
@@ -89,7 +89,7 @@ def test_resuming_otherwise_is_refused_with_the_difference(data_bin: Path, tmp_p
 
 
 def test_options_of_what_is_off_do_not_differ(data_bin: Path, tmp_path: Path) -> None:
-    """A recipe may name all options of MANS beside a strength of 0."""
+    """A recipe may set all options of MANS although its strength is 0."""
     change = {"mans_time": "token", "mans_start_update": 9, "scp_gap": 0.3}
     start(data_bin, tmp_path / "off", "fastdiss_tiny", max_update=1).run()
     more = {"max_update": 2, "model": change}
@@ -107,7 +107,7 @@ def test_options_of_what_is_off_do_not_differ(data_bin: Path, tmp_path: Path) ->
         start(data_bin, tmp_path / "off", "fastdiss_tiny", model=on | change)
 
 
-def test_what_befalls_the_last_checkpoint_befalls_no_other(data_bin: Path, tmp_path: Path) -> None:
+def test_damage_to_the_last_checkpoint_spares_the_others(data_bin: Path, tmp_path: Path) -> None:
     start(data_bin, tmp_path, max_update=2, keep_last=3, save_interval_updates=1).run()
     last, best = (tmp_path / f"checkpoint_{name}.safetensors" for name in ("last", "best"))
     (numbered,) = tmp_path.glob("checkpoint_*_2.safetensors")
@@ -115,12 +115,12 @@ def test_what_befalls_the_last_checkpoint_befalls_no_other(data_bin: Path, tmp_p
     assert last.stat().st_nlink == 1 and best.samefile(numbered)
 
 
-def test_another_architecture_is_all_that_is_told(data_bin: Path, tmp_path: Path) -> None:
+def test_another_architecture_is_all_that_is_reported(data_bin: Path, tmp_path: Path) -> None:
     start(data_bin, tmp_path, "difformer_tiny", max_update=1).run()
     with pytest.raises(FastdissError) as refused:
         start(data_bin, tmp_path, "transformer_tiny", seed=3)
-    said = str(refused.value)
-    assert "arch was difformer_tiny and is now transformer_tiny. Train" in said
+    message = str(refused.value)
+    assert "arch was difformer_tiny and is now transformer_tiny. Train" in message
     with pytest.raises(FastdissError, match=r"and \d+ more \(a forgotten --config\?\)"):
         more = {"seed": 3, "lr": 1, "max_tokens": 9, "update_freq": 2, "warmup_updates": 7}
         start(data_bin, tmp_path, "difformer_tiny", **more)
@@ -170,9 +170,9 @@ def test_a_signal_saves_and_a_second_run_goes_on(data_bin: Path, tmp_path: Path)
     while not (log.exists() and log.stat().st_size) and time.monotonic() < deadline:
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
-    _, said = process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.SIGTERM, said
-    assert "Traceback" not in said
+    _, output = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM, output
+    assert "Traceback" not in output
     update = Checkpoint.load(tmp_path / "checkpoint_last.safetensors").progress.update
     assert update >= metrics(tmp_path)[-1]["update"] > 0
     more = run_cli(*command[3:], "--max-update", str(update + 1))
@@ -183,7 +183,7 @@ def test_a_signal_saves_and_a_second_run_goes_on(data_bin: Path, tmp_path: Path)
 def test_a_stop_where_a_validation_is_due_does_not_lose_it(
     data_bin: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Stopped in the very last update, and resumed: as if nothing had happened."""
+    """Stopped in the very last update and resumed, as if nothing had happened."""
     start(data_bin, tmp_path / "whole", max_update=4).run()
     stopped = start(data_bin, tmp_path / "parts", max_update=4)
     right = stopped._update
@@ -286,18 +286,18 @@ def test_training_stops_when_validation_gets_no_better(data_bin: Path, tmp_path:
     assert training.progress.bad_validations == 2 and training.progress.update < 50
 
 
-def test_little_space_for_checkpoints_is_told_before_training(
+def test_low_disk_space_is_reported_before_training(
     data_bin: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    said: list[str] = []
-    monkeypatch.setattr(logs, "warn", said.append)
+    output: list[str] = []
+    monkeypatch.setattr(logs, "warn", output.append)
     weights = 4 * start(data_bin, tmp_path / "a").model.num_parameters()
-    for copies, told in ((11.9, True), (12.1, False)):  # weights, average, moments, three times
+    for copies, message in ((11.9, True), (12.1, False)):  # weights, average, moments, three times
         space = SimpleNamespace(free=copies * weights)
         monkeypatch.setattr(shutil, "disk_usage", lambda _, space=space: space)
-        said.clear()
+        output.clear()
         start(data_bin, tmp_path / str(copies))
-        assert ("three checkpoints of" in " ".join(said)) == told
+        assert ("three checkpoints of" in " ".join(output)) == message
 
 
 def test_the_best_of_equal_bleu_has_the_lower_loss() -> None:
@@ -364,15 +364,15 @@ def test_a_validation_says_how_far_it_is(
 ) -> None:
     monkeypatch.setattr(logs, "PLAIN_EVERY", 0.0)
     start(data_bin, tmp_path, max_update=1).run()
-    said = capsys.readouterr().err
-    assert "validating 0/" in said and " batches\n" in said
-    assert "validating 0/4 sentences\n" in said
+    output = capsys.readouterr().err
+    assert "validating 0/" in output and " batches\n" in output
+    assert "validating 0/4 sentences\n" in output
 
 
 def test_validation_bleu_of_answers_under_four_words(
     data_bin: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """They have no 4-grams, which would make BLEU 0 whatever the answers are."""
+    """They have no 4-grams, which would make BLEU 0 for any answers."""
     training = start(data_bin, tmp_path)
     short = training.dataset.tgt_tokenizer.encode("nine two")
 
@@ -390,7 +390,7 @@ def test_validation_bleu_of_answers_under_four_words(
 def test_validation_bleu_leaves_a_batch_for_each_process(
     data_bin: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """However many tokens a batch may have."""
+    """However many tokens a batch may hold."""
     training = start(data_bin, tmp_path, max_tokens=100_000, valid_sentences=1000)
     sizes: list[tuple[int, int]] = []
 
@@ -431,7 +431,7 @@ def test_another_measure_of_validation_starts_anew(data_bin: Path, tmp_path: Pat
 
 
 def test_a_best_loss_of_other_options_is_forgotten(data_bin: Path, tmp_path: Path) -> None:
-    """So is the place in the batches of other sizes, also where the architecture is another."""
+    """So is the position in batches of other sizes, even if the architecture differs, too."""
     options = {"valid_sentences": 0, "validate_interval_updates": 2, "max_epoch": 99}
     start(data_bin, tmp_path, "difformer_tiny", **options, max_update=5).run()
     options |= {"max_update": 8, "accept_changes": True}
@@ -487,7 +487,7 @@ def test_skipped_updates_are_counted_in_the_log(data_bin: Path, tmp_path: Path) 
     assert [line["skipped"] for line in logged] == [1, 1]
 
 
-def test_checkpoints_are_kept_and_named_as_told(data_bin: Path, tmp_path: Path) -> None:
+def test_checkpoints_are_kept_and_named_as_configured(data_bin: Path, tmp_path: Path) -> None:
     start(data_bin, tmp_path, validate_interval_updates=3, keep_last=2).run()
     names = sorted(path.name for path in tmp_path.glob("*.safetensors"))
     assert len(names) == 4
@@ -499,8 +499,8 @@ def test_sentences_that_are_too_long_are_left_out_with_a_report(
     data_bin: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     training = start(data_bin, tmp_path, max_positions=20)
-    said = capfd.readouterr().err
-    assert f"{training.batcher.left_out} of 200" in said and "max_positions = 20" in said
+    output = capfd.readouterr().err
+    assert f"{training.batcher.left_out} of 200" in output and "max_positions = 20" in output
 
 
 def test_a_checkpoint_is_complete_in_itself(data_bin: Path, tmp_path: Path) -> None:
@@ -577,7 +577,7 @@ def test_checkpoints_of_another_training_are_not_replaced(
     for name in ("metrics.old.jsonl", "metrics.old1.jsonl"):
         capsys.readouterr()
         start(data_bin, tmp_path, max_update=2).run()
-        assert f"becomes {tmp_path / name}" in capsys.readouterr().err
+        assert f"is renamed to {tmp_path / name}" in capsys.readouterr().err
         for path in tmp_path.glob("checkpoint_*"):
             path.unlink()
     assert (tmp_path / "metrics.old.jsonl").read_bytes() == before
@@ -594,7 +594,7 @@ def test_a_training_that_is_set_back_keeps_what_was_later(
     shutil.copyfile(early, tmp_path / "checkpoint_last.safetensors")
     capsys.readouterr()
     start(data_bin, tmp_path, max_update=4, **often | {"keep_last": 1}).run()
-    assert f"{later.name}: of later updates" in capsys.readouterr().err
+    assert f"{later.name}: newer than checkpoint_last" in capsys.readouterr().err
     assert later.exists() and not early.exists()
 
 
@@ -636,7 +636,7 @@ def test_one_training_at_a_time_in_a_folder(data_bin: Path, tmp_path: Path) -> N
         assert any("go to" in line for line in first.stderr)  # it is at work
         second = run_cli(*command[3:-1], "1")
         assert second.returncode == 1
-        assert "another training is at work there" in second.stderr
+        assert "another training is running there" in second.stderr
     finally:
         first.send_signal(signal.SIGTERM)
         first.communicate(timeout=60)
@@ -646,7 +646,7 @@ def test_one_training_at_a_time_in_a_folder(data_bin: Path, tmp_path: Path) -> N
     assert again.returncode == 0, again.stderr
 
 
-def test_a_lock_that_its_holder_removes_meanwhile_is_none(
+def test_a_lock_that_its_holder_removes_meanwhile_does_not_count(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Between opening the file and locking it, the training before ends."""
@@ -663,13 +663,13 @@ def test_a_lock_that_its_holder_removes_meanwhile_is_none(
         assert (tmp_path / ".lock").exists()
 
 
-def test_sentences_beyond_the_size_of_a_batch_are_told(
+def test_sentences_beyond_the_size_of_a_batch_are_reported(
     data_bin: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     sides = BinarizedDataset(data_bin)["train"]
     count = int((np.maximum(sides["src"].sizes, sides["tgt"].sizes) > 30).sum())
     start(data_bin, tmp_path, max_tokens=30)
-    told = f"train: {count} sentence pairs longer than --max-tokens = 30"
-    assert count and told in capsys.readouterr().err
+    message = f"train: {count} sentence pairs longer than --max-tokens = 30"
+    assert count and message in capsys.readouterr().err
     start(data_bin, tmp_path / "wide", max_tokens=100)
     assert "longer than" not in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Checkpoints: one safetensors file that is complete in itself.
+"""Checkpoints: self-contained safetensors files.
 
 Tensors: ``model.*`` (weights), ``ema.*`` (their average), ``optimizer.*`` (its state by weight) and
 ``tokenizer.src``, ``tokenizer.tgt`` (SentencePiece models, or fairseq's dictionaries, as bytes).
@@ -30,24 +30,24 @@ FORMAT_VERSION = "3"
 
 @dataclass
 class Progress:
-    """How far a training has come: all that it needs to go on, besides the tensors."""
+    """The progress of a training run: all that resuming needs besides the tensors."""
 
     update: int = 0
     epoch: int = 1
     batch: int = 0  # batches of this epoch that are done
-    best: float | None = None  # validation score: BLEU, or the loss times -1
-    best_loss: float | None = None  # at the best, for those of equal BLEU
+    best: float | None = None  # validation score: BLEU, or the negative loss
+    best_loss: float | None = None  # of the best validation, to break ties in BLEU
     best_is_bleu: bool = True
     best_update: int = 0
     bad_validations: int = 0  # in a row
-    skipped: int = 0  # updates with a non-finite gradient, in all
+    skipped: int = 0  # updates with a non-finite loss or gradient, in total
     skipped_in_a_row: int = 0
-    validation_due: bool = False  # stopped after an update that a validation belongs to
-    window: dict[str, Any] = field(default_factory=dict)  # of the log's line that is not full yet
+    validation_due: bool = False  # stopped before the validation of this update was finished
+    window: dict[str, Any] = field(default_factory=dict)  # the unfinished window of the log
 
     @property
     def is_best(self) -> bool:
-        """Whether the present weights are those with the best validation score so far."""
+        """Whether the current weights have the best validation score so far."""
         return self.best is not None and self.best_update == self.update
 
 
@@ -56,8 +56,8 @@ class Checkpoint:
     """A checkpoint in memory.
 
     Attributes:
-        dataset: what is known of the training data: names of both sides, sentences by split.
-        card: the model card of a release, which has no optimizer state; else None.
+        dataset: facts about the training data: names of both sides, sentences by split.
+        card: the model card of a release, which has no optimizer state; None for other checkpoints.
     """
 
     arch: str
@@ -71,29 +71,29 @@ class Checkpoint:
     card: dict[str, Any] | None = None
 
     def group(self, prefix: str) -> dict[str, Tensor]:
-        """Return the tensors of one kind, by the rest of their names."""
+        """Return the tensors with a prefix, by the rest of their names."""
         start = f"{prefix}."
         return {n.removeprefix(start): t for n, t in self.tensors.items() if n.startswith(start)}
 
     def averaged(self) -> dict[str, Tensor]:
-        """Return the weights to generate with, by name: the moving average where there is one."""
+        """Return the weights to decode with, by name: the moving average if there is one."""
         return {**self.group("model"), **self.group("ema")}
 
     def tokenizer(self, side: str) -> Tokenizer:
         """Return the tokenizer of a side.
 
         Raises:
-            FastdissError: it is not in the checkpoint.
+            FastdissError: the checkpoint does not have it.
         """
         model = self.tensors.get(f"tokenizer.{side}", torch.zeros(0))
         return make_tokenizer(model.numpy().tobytes(), f"the checkpoint's tokenizer.{side}")
 
     def save(self, path: Path) -> None:
-        """Write the file aside, sync it and rename it, so that ``path`` is never half written.
+        """Write a temporary file, sync and rename it, so that ``path`` is never half written.
 
         Raises:
             FastdissError: the disk is full or the folder cannot be written; an older file at
-                ``path`` is left as it was.
+                ``path`` is left intact.
         """
         facts = {
             "arch": self.arch,
@@ -110,15 +110,15 @@ class Checkpoint:
         about = {"format": FORMAT_VERSION, "facts": text, "sha256": _digest(text, tensors)}
         # one entry: safetensors writes several in random order
         metadata = {"fastdiss": json.dumps(about)}
-        with replacing(path) as aside:
-            save_file(tensors, aside, metadata)
-            # safetensors may make files that are nobody else's to read
-            aside.chmod(aside.parent.stat().st_mode & 0o666)
-            sync(aside)
+        with replacing(path) as temporary:
+            save_file(tensors, temporary, metadata)
+            # safetensors may create files that only their owner can read
+            temporary.chmod(temporary.parent.stat().st_mode & 0o666)
+            sync(temporary)
 
     @classmethod
     def load(cls, path: Path) -> Checkpoint:
-        """Read and check a file.
+        """Read and verify a file.
 
         Raises:
             FastdissError: no such file, not a checkpoint, damaged, or of another format version.
@@ -128,8 +128,8 @@ class Checkpoint:
             raise FastdissError(f"{path}: no such checkpoint{hint}")
         if path.suffix == ".pt":
             raise FastdissError(
-                f"{path}: .pt is pickle, as fairseq writes it, and is never read; "
-                "make a checkpoint with `fastdiss train`"
+                f"{path}: .pt files, as of fairseq, are pickle and are never read; "
+                "train a checkpoint with `fastdiss train`"
             )
         try:
             with safe_open(path, framework="pt") as file:
@@ -138,15 +138,15 @@ class Checkpoint:
                 if version == FORMAT_VERSION:
                     tensors = {name: file.get_tensor(name) for name in sorted(file.keys())}
                     digest = _digest(about.get("facts", ""), tensors)
-        # RuntimeError, TypeError: number types that torch knows and cannot handle
+        # RuntimeError, TypeError: number types that torch knows but cannot handle
         except (OSError, SafetensorError, ValueError, RuntimeError, TypeError) as error:
             if not _begins_as_safetensors(path):
                 raise FastdissError(
-                    f"{path} is no checkpoint: give a .safetensors file of `fastdiss train`"
+                    f"{path} is not a checkpoint: give a .safetensors file of `fastdiss train`"
                 ) from None
             reason = str(error).removeprefix("Error while deserializing header: ")
             raise FastdissError(
-                f"{path} is damaged ({reason}): take another one of its folder"
+                f"{path} is damaged ({reason}): use another one from its folder"
             ) from None
         if version is None:
             raise FastdissError(f"{path} is a safetensors file, but not a fastdiss checkpoint")
@@ -176,7 +176,7 @@ class Checkpoint:
 
 
 def _begins_as_safetensors(path: Path) -> bool:
-    """Tell whether a file begins with the length of a header, and the header as JSON does."""
+    """Return whether a file begins like safetensors: a header's length, then JSON."""
     try:
         with open(path, "rb") as file:
             return file.read(9)[8:] == b"{"
@@ -185,7 +185,7 @@ def _begins_as_safetensors(path: Path) -> bool:
 
 
 def update_of(path: Path) -> int | None:
-    """Return how many updates a checkpoint has seen, by its header alone; None: there is none."""
+    """Return the update of a checkpoint, reading only its header; None if there is none."""
     try:
         with safe_open(path, framework="pt") as file:
             return json.loads(_about(file.metadata() or {})["facts"])["progress"]["update"]
@@ -194,18 +194,18 @@ def update_of(path: Path) -> int | None:
 
 
 def _about(metadata: dict[str, str]) -> dict[str, str]:
-    """Return format, facts and sha256; format 2 had them side by side in the metadata."""
-    said = metadata.get("fastdiss")
-    if said is None:
+    """Return format, facts and sha256; in format 2 they were separate entries of the metadata."""
+    entry = metadata.get("fastdiss")
+    if entry is None:
         return {}
-    if said == "2":
+    if entry == "2":
         return {**metadata, "format": FORMAT_VERSION}
     try:
-        about = json.loads(said)
+        about = json.loads(entry)
     except (ValueError, RecursionError):
         about = None
     if not isinstance(about, dict) or not all(isinstance(v, str) for v in about.values()):
-        return {"format": said}
+        return {"format": entry}
     return about
 
 

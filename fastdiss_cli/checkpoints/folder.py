@@ -1,4 +1,4 @@
-"""The folder of a training: checkpoint_last, checkpoint_best and numbered ones."""
+"""The folder of a training run: checkpoint_last, checkpoint_best and numbered checkpoints."""
 
 from __future__ import annotations
 
@@ -23,32 +23,32 @@ _NUMBERED = re.compile(r"checkpoint_\d+_(\d+)\.safetensors")
 
 
 def best_of(path: Path) -> Path:
-    """Return a checkpoint, or that of a folder: its ``checkpoint_best``, or else ``_last``.
+    """Return the path of a file; for a folder, its ``checkpoint_best``, or else ``_last``.
 
     Raises:
-        FastdissError: a folder has none.
+        FastdissError: a folder has neither.
     """
     if not path.is_dir():
         return path
     found = [path / name for name in (BEST, LAST) if (path / name).exists()]
     if not found:
-        raise FastdissError(f"{path} holds no checkpoint{elsewhere(path)}")
+        raise FastdissError(f"{path} contains no checkpoint{elsewhere(path)}")
     return found[0]
 
 
 def elsewhere(folder: Path) -> str:
-    """Return a hint, as the end of a message, to checkpoints in a folder and those below it."""
+    """Return the end of a message that names checkpoints in a folder or in its subfolders."""
     here = sorted(file.name for file in folder.glob("[!.]*.safetensors"))
     if here:
-        unborn = "" if BEST in here else "; the best is known after a validation"
+        no_best = "" if BEST in here else "; the best is known after a validation"
         where = "this folder" if folder == Path() else folder
-        return f"; {where} has {', '.join(here[:4])}{unborn}"
+        return f"; {where} has {', '.join(here[:4])}{no_best}"
     below = sorted({str(file.parent) for file in folder.glob(f"*/{LAST}")})
     return f"; there are some in {', '.join(below)}" if below else ""
 
 
 def numbered(folder: Path) -> list[Path]:
-    """Return the numbered checkpoints of a folder, the newest last."""
+    """Return the numbered checkpoints of a folder, oldest first."""
     return sorted((p for p in folder.iterdir() if _NUMBERED.fullmatch(p.name)), key=number_of)
 
 
@@ -58,25 +58,25 @@ def number_of(path: Path) -> int:
 
 
 def refuse_others(folder: Path) -> None:
-    """Refuse to begin where another training has left checkpoints, which would be replaced.
+    """Refuse to start a training where it would replace the checkpoints of another one.
 
     Raises:
-        FastdissError: there are some.
+        FastdissError: there are such checkpoints.
     """
     found = [*folder.glob(BEST), *(numbered(folder) if folder.is_dir() else [])]
     found = [path for path in found if path.is_file()]
     if found:
         raise FastdissError(
-            f"--save-dir {folder} holds {found[0].name} of another training, but no {LAST} to go "
-            "on from: train into another folder, or move what is there"
+            f"--save-dir {folder} holds {found[0].name} of another training, but no {LAST} to "
+            "resume from: train into another folder, or move its checkpoints"
         )
 
 
 @contextmanager
 def occupied(folder: Path) -> Iterator[None]:
-    """Keep other processes from training in a folder, which is made where there is none.
+    """Keep other processes from training in a folder, which is created if missing.
 
-    Where the file system has no locks, nobody is kept from it.
+    A file system without locks offers no such protection.
 
     Raises:
         FastdissError: another process is training there.
@@ -86,7 +86,7 @@ def occupied(folder: Path) -> Iterator[None]:
     is_new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     if not os.access(folder, os.W_OK):
-        raise FastdissError(f"--save-dir {folder} cannot be written: see its permissions")
+        raise FastdissError(f"--save-dir {folder} is not writable: check its permissions")
     path = folder / ".lock"
     with _locked(path):
         try:
@@ -98,7 +98,7 @@ def occupied(folder: Path) -> Iterator[None]:
 
 
 def _locked(path: Path) -> IO[str]:
-    """Open and lock a file; closing it ends the lock.
+    """Open and lock a file; closing it releases the lock.
 
     Raises:
         FastdissError: another process has locked it.
@@ -111,18 +111,18 @@ def _locked(path: Path) -> IO[str]:
             if error.errno in (errno.EACCES, errno.EAGAIN):
                 file.close()
                 raise FastdissError(
-                    f"--save-dir {path.parent}: another training is at work there: give another "
-                    "folder, or wait for its end"
+                    f"--save-dir {path.parent}: another training is running there: choose another "
+                    "folder, or wait until it ends"
                 ) from None
         if os.fstat(file.fileno()).st_nlink:
             return file
-        file.close()  # its holder has removed it since it was opened: nobody would see it
+        file.close()  # removed by its last holder after we opened it: nobody else would see it
 
 
 def prune_numbered(folder: Path, keep: int, update: int) -> None:
     """Delete all but the newest ``keep`` numbered checkpoints, and the leftovers of killed saves.
 
-    Checkpoints of later updates than ``update``, left by a training that was set back, are kept.
+    Checkpoints after ``update``, left by a training that was rolled back, are kept.
     """
     for left in folder.glob(".checkpoint_*.safetensors.tmp"):
         shutil.rmtree(left, ignore_errors=True)
@@ -132,28 +132,28 @@ def prune_numbered(folder: Path, keep: int, update: int) -> None:
 
 
 def copy_checkpoint(source: Path, target: Path) -> None:
-    """Copy a checkpoint's bytes without ever leaving half a file there."""
-    with replacing(target) as aside:
-        shutil.copyfile(source, aside)
-        sync(aside)
+    """Copy a checkpoint so that the target is never half written."""
+    with replacing(target) as temporary:
+        shutil.copyfile(source, temporary)
+        sync(temporary)
 
 
 def link_checkpoint(source: Path, target: Path) -> None:
-    """Give a checkpoint a second name, or a copy on a file system without hard links."""
-    with replacing(target) as aside:
+    """Hard-link a checkpoint, or copy it on a file system without hard links."""
+    with replacing(target) as temporary:
         try:
-            os.link(source, aside)
+            os.link(source, temporary)
         except OSError:
-            shutil.copyfile(source, aside)
-            sync(aside)
+            shutil.copyfile(source, temporary)
+            sync(temporary)
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield where to write and sync a file that then takes the place of ``path`` at once.
+    """Yield a temporary path to write and sync; on exit its file atomically replaces ``path``.
 
-    It is in a folder of its own, which the next call removes if a kill leaves it: safetensors
-    writes aside too, under names that nobody could tell later.
+    It is in a folder of its own, which the next call removes if a killed process left it behind:
+    the temporary files of safetensors have names that could not be recognised later.
 
     Raises:
         FastdissError: the disk is full or the folder cannot be written.
@@ -174,14 +174,13 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def warn_of_little_space(folder: Path, checkpoint: int) -> None:
-    """Warn, before hours of training, where checkpoints of so many bytes will not fit.
+    """Warn, before hours of training, if checkpoints of that many bytes will not fit on the disk.
 
-    There are three at a time at least: the last, the best, and the one that takes the place of
-    either.
+    At least three exist at a time: the last, the best, and the one that is about to replace either.
     """
     free = shutil.disk_usage(folder).free
     if free < 3 * checkpoint:
         logs.warn(
-            f"--save-dir {folder}: {free / 1e6:,.0f} MB are free, where three checkpoints of "
+            f"--save-dir {folder}: {free / 1e6:,.0f} MB are free, but three checkpoints of "
             f"{checkpoint / 1e6:,.0f} MB must fit"
         )

@@ -1,4 +1,4 @@
-"""Load a checkpoint to decode with it: the model, laid out for its device, and its tokenizers."""
+"""Load a checkpoint for decoding: the model, prepared for its device, and its tokenizers."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class Loaded(NamedTuple):
     """A checkpoint, ready to decode.
 
     Attributes:
-        languages: source and target, "" where unknown.
-        dtype: float32 or bfloat16, in which the model decodes.
+        languages: source and target; "" if unknown.
+        dtype: float32 or bfloat16, the type that the model decodes in.
     """
 
     model: Seq2SeqModel
@@ -42,10 +42,10 @@ def load_model(
     """Load a checkpoint's model (averaged weights, for inference only) and its tokenizers.
 
     Args:
-        path: the checkpoint; of a folder its ``checkpoint_best``.
-        device: where it is to decode.
-        user_module: registers architectures that are not in this package.
-        dtype: float32 or bfloat16, in which it is to decode.
+        path: the checkpoint; a folder stands for its ``checkpoint_best``.
+        device: the device to decode on.
+        user_module: a Python file that registers architectures.
+        dtype: float32 or bfloat16, the type to decode in.
 
     Raises:
         FastdissError: see `Checkpoint.load`; or its architecture is not registered.
@@ -58,7 +58,7 @@ def load_model(
         raise FastdissError(f"{path}: its architecture {error.reason}") from None
     src, tgt = checkpoint.tokenizer("src"), checkpoint.tokenizer("tgt")
     config = build_saved(arch.family.Config, checkpoint.model_config, "model")
-    with torch.random.fork_rng(devices=[]):  # initial weights, which are replaced, are drawn
+    with torch.random.fork_rng(devices=[]):  # initial weights are drawn, then replaced
         model = arch.model(config, vocabulary(src), vocabulary(tgt))
     load_weights(model, checkpoint.averaged(), path)
     model = model.to(device).eval()
@@ -68,14 +68,18 @@ def load_model(
 
 
 def vocabulary(tokenizer: Tokenizer) -> Vocabulary:
-    """Return what a model knows of a tokenizer."""
+    """Return the facts about a tokenizer that a model needs."""
     ids = (tokenizer.bos, tokenizer.pad, tokenizer.eos)
     return Vocabulary(tokenizer.vocab_size, *ids, hash=tokenizer.hash)
 
 
 @torch.no_grad()
 def load_weights(model: nn.Module, weights: dict[str, Tensor], path: Path) -> None:
-    """Copy named weights into a model."""
+    """Copy named weights into a model.
+
+    Raises:
+        FastdissError: names or shapes differ.
+    """
     own = dict(model.named_parameters())
     different = {n for n in own.keys() | weights.keys() if _shape(own, n) != _shape(weights, n)}
     if different:

@@ -1,7 +1,7 @@
-"""Releases: the weights of one training, or their mean over several checkpoints, and a model card.
+"""Releases: the weights of one checkpoint, or the mean of several, with a model card.
 
 A release is a checkpoint without moving average and optimizer state. It loads wherever a checkpoint
-does, except to go on training. Its card is in the file's metadata.
+does, except to resume training. Its card is in the file's metadata.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ _FACTS = (
 
 
 def chosen_checkpoints(given: Sequence[Path], last: int) -> list[Path]:
-    """Return the files that checkpoints or folders stand for.
+    """Return the checkpoint files that the given files and folders stand for.
 
     Args:
-        given: files; a folder stands for its ``checkpoint_best``.
-        last: if not 0, a folder stands for its newest numbered checkpoints, that many.
+        given: files, or folders, which stand for their ``checkpoint_best``.
+        last: if not 0, a folder stands for its ``last`` newest numbered checkpoints.
 
     Raises:
-        FastdissError: a folder has not as many.
+        FastdissError: a folder has too few.
     """
     paths: list[Path] = []
     for path in given:
@@ -58,12 +58,12 @@ def release(paths: Sequence[Path], license: str | None, text: str | None) -> Che
     Args:
         paths: checkpoints of one architecture with the same options and tokenizers; the facts of
             the card are those of the one with the most updates.
-        license, text: of the card; None: those of an earlier release, if it was one.
+        license, text: those of the card; None: keep those of that checkpoint, if it is a release.
 
     Raises:
         FastdissError: a file cannot be read, or does not fit the first one.
     """
-    first = newest = Checkpoint.load(paths[0])  # newest: of the most updates
+    first = newest = Checkpoint.load(paths[0])  # newest: the one with the most updates
     sums = {name: value.double() for name, value in first.averaged().items()}
     updates, seeds = [first.progress.update], {first.train_config.get("seed")}
     for path in paths[1:]:
@@ -74,10 +74,10 @@ def release(paths: Sequence[Path], license: str | None, text: str | None) -> Che
         updates.append(other.progress.update)
         seeds.add(other.train_config.get("seed"))
         newest = max(newest, other, key=lambda checkpoint: checkpoint.progress.update)
-    if len(seeds) > 1:  # which is right where both began with the weights of one training
+    if len(seeds) > 1:  # legitimate if all started from the weights of one training
         logs.warn(
-            f"averaging trainings of the seeds {', '.join(map(str, sorted(seeds, key=str)))}: "
-            "unless they began with the same weights, the mean of theirs is no model"
+            f"averaging trainings with the seeds {', '.join(map(str, sorted(seeds, key=str)))}: "
+            "unless they started from the same weights, their mean is useless"
         )
     types = {name: value.dtype for name, value in first.averaged().items()}
     tensors: dict[str, Tensor] = {
@@ -87,7 +87,7 @@ def release(paths: Sequence[Path], license: str | None, text: str | None) -> Che
     card = model_card(newest)
     if len(paths) > 1:
         card["training"]["averaged_updates"] = sorted(updates)
-        card["training"].pop("best_validation", None)  # of one of them, not of their mean
+        card["training"].pop("best_validation", None)  # of a single checkpoint, not of the mean
     card |= {"toolkit": f"fastdiss {__version__}", "license": license or card["license"]}
     card["text"] = card["text"] if text is None else text
     progress = dataclasses.replace(newest.progress, batch=0, window={})
@@ -95,7 +95,7 @@ def release(paths: Sequence[Path], license: str | None, text: str | None) -> Che
 
 
 def model_card(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Return the card of a release, or what a card would say of any other checkpoint."""
+    """Return the card of a release, or the card that any other checkpoint would have."""
     if checkpoint.card is not None:
         return checkpoint.card
     progress, dataset = checkpoint.progress, checkpoint.dataset
@@ -108,7 +108,7 @@ def model_card(checkpoint: Checkpoint) -> dict[str, Any]:
     if progress.best is not None:
         measure = "bleu" if progress.best_is_bleu else "loss"
         best = {measure: round(abs(progress.best), 3), "update": progress.best_update}
-        counted = checkpoint.train_config.get("valid_sentences")  # older ones do not say
+        counted = checkpoint.train_config.get("valid_sentences")  # missing in older checkpoints
         if progress.best_is_bleu and counted:
             best["sentences"] = min(counted, dataset.get("sentences", {}).get("valid", counted))
         training["best_validation"] = best
@@ -129,14 +129,14 @@ def model_card(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def card_as_text(card: dict[str, Any]) -> str:
-    """Return a card as Markdown with YAML front matter, the form that model hubs read."""
+    """Return a card as Markdown with YAML front matter, the format that model hubs read."""
     facts = {key: card[key] for key in _FACTS if key in card}
     front = yaml.safe_dump(facts, sort_keys=False, allow_unicode=True, default_flow_style=None)
     return f"---\n{front}---\n{card['text']}"
 
 
 def _check_same(first: Checkpoint, other: Checkpoint, path: Path, other_path: Path) -> None:
-    """Refuse to average what does not belong together."""
+    """Refuse to average checkpoints of different models."""
     differs = ""
     if first.arch != other.arch:
         differs = f"the architectures differ ({first.arch} and {other.arch})"

@@ -1,4 +1,4 @@
-"""fastdiss card: what a checkpoint is."""
+"""fastdiss card: describe a checkpoint."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ def card(
         typer.Argument(metavar="[CHECKPOINT]", help="A release, a checkpoint or its folder."),
     ] = Path("checkpoints"),
 ) -> None:
-    """Show what a checkpoint is: architecture, sizes, data, training, licence.
+    """Describe a checkpoint: architecture, sizes, data, training, licence.
 
-    The form is Markdown with YAML front matter, as model hubs expect it.
+    The output is Markdown with YAML front matter, as model hubs expect it.
     """
     from fastdiss_cli.checkpoints.checkpoint import Checkpoint
     from fastdiss_cli.checkpoints.folder import best_of

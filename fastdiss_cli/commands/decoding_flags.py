@@ -1,4 +1,4 @@
-"""The flags of `generate` as decoding options and a selection; what does not fit is wrong usage."""
+"""Turn the flags of `generate` into decoding options and a selection, or into a usage error."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from fastdiss_cli.decoding.selection import Select
     from fastdiss_cli.models.registry import Seq2SeqModel
 
-# the options of decoding that have a flag, besides `steps`, which may be several
+# the decoding options that have a flag, besides `steps`, whose flag takes several counts
 FLAGS = (
     "solver", "temperature", "time_grid", "clamp", "self_cond", "length_beam", "noise_beam",
     "early_exit", "seed", "beam", "lenpen", "max_len_a", "max_len_b", "min_len", "history",
@@ -29,35 +29,35 @@ def check_usage(given: dict[str, Any]) -> None:
     """Refuse flags that contradict each other, before anything is loaded.
 
     Args:
-        given: the flags that were given, and the defaults that count as given.
+        given: the flags that are set, by name, including defaults.
 
     Raises:
-        BadParameter: two of them do.
+        BadParameter: flags contradict each other.
     """
     raw, diagnosed = "input" in given, "diagnose" in given
     languages = "source_lang" in given or "target_lang" in given
-    told_answers = given.get("self_cond") == "gold"
+    uses_references = given.get("self_cond") == "gold"
     reranked = "rerank_path" in given
     for wrong, reason in (
         (not raw and "data" not in given, "give either a dataset folder or --input"),
         (raw and "data" in given, "--input needs no dataset: the checkpoint has its tokenizers"),
-        ({"plain", "history"} <= given.keys(), "--plain leaves no room for --print-history"),
-        ("plain" in given and given["nbest"] > 1, "--plain writes one answer a line: no --nbest"),
-        (raw and languages, "--source-lang and --target-lang are of a dataset, not of --input"),
-        (raw and "gen_subset" in given, "--gen-subset is of a dataset, not of --input"),
-        (raw and told_answers, "--self-cond gold needs a dataset: it is told the answers"),
+        ({"plain", "history"} <= given.keys(), "--plain cannot show --print-history"),
+        ("plain" in given and given["nbest"] > 1, "--plain writes one answer per line: no --nbest"),
+        (raw and languages, "--source-lang and --target-lang apply to a dataset, not to --input"),
+        (raw and "gen_subset" in given, "--gen-subset applies to a dataset, not to --input"),
+        (raw and uses_references, "--self-cond gold needs a dataset: it uses the references"),
         (
             given.get("select") == "rerank" and not reranked,
             "--select rerank needs a transformer: --rerank-path CHECKPOINT",
         ),
-        (raw and diagnosed, "--diagnose needs a dataset: it measures losses on the answers"),
+        (raw and diagnosed, "--diagnose needs a dataset: it measures losses on the references"),
         (
             diagnosed and "early_exit" in given,
-            "--diagnose compares whole runs: give it without --early-exit",
+            "--diagnose compares whole runs: leave out --early-exit",
         ),
         (
             diagnosed and given["buffer_size"] > 0,
-            "--diagnose is over all sentences at once, without --buffer-size",
+            "--diagnose covers all sentences at once: leave out --buffer-size",
         ),
     ):
         if wrong:
@@ -71,7 +71,7 @@ def check_usage(given: dict[str, Any]) -> None:
 
 
 def step_options(steps: str | None) -> list[dict[str, int]]:
-    """Return the option ``steps`` for each count of ``--steps``; none: the model's default.
+    """Return one ``steps`` option per count in ``--steps``; None: the model's default.
 
     Raises:
         BadParameter: they are not distinct whole numbers of at least 1.
@@ -92,8 +92,8 @@ def decoding_options(model: Seq2SeqModel, arch: str, given: dict[str, Any]) -> A
 
     Args:
         model: the model.
-        arch: its name, for the message.
-        given: by the name of the option.
+        arch: the name of its architecture, for the message.
+        given: the values of the flags, by the name of the option.
 
     Raises:
         BadParameter: the model has no such option, or not with this value.
@@ -101,8 +101,8 @@ def decoding_options(model: Seq2SeqModel, arch: str, given: dict[str, Any]) -> A
     known = [field.name for field in dataclasses.fields(model.Decoding)]
     for key in given:
         if key not in known:
-            there = ", ".join(_flag(name) for name in known if name in ("steps", *FLAGS))
-            raise typer.BadParameter(f"{_flag(key)} does not apply to {arch}, which has {there}")
+            flags = ", ".join(_flag(name) for name in known if name in ("steps", *FLAGS))
+            raise typer.BadParameter(f"{_flag(key)} does not apply to {arch}, which has {flags}")
     try:
         return model.Decoding(**given)
     except OptionError as error:
@@ -112,16 +112,17 @@ def decoding_options(model: Seq2SeqModel, arch: str, given: dict[str, Any]) -> A
 def selection(
     given: dict[str, Any], loaded: Loaded, candidates: int, load: Callable[[Path], Loaded]
 ) -> tuple[Select, dict[str, str]]:
-    """Return what chooses among so many candidates, and what the summary says of it.
+    """Return the function that chooses among the candidates, and its options in the summary.
 
     Args:
         given: the flags.
         loaded: the model that makes the candidates.
-        load: loads another one, which is to rerank them.
+        candidates: the number of candidates per sentence.
+        load: loads the reranker.
 
     Raises:
         BadParameter: the flags do not fit this model.
-        FastdissError: the reranker does not.
+        FastdissError: the reranker does not fit this model.
     """
     from fastdiss_cli.decoding.selection import MBR_METRIC, selector, with_runners_up
 
@@ -134,10 +135,10 @@ def selection(
         logs.warn(f"--select {method} has no effect: there is one candidate")
     if given["nbest"] > 1:
         choose = with_runners_up(choose, given["nbest"] - 1)
-    said = {"select": method} if candidates > 1 else {}
-    if said and method == "mbr":
-        said["mbr_metric"] = given.get("mbr_metric", MBR_METRIC)
-    return choose, said
+    shown = {"select": method} if candidates > 1 else {}
+    if shown and method == "mbr":
+        shown["mbr_metric"] = given.get("mbr_metric", MBR_METRIC)
+    return choose, shown
 
 
 def _wrong_usage(error: OptionError) -> typer.BadParameter:

@@ -20,7 +20,7 @@ def export(
         list[Path] | None,
         typer.Argument(
             metavar="[CHECKPOINT|DIR]...",
-            help="Of one training; a folder: its checkpoint_best. (default: checkpoints)",
+            help="A folder stands for its checkpoint_best. (default: checkpoints)",
         ),
     ] = None,
     output: Annotated[
@@ -29,11 +29,11 @@ def export(
     last: Annotated[
         int,
         typer.Option(
-            min=0, metavar="N", help="Of a folder, average the N newest numbered checkpoints."
+            min=0, metavar="N", help="Average the N newest numbered checkpoints of a folder."
         ),
     ] = 0,
     license: Annotated[
-        str | None, typer.Option(help="For the model card, as in cc-by-4.0. (default: unknown)")
+        str | None, typer.Option(help="For the model card, such as cc-by-4.0. (default: unknown)")
     ] = None,
     card: Annotated[
         Path | None, typer.Option(metavar="FILE.md", help="Text for the model card.")
@@ -42,7 +42,7 @@ def export(
     """Write a checkpoint for release, or the average of several.
 
     It holds weights (those that generate would load, or their uniform mean), tokenizers and a card,
-    which `fastdiss card` shows; no optimizer state, so that no training can resume from it.
+    which `fastdiss card` shows. It has no optimizer state, so training cannot resume from it.
     """
     given = checkpoints or [Path("checkpoints")]
     if last and not all(path.is_dir() for path in given):
@@ -50,7 +50,7 @@ def export(
     if context.info_name == "average" and not last and len(given) == 1 and given[0].is_dir():
         raise typer.BadParameter(f"{given[0]} stands for one checkpoint: name several, or --last N")
     if _OF_TRAINING.fullmatch(output.name):
-        raise typer.BadParameter(f"--output {output}: the name belongs to `fastdiss train`")
+        raise typer.BadParameter(f"--output {output}: the name is reserved for `fastdiss train`")
     if output.is_dir():
         raise typer.BadParameter(f"--output {output} is a folder")
     if output.suffix != ".safetensors":
@@ -63,10 +63,10 @@ def export(
     if len(paths) > 1:
         logs.info(f"averaging {', '.join(map(str, paths))}")
     else:
-        logs.info(f"reading {paths[0]}; to average, name several, or --last N of a folder")
+        logs.info(f"reading {paths[0]}; to average, name several, or a folder with --last N")
     result = release(paths, license, text)
     if output.exists():
-        logs.warn(f"{output} is there already, and is replaced")
+        logs.warn(f"{output} already exists, and is replaced")
     result.save(output)
     logs.info(f"wrote {output}: {result.arch}, {output.stat().st_size / 1e6:.1f} MB")
 

@@ -61,7 +61,7 @@ def generate(
         typer.Option(
             min=0,
             max=10**9,
-            help="Sentences decoded together; 0: what is waiting on stdin, or 4096 of a file.",
+            help="Sentences decoded together; 0: all that wait on stdin, or 4096 of a file.",
             **INPUT,
         ),
     ] = 0,
@@ -77,8 +77,8 @@ def generate(
         Path | None,
         typer.Option(
             metavar="DIR",
-            help="Write files there, not stdout. (several step counts or --diagnose: generate/ "
-            "beside the checkpoint)",
+            help="Write files there, not to stdout. (default for several step counts or "
+            "--diagnose: generate/ beside the checkpoint)",
             **INPUT,
         ),
     ] = None,
@@ -97,7 +97,7 @@ def generate(
         bool,
         typer.Option(
             "--diagnose",
-            help="Measure stale against fresh self-conditioning by step, and losses by time.",
+            help="Compare stale and fresh self-conditioning by step, and measure losses by time.",
             **INPUT,
         ),
     ] = False,
@@ -127,7 +127,7 @@ def generate(
         str | None,
         choice(
             ("raw", "nearest", "expected"),
-            "What the solver takes for z_0: {} embedding. (default: expected)",
+            "What the solver uses as z_0: {} embedding. (default: expected)",
             SAMPLING,
         ),
     ] = None,
@@ -157,7 +157,7 @@ def generate(
     ] = False,
     seed: Annotated[
         int | None,
-        typer.Option(help="Seed of the noise, with the sentence itself. (default: 1)", **SAMPLING),
+        typer.Option(help="Seed of the noise, along with the sentence. (default: 1)", **SAMPLING),
     ] = None,
     beam: Annotated[int | None, typer.Option(help="1: greedy search. (default: 5)", **BEAM)] = None,
     lenpen: Annotated[
@@ -200,7 +200,7 @@ def generate(
         int | None,
         typer.Option(
             min=1,
-            help="Padded source tokens per batch, all candidates counted. "
+            help="Padded source tokens per batch, counting all candidates. "
             "(default: 8000; on a CPU 2000)",
             **MACHINE,
         ),
@@ -230,13 +230,13 @@ def generate(
 
     keep_freed_memory()
     path = best_of(path)
-    # whoever writes to stdin may let all ranks wait for a line
+    # whoever writes to stdin may keep all ranks waiting
     patience = WAIT_FOR_INPUT if input == "-" else None
     processes, stop = Processes(pick_device(device), patience), Stop()
     if input not in (None, "-") and not Path(input).exists():
         raise FastdissError(f"--input {input}: no such file")
     if diagnose and processes.world_size > 1:
-        raise typer.BadParameter("--diagnose works in one process: give it without torchrun")
+        raise typer.BadParameter("--diagnose needs a single process: run it without torchrun")
     torch_device, torch_dtype = processes.device, pick_dtype(dtype, processes.device)
     load = partial(load_model, device=torch_device, user_module=user_module, dtype=torch_dtype)
     loaded = load(path)
@@ -249,25 +249,25 @@ def generate(
         raise typer.BadParameter(
             f"--nbest {nbest}: a sentence has {most} candidate{'s' * (most > 1)}; raise {more}"
         )
-    choose, said = selection(given, loaded, most, load)
-    computed_in = str(torch_dtype).removeprefix("torch.")
+    choose, shown = selection(given, loaded, most, load)
+    dtype_name = str(torch_dtype).removeprefix("torch.")
     if torch_dtype != torch.float32:
-        said = {"dtype": computed_in, **said}
+        shown = {"dtype": dtype_name, **shown}
     max_tokens = max_tokens or default_max_tokens(torch_device)
     generator = SequenceGenerator(model, choose, max_tokens, torch_dtype)
     corpus, name, what = _open_input(given, loaded)
     _warn_of_self_cond(self_cond, model)
-    answers = read_all_references(ref, corpus.total) if ref else None
+    given_references = read_all_references(ref, corpus.total) if ref else None
     folder = results_path
     if folder is None and (len(runs) > 1 or diagnose):
         folder = path.parent / "generate"
     if history and folder is None and logs.wants_colour():
         logs.info(confidence_legend())
-    stop_tidily = stop_on_signal(stop, "finishing this batch")
-    with processes, stop_tidily, ExitStack() as files:
+    catching_signals = stop_on_signal(stop, "finishing this batch")
+    with processes, catching_signals, ExitStack() as files:
         count = f"{logs.counted(corpus.total, 'sentence')} of " if corpus.total is not None else ""
         logs.info(
-            f"{path} ({arch}): {count}{what} on {torch_device}, {computed_in}"
+            f"{path} ({arch}): {count}{what} on {torch_device}, {dtype_name}"
             + (" (end with Ctrl-D)" if input == "-" and logs.stdin_is_terminal() else "")
         )
         outputs = open_outputs(files, runs, folder, name) if processes.rank == 0 else []
@@ -278,7 +278,7 @@ def generate(
             runs,
             outputs,
             gold=self_cond == "gold",
-            keep=data is not None or answers is not None,
+            keep=data is not None or given_references is not None,
             plain=plain,
             processes=processes,
             stop=stop,
@@ -288,8 +288,8 @@ def generate(
             count = f"{done.sentences:,}" + (f" of {corpus.total:,}" if corpus.total else "")
             logs.info(f"stopped by signal {done.signal}; {count} sentences are {kept}")
         elif processes.rank == 0:
-            references = answers or [[line] for line in done.references]
-            _conclude(runs, outputs, done.texts, references, (name, arch, said), plain)
+            references = given_references or [[line] for line in done.references]
+            _conclude(runs, outputs, done.texts, references, (name, arch, shown), plain)
             if diagnose:
                 _diagnose(generator, runs, outputs, corpus)
     if done.signal:
@@ -297,11 +297,11 @@ def generate(
 
 
 def _open_input(given: dict[str, Any], loaded: Loaded) -> tuple[Input, str, str]:
-    """Return what is to be translated, its name in that of the file, and what is said of it.
+    """Return the text to translate, its name in file names, and its name in the log.
 
     Args:
         given: the flags.
-        loaded: the model that is to translate it.
+        loaded: the model that will translate it.
     """
     from fastdiss_cli.data.fairseq import open_dataset
     from fastdiss_cli.decoding.translation import (
@@ -317,24 +317,26 @@ def _open_input(given: dict[str, Any], loaded: Loaded) -> tuple[Input, str, str]
         return text_input(text, loaded.src, given["buffer_size"]), "input", what
     dataset = open_dataset(given["data"], given.get("source_lang"), given.get("target_lang"))
     check_direction(loaded.languages, dataset)
-    # a diagnosis is over all sentences at once
+    # a diagnosis covers all sentences at once
     window = 0 if "diagnose" in given else given["buffer_size"] or WINDOW
     split = given.get("gen_subset", "test")
     return dataset_input(dataset, split, loaded.src, loaded.tgt, window), split, split
 
 
 def _warn_of_self_cond(self_cond: str | None, model: Seq2SeqModel) -> None:
-    """Warn of what the network is told in vain, or in no honest comparison."""
-    untold = not getattr(model, "self_conditioned", True)
-    if self_cond == "recompute" and untold:
-        logs.warn("--self-cond recompute has no effect: the model was trained without")
+    """Warn if --self-cond has no effect, or reveals the references to the model."""
+    unconditioned = not getattr(model, "self_conditioned", True)
+    if self_cond == "recompute" and unconditioned:
+        logs.warn(
+            "--self-cond recompute has no effect: the model was trained without self-conditioning"
+        )
     elif self_cond == "gold":
-        told = "the lengths of the right answers" if untold else "the right answers"
-        logs.warn(f"--self-cond gold tells the model {told}: for diagnosis only")
+        revealed = "the lengths of the references" if unconditioned else "the references"
+        logs.warn(f"--self-cond gold gives the model {revealed}: for diagnosis only")
 
 
 def _keep(outputs: Sequence[Output]) -> str:
-    """Keep what is written of outputs that are not complete, and say where it is."""
+    """Keep the lines of incomplete outputs, and return where they are, for a message."""
     kept = [str(output.keep()) for output in outputs if output.path]
     return f"in {', '.join(kept)}" if kept else "written"
 
@@ -347,12 +349,13 @@ def _conclude(
     named: tuple[str, str, dict[str, str]],
     plain: bool,
 ) -> None:
-    """Score the hypotheses, complete the files and say where they are.
+    """Score the hypotheses, complete the files and log where they are.
 
     Args:
-        runs, outputs, texts, references: as in `Translation`.
-        named: what was decoded, the architecture, and what else the summary says.
-        plain: the files hold nothing but hypotheses.
+        runs, outputs: as in `translate`.
+        texts, references: as in `summarise`.
+        named: for the summary: what was decoded, the architecture, and further options.
+        plain: the files hold only hypotheses.
     """
     from fastdiss_cli.decoding.report import summarise, table
 
@@ -360,8 +363,8 @@ def _conclude(
         summaries = summarise(runs, texts, references)
     except FastdissError as error:
         raise FastdissError(f"{error}; the hypotheses are {_keep(outputs)}") from None
-    name, arch, said = named
-    lines = [summary.line(name, arch, **said) for summary in summaries]
+    name, arch, shown = named
+    lines = [summary.line(name, arch, **shown) for summary in summaries]
     for line, output in zip(lines, outputs, strict=True):
         if output.path:
             if not plain:

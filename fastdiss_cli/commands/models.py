@@ -1,4 +1,4 @@
-"""fastdiss models: what the registry holds."""
+"""fastdiss models: list the registered architectures."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def _table(archs: Iterable[Architecture]) -> Iterator[str]:
 
 
 def _recipe(arch: Architecture) -> Iterator[str]:
-    """Yield a recipe of all options with their defaults, each with what it means."""
+    """Yield a recipe of all options with their defaults and meanings."""
     import yaml
 
     from fastdiss_cli.config import TrainConfig

@@ -1,4 +1,4 @@
-"""Options that several commands have."""
+"""Options that several commands share."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ TargetLang = Annotated[
 
 def _device(name: str) -> str:
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", name):
-        raise typer.BadParameter(f"{name!r} is none of auto, cpu, cuda and cuda:N")
+        raise typer.BadParameter(f"{name!r} is not one of auto, cpu, cuda and cuda:N")
     return name
 
 
@@ -50,7 +50,7 @@ Device = Annotated[
 ]
 UserModule = Annotated[
     Path | None,
-    typer.Option(metavar="FILE.py", help="A Python file that registers models of your own."),
+    typer.Option(metavar="FILE.py", help="A Python file that registers your own models."),
 ]
 
 
@@ -60,25 +60,25 @@ def choice(
     panel: Mapping[str, str] = MappingProxyType({}),
     checked: bool = True,
 ) -> Any:
-    """Return an option that takes one of some words, which a shell completes.
+    """Return an option that takes one of the given words, with shell completion.
 
     Args:
-        words: at least two.
-        help: ``{}`` in it names them.
-        panel: of the help.
-        checked: refuse other words at once; False where a user's own module may bring more.
+        words: the words, at least two.
+        help: the help text; ``{}`` in it is replaced by the words.
+        panel: the panel of the help.
+        checked: reject other words at once; False if a user's module may add more.
     """
-    named = f"{', '.join(words[:-1])} or {words[-1]}"
+    listed = f"{', '.join(words[:-1])} or {words[-1]}"
 
     def check(value: str | None) -> str | None:
         if checked and value is not None and value not in words:
             raise typer.BadParameter(
-                f"{value!r} is none of {', '.join(words)}{suggest(value, words)}"
+                f"{value!r} is not one of {', '.join(words)}{suggest(value, words)}"
             )
         return value
 
     return typer.Option(
-        help=help.format(named),
+        help=help.format(listed),
         autocompletion=lambda incomplete: completed(words, incomplete),
         callback=check,
         **panel,
@@ -86,20 +86,20 @@ def choice(
 
 
 def complete_architecture(incomplete: str) -> list[str]:
-    """Complete the name of an architecture; a user's own are not known here."""
+    """Complete the name of an architecture; those of user modules are not known here."""
     return completed([f"{family}_{size}" for family in FAMILIES for size in SIZES], incomplete)
 
 
 def completed(words: Sequence[str], incomplete: str) -> list[str]:
-    """Return the words that begin as told."""
+    """Return the words that start with ``incomplete``."""
     return [word for word in words if word.startswith(incomplete)]
 
 
 def drawable(path: Path | None) -> Path | None:
-    """Check, before any work is done, that a picture can be drawn.
+    """Check, before any work is done, that a plot can be written.
 
     Raises:
-        BadParameter: its name ends in none of `PICTURE_FORMATS`.
+        BadParameter: the suffix is not one of `PICTURE_FORMATS`.
         FastdissError: matplotlib is not installed.
     """
     if path is None:

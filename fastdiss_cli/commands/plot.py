@@ -27,13 +27,13 @@ def plot(
             "-o",
             metavar="FILE.png|svg|pdf",
             callback=drawable,
-            help="The picture to write.",
+            help="The image to write.",
         ),
     ] = Path("curves.png"),
 ) -> None:
-    """Draw training curves: losses, BLEU, gradient norm, learning rate and speed by update.
+    """Plot training curves: losses, BLEU, gradient norm, learning rate and speed by update.
 
-    Quality against steps and speed is drawn by `fastdiss score --plot`.
+    Quality against steps and speed is plotted by `fastdiss score --plot`.
     """
     from fastdiss_cli.plots import plot_training
 
@@ -45,11 +45,11 @@ def read_curves(path: Path) -> Curves:
     """Read ``metrics.jsonl``.
 
     Args:
-        path: the file, or the folder that it is in.
+        path: the file, or its folder.
 
     Raises:
-        FastdissError: it is missing or empty, or a line, unless it is a half one at the end, is
-            not one of its records.
+        FastdissError: it is missing or empty, or a line is not a record of it, except an
+            incomplete last line.
     """
     from fastdiss_cli.data.text import read_lines
     from fastdiss_cli.plots import Curves
@@ -69,13 +69,13 @@ def read_curves(path: Path) -> Curves:
             known = isinstance(row["update"], int) and row["split"] in ("train", "valid")
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             if isinstance(error, json.JSONDecodeError) and rows and number == len(lines):
-                logs.warn(f"{path}: its last line is not complete, and is left out")
+                logs.warn(f"{path}: ignoring the last line, which is incomplete")
                 break
             known = False
         if not known:
             raise FastdissError(
-                f"{path}: line {number} is not a record of metrics.jsonl; generate files are "
-                "drawn by `fastdiss score --plot`"
+                f"{path}: line {number} is not a record of metrics.jsonl; for generate files, use "
+                "`fastdiss score --plot`"
             )
         rows.append(row)
     if not rows:

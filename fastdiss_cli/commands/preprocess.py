@@ -36,22 +36,22 @@ _DATASET_FILE = re.compile(
 
 def preprocess(
     context: typer.Context,
-    destdir: Annotated[Path, typer.Option(help="The folder to make.")] = Path("data-bin"),
+    destdir: Annotated[Path, typer.Option(help="The folder to create.")] = Path("data-bin"),
     source_lang: Annotated[
-        str, typer.Option("--source-lang", "-s", help="Ending or key of the sources.", **TEXT)
+        str, typer.Option("--source-lang", "-s", help="Extension or key of the sources.", **TEXT)
     ] = "src",
     target_lang: Annotated[
-        str, typer.Option("--target-lang", "-t", help="Ending or key of the targets.", **TEXT)
+        str, typer.Option("--target-lang", "-t", help="Extension or key of the targets.", **TEXT)
     ] = "trg",
     trainpref: Annotated[
         str | None,
         typer.Option(help="Training text: PREF.src and PREF.trg, or one file.", **TEXT),
     ] = None,
     validpref: Annotated[
-        str | None, typer.Option(help="Validation text; several with commas.", **TEXT)
+        str | None, typer.Option(help="Validation text; comma-separated if several.", **TEXT)
     ] = None,
     testpref: Annotated[
-        str | None, typer.Option(help="Test text; several with commas.", **TEXT)
+        str | None, typer.Option(help="Test text; comma-separated if several.", **TEXT)
     ] = None,
     format: Annotated[
         str,
@@ -62,7 +62,7 @@ def preprocess(
         typer.Option(
             min=1,
             max=10_000_000,
-            help="Vocabulary of the trained tokenizer, at most.",
+            help="Maximum vocabulary size of the trained tokenizer.",
             **TOKENIZER,
         ),
     ] = 8000,
@@ -86,7 +86,7 @@ def preprocess(
 ) -> None:
     """Make a binarized dataset from text.
 
-    With no text given, --verify checks the dataset that is there.
+    Without text, --verify checks an existing dataset.
     """
     from fastdiss_cli.data.fairseq import open_dataset
     from fastdiss_cli.data.files import replace_folder
@@ -104,18 +104,18 @@ def preprocess(
             raise typer.BadParameter(f"{flag} {names!r}: a name is empty")
     prefixes = _splits(trainpref, validpref, testpref)
     if format == "text" and source_lang == target_lang:
-        raise typer.BadParameter(f"-s and -t are both {source_lang}, which is one file")
+        raise typer.BadParameter(f"-s and -t are both {source_lang}: they name the same file")
     if not prefixes and not verify:
         raise typer.BadParameter("give --trainpref, --validpref or --testpref (or --verify)")
     if prefixes:
         if trainpref is None and tokenizer is None:
             raise typer.BadParameter("without --trainpref a --tokenizer is needed")
         if tokenizer is not None and tokenizer.count(",") > 1:
-            raise typer.BadParameter("--tokenizer takes one model, or two with a comma")
+            raise typer.BadParameter("--tokenizer takes one model, or two separated by a comma")
         for name in ("vocab_size", "model_type", "joined") if tokenizer else ():
             if given(name):
                 flag = {"joined": "joined/--separate"}.get(name, name.replace("_", "-"))
-                logs.warn(f"--{flag} has no effect: --tokenizer is trained already")
+                logs.warn(f"--{flag} has no effect: --tokenizer is already trained")
         try:
             texts = {
                 split: ParallelText(prefix, source_lang, target_lang, format)
@@ -135,16 +135,16 @@ def preprocess(
         else:
             made_with |= {"model_type": model_type, "vocab_size": vocab_size}
         if destdir.exists() and any(destdir.iterdir()):
-            logs.warn(f"{destdir} is there already, and will be replaced")
+            logs.warn(f"{destdir} already exists, and will be replaced")
         final = destdir.resolve()  # so that a link stays one, and "." has a name
         _warn_of_leftovers(final)
-        aside = final.with_name(f".{final.name}.tmp-{os.getpid()}")
+        temporary = final.with_name(f".{final.name}.tmp-{os.getpid()}")
         try:
-            aside.mkdir(parents=True)  # which may be another run's, of the same pid elsewhere
+            temporary.mkdir(parents=True)  # fails if a run on another host has the same pid
             try:
                 tokenizers = _tokenizers(texts, counts, tokenizer, joined, model_type, vocab_size)
                 _write(
-                    aside,
+                    temporary,
                     texts,
                     counts,
                     tokenizers,
@@ -152,9 +152,9 @@ def preprocess(
                     made_with=made_with,
                     workers=workers or os.cpu_count() or 1,
                 )
-                replace_folder(aside, final)
+                replace_folder(temporary, final)
             finally:
-                shutil.rmtree(aside, ignore_errors=True)
+                shutil.rmtree(temporary, ignore_errors=True)
         except OSError as error:
             raise FastdissError(f"{destdir}: cannot write the dataset: {error.strerror}") from None
         except BrokenExecutor:
@@ -182,7 +182,7 @@ def _splits(train: str | None, valid: str | None, test: str | None) -> dict[str,
 
 
 def _check_destination(destdir: Path, prefixes: Collection[str]) -> None:
-    """Refuse to replace anything but a dataset, and one of splits that are not made again."""
+    """Refuse to replace anything but a dataset, or splits that are not made again."""
     if destdir.exists() and not destdir.is_dir():
         raise FastdissError(f"--destdir {destdir} is a file")
     names = sorted(path.name for path in destdir.iterdir()) if destdir.exists() else []
@@ -202,10 +202,10 @@ def _check_destination(destdir: Path, prefixes: Collection[str]) -> None:
 
 
 def _warn_of_leftovers(final: Path) -> None:
-    """Name what a killed run left: nobody can tell whether another one is at work there."""
+    """Warn of the leftovers of killed runs, which may also belong to one that is running."""
     for pattern in (f".{escape(final.name)}.tmp-*", f"{escape(final.name)}.old-*"):
         for path in final.parent.glob(pattern):
-            logs.warn(f"{path} is there: remove it, unless another preprocess is running")
+            logs.warn(f"found {path}: remove it, unless another preprocess is running")
 
 
 def _tokenizers(
@@ -216,7 +216,7 @@ def _tokenizers(
     model_type: str,
     vocab_size: int,
 ) -> tuple[Tokenizer, Tokenizer]:
-    """Load the tokenizers of source and target, or train them, or the one of both."""
+    """Load or train the tokenizers of source and target; a joined one serves as both."""
     if given is not None:
         paths = [Path(name) for name in given.split(",")]
         return load_tokenizer(paths[0]), load_tokenizer(paths[-1])
@@ -243,7 +243,7 @@ def _write(
     made_with: dict[str, object],
     workers: int,
 ) -> None:
-    """Write a dataset into a folder: tokenizers, sentences, and the manifest that tells of them."""
+    """Write a dataset into a folder: tokenizers, sentences, and their manifest."""
     from fastdiss_cli.data.binarized import Manifest, token_dtype
 
     src, tgt = tokenizers
@@ -279,7 +279,7 @@ def _binarize(
     folder: Path,
     workers: int,
 ) -> dict[str, SideInfo]:
-    """Encode a split of so many pairs into a folder; return the facts of either side."""
+    """Encode a split of ``pairs`` pairs into a folder; return the facts of each side."""
     from fastdiss_cli.data.binarized import TokenWriter
     from fastdiss_cli.data.encoding import CHUNK, encode_blocks
 
@@ -300,11 +300,11 @@ def _binarize(
             bar.advance(len(block.sizes[0]))
         infos = [writer.finish() for writer in writers]
     if sentences != pairs:
-        raise FastdissError(f"{text.paths[0]} has changed meanwhile: run preprocess again")
+        raise FastdissError(f"{text.paths[0]} changed during the run: run preprocess again")
     _report(split, pairs, infos, altered, src.lossless and tgt.lossless)
     if broken:
         broken_pairs = logs.counted(broken, "pair")
-        logs.warn(f"{split}: {broken_pairs} with a line break within a field: now a blank")
+        logs.warn(f"{split}: {broken_pairs} with a line break in a field: replaced by a blank")
     if empty:
         first = f"the first in line {first_empty} of {' and '.join(map(str, text.paths))}"
         logs.warn(f"{split}: {logs.counted(empty, 'pair')} with an empty side ({first}): kept")
@@ -320,7 +320,7 @@ def _report(split: str, sentences: int, infos: Iterable, altered: int, lossless:
         f"unknown {src.unknown:,} and {tgt.unknown:,})"
     )
     if altered:
-        blank = "U+2581, SentencePiece's blank, is in them and becomes one"
-        changed = "the tokenizer does not know, or changes, something in them"
+        blank = "U+2581, SentencePiece's blank, is in them and becomes a real blank"
+        changed = "the tokenizer does not know, or changes, part of them"
         why = blank if lossless else changed
         logs.warn(f"{split}: decoding changes {logs.counted(altered, 'pair')}: {why}")

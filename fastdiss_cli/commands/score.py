@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 
     from fastdiss_cli.decoding.output import Generated
 
-# sacreBLEU takes a while to import, so that --help does not ask it
+# listed here, because --help must not wait for sacreBLEU's import
 AGAINST_REFERENCES = ("bleu", "chrf", "ter", "rouge1", "rouge2", "rougeL", "bertscore")
 AGAINST_REFERENCES += ("wer", "ser", "repetition")
-SELF_CONTAINED = ("repetition",)  # as sacreBLEU's metrics are, but they look at no reference
+SELF_CONTAINED = ("repetition",)  # have sacreBLEU's interface, but use no references
 DIVERSITY = ("distinct1", "distinct2", "sentence-distinct", "self-bleu")
 GROUPS = {"rouge": ("rouge1", "rouge2", "rougeL"), "distinct": ("distinct1", "distinct2")}
 NAMES = (*AGAINST_REFERENCES, *DIVERSITY, *GROUPS)
@@ -39,15 +39,15 @@ class Result:
     """The score of a system by one metric.
 
     Attributes:
-        said: the score in sacreBLEU's words.
-        details: and in its JSON.
-        p_value: that the system does not differ from the baseline, if that was tested.
+        line: sacreBLEU's output line.
+        details: its fields in sacreBLEU's JSON.
+        p_value: that of the test against the baseline, if there was one.
     """
 
     name: str
     score: float
     signature: str
-    said: str = ""
+    line: str = ""
     details: dict[str, Any] = field(default_factory=dict)
     p_value: float | None = None
 
@@ -57,7 +57,7 @@ def score(
         list[Path] | None,
         typer.Argument(
             metavar="[FILE|DIR|-]...",
-            help="More of them, as a shell wildcard gives them. (default: stdin, where it is none)",
+            help="More hypotheses, for shell wildcards. (default: stdin, unless it is a terminal)",
         ),
     ] = None,
     sys: Annotated[
@@ -73,7 +73,7 @@ def score(
         typer.Option(
             metavar="FILE",
             help="References: plain text, or .tsv with alternatives on a line. Repeatable. "
-            "Left out: the T- lines of a generate file.",
+            "(default: the T- lines of a generate file)",
         ),
     ] = None,
     metrics: Annotated[
@@ -119,7 +119,7 @@ def score(
         typer.Option(
             metavar="FILE.png|svg|pdf",
             callback=drawable,
-            help="Draw the first metric against steps and against sentences/s.",
+            help="Plot the first metric against steps and against sentences/s.",
         ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
@@ -132,7 +132,7 @@ def score(
     if not paths:
         raise typer.BadParameter("give --sys FILE, or several files")
     if paths.count(STDIN) > 1:
-        raise typer.BadParameter("-: stdin can be read once")
+        raise typer.BadParameter("-: stdin can be read only once")
     spelt = {name.lower() for name in NAMES}
     if apart := [str(p) for p in paths if str(p).lower().strip(",") in spelt and not p.exists()]:
         raise typer.BadParameter(
@@ -153,13 +153,13 @@ def score(
     ):
         if value is not None:
             if metric not in wanted:
-                raise typer.BadParameter(f"{flag} is of --metrics {metric}")
+                raise typer.BadParameter(f"{flag} applies to --metrics {metric}")
             options.setdefault(metric, {})[name] = value
     test = (paired_test or "bs") if paired else None
     if paired is not None:
         if not set(wanted) & set(AGAINST_REFERENCES):
             raise typer.BadParameter(
-                f"--paired: there is no test of --metrics {metrics}, which are no sums over "
+                f"--paired: there is no test for --metrics {metrics}, which are not sums over "
                 "sentences"
             )
         paths = [paired, *(path for path in paths if path != paired)]
@@ -167,8 +167,8 @@ def score(
             raise typer.BadParameter("--paired needs another system than the baseline itself")
     if counted := [name for name in wanted if test == "ar" and name in COUNTED]:
         logs.warn(
-            f"--paired-test ar: sacreBLEU's p-values take a tie for evidence, and those of "
-            f"{', '.join(counted)}, which count errors, are too small where few sentences differ: "
+            f"--paired-test ar: sacreBLEU counts ties as evidence, so that the p-values of "
+            f"{', '.join(counted)}, which count errors, are too small if few sentences differ: "
             "use bs"
         )
 
@@ -183,13 +183,11 @@ def score(
             )
     needed = any(name in AGAINST_REFERENCES and name not in SELF_CONTAINED for name in wanted)
     if ref and not needed:
-        raise typer.BadParameter(
-            f"--metrics {metrics} compares with no references: leave out --ref"
-        )
+        raise typer.BadParameter(f"--metrics {metrics} uses no references: leave out --ref")
     streams = _streams(paths, read, ref) if needed else [[""] * len(read[0].hypotheses)]
     with _gc_paused():
         rows = _score(read, streams, wanted, options, test)
-    _say(paths, rows, test, as_json)
+    _print(paths, rows, test, as_json)
     if plot is not None:
         _plot(plot, paths, read, [results[0] for results in rows], wanted[0])
 
@@ -211,7 +209,7 @@ def _files(path: Path) -> list[Path]:
 
 
 def _by_steps(paths: list[Path]) -> list[Path]:
-    """Sort the files of one run by their steps, as numbers; all else keeps its place."""
+    """Sort the files of one run by their number of steps; all others keep their place."""
     runs = [re.sub(r"\.steps\d+", "", str(path)) for path in paths]
     steps = [int(n[1]) if (n := re.search(r"\.steps(\d+)", str(path))) else 0 for path in paths]
     order = sorted(range(len(paths)), key=lambda i: (runs.index(runs[i]), steps[i]))
@@ -219,9 +217,9 @@ def _by_steps(paths: list[Path]) -> list[Path]:
 
 
 def _names(metrics: str) -> list[str]:
-    """Return the metrics by name, those of a group one by one."""
+    """Return the names of the metrics, with groups expanded."""
     names: list[str] = []
-    spelt = {name.lower(): name for name in NAMES}  # the field writes BLEU and chrF
+    spelt = {name.lower(): name for name in NAMES}  # accept BLEU and chrF
     for given in map(str.strip, metrics.split(",")):
         name = spelt.get(given.lower(), given)
         if name not in NAMES:
@@ -235,18 +233,18 @@ def _names(metrics: str) -> list[str]:
 def _streams(
     paths: list[Path], systems: list[Generated], ref: list[Path] | None
 ) -> list[list[str | None]]:
-    """Return sacreBLEU's reference streams, from files or from what the systems say."""
+    """Return sacreBLEU's reference streams, from files or from the T- lines of the systems."""
     from fastdiss_cli.decoding.output import read_all_references, reference_streams
 
     if ref:
         return reference_streams(read_all_references(ref, len(systems[0].candidates)))
-    told = [(p, s.references) for p, s in zip(paths, systems, strict=True) if s.references]
-    if not told:
+    found = [(p, s.references) for p, s in zip(paths, systems, strict=True) if s.references]
+    if not found:
         raise FastdissError(f"{paths[0]} holds no references (T- lines): give --ref")
-    for path, references in told:
-        if references != told[0][1]:
-            raise FastdissError(f"{path} and {told[0][0]} hold different references: give --ref")
-    return [list(told[0][1])]
+    for path, references in found:
+        if references != found[0][1]:
+            raise FastdissError(f"{path} and {found[0][0]} hold different references: give --ref")
+    return [list(found[0][1])]
 
 
 @contextmanager
@@ -269,7 +267,7 @@ def _score(
     """Return the results of each system, in the order of the metrics.
 
     Args:
-        options: those of metrics against references, by name.
+        options: the options of metrics against references, by metric.
     """
     from fastdiss_cli import metrics
 
@@ -293,8 +291,8 @@ def _score(
                 found = metric.corpus_score(system.candidates)
             signature = metric.get_signature().format()
             details = json.loads(found.format(signature=signature, is_json=True))
-            said = found.format(signature=signature)
-            column.append(Result(found.name, found.score, signature, said, details))
+            line = found.format(signature=signature)
+            column.append(Result(found.name, found.score, signature, line, details))
     if test is not None and used:
         hypotheses = [system.hypotheses for system in systems]
         for name, tested in zip(
@@ -314,7 +312,7 @@ def _with_test(result: Result, tested: SignificanceResult, signature: str) -> Re
     return replace(result, signature=signature, details=details, p_value=tested.p_value)
 
 
-def _say(paths: list[Path], rows: list[list[Result]], test: str | None, as_json: bool) -> None:
+def _print(paths: list[Path], rows: list[list[Result]], test: str | None, as_json: bool) -> None:
     if as_json:
         shown = []
         for path, results in zip(paths, rows, strict=True):
@@ -325,7 +323,7 @@ def _say(paths: list[Path], rows: list[list[Result]], test: str | None, as_json:
                 shown.append(r.details | common | {"signature": r.signature} | tested)
         print(json.dumps(shown, indent=1))
     elif len(rows) == 1:
-        print("\n".join(result.said for result in rows[0]))
+        print("\n".join(result.line for result in rows[0]))
     else:
         print(_table(paths, rows, test))
 
@@ -369,8 +367,8 @@ def _plot(
         figures = parse_summary(system.summary)
         if figures is None:
             raise FastdissError(
-                f"{path} does not end in the summary of `fastdiss generate`, where --plot finds "
-                "steps and sentences/s"
+                f"{path} does not end with the summary of `fastdiss generate`, from which --plot "
+                "takes steps and sentences/s"
             )
         points.append(Point(path, figures, result.score))
     label = results[0].name + (" (lower is better)" if metric in LOWER_IS_BETTER else "")

@@ -39,12 +39,12 @@ MACHINE = {"rich_help_panel": "Machine"}
 def flag(
     name: str, panel: Mapping[str, str] = MappingProxyType({}), words: Sequence[str] = ()
 ) -> Any:
-    """Return the flag of an option of `TrainConfig`, whose meaning and default are its help.
+    """Return the flag for an option of `TrainConfig`, with its meaning and default as help.
 
     Args:
-        name: of the option.
-        panel: of the help.
-        words: that a shell completes.
+        name: the name of the option.
+        panel: the panel of the help.
+        words: values for shell completion.
     """
     field = TRAIN_FIELDS[name]
     meaning = field.metadata["meaning"]
@@ -86,7 +86,7 @@ def train(
         Path | None,
         typer.Option(
             metavar="CHECKPOINT|DIR",
-            help="Begin with its weights. A resumed training has its own.",
+            help="Start from its weights. Ignored when resuming.",
         ),
     ] = None,
     source_lang: SourceLang = None,
@@ -121,7 +121,7 @@ def train(
         bool,
         typer.Option(
             "--accept-changes",
-            help="Resume although the data or options differ from before.",
+            help="Resume even if data or options have changed.",
             **VALIDATION,
         ),
     ] = False,
@@ -184,21 +184,21 @@ def train(
         )
         if train_config.warmup_updates >= train_config.max_update:
             logs.warn(
-                f"the learning rate rises until update {train_config.warmup_updates:,}, and "
+                f"the learning rate rises until update {train_config.warmup_updates:,}, but "
                 f"training ends at {train_config.max_update:,}: lower --warmup-updates"
             )
         plan = _plan(train_config, "valid" in dataset.splits)
         logs.info(f"{plan}; checkpoints and metrics.jsonl go to {save_dir}")
         if processes.device.type == "cpu" and "arch" not in options["train"]:
             logs.info(
-                f"{chosen.name} is meant for a GPU: on a CPU an --arch that ends in _tiny, and "
-                "--max-tokens 2000, show something sooner"
+                f"{chosen.name} is meant for a GPU: on a CPU, an --arch that ends in _tiny and "
+                "--max-tokens 2000 give results sooner"
             )
         stopped_by = training.run()
         progress = training.progress
         if stopped_by:
             if training.state.saved == progress.update:
-                what = "saved: the same command goes on from there"
+                what = "saved: run the same command to resume"
             else:
                 what = f"its loss was not finite, and {training.state.last_saved(save_dir)}"
             logs.info(f"stopped by signal {stopped_by} after update {progress.update:,}; {what}")
@@ -219,13 +219,13 @@ def _as_given(
     flags: dict[str, dict[str, Any]],
     settings: dict[str, dict[str, Any]],
 ) -> Exception:
-    """Say where a wrong option was given; on the command line it is wrong usage."""
+    """Report where an invalid option was given; on the command line it is a usage error."""
     section, _, key = error.option.partition(".")
     if section == "train" and key not in TRAIN_FIELDS:
         from fastdiss_cli.models.registry import architectures
 
         if any(key in arch.family.Config.__dataclass_fields__ for arch in architectures().values()):
-            error = OptionError(error.option, f"is no option; it is model.{key}")
+            error = OptionError(error.option, f"is not an option; use model.{key}")
     if key in settings[section]:
         return typer.BadParameter(f"--set {error}")
     if key in flags[section]:
@@ -234,7 +234,7 @@ def _as_given(
 
 
 def _plan(config: TrainConfig, validates: bool) -> str:
-    """Say when training validates and when it ends."""
+    """Describe when training validates and when it ends."""
     limits = [logs.counted(config.max_update, "update")]
     if config.max_epoch:
         limits.append(logs.counted(config.max_epoch, "epoch"))

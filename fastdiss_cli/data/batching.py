@@ -1,4 +1,4 @@
-"""Group sentences into batches of equal cost, the same ones on every run."""
+"""Group sentences into batches of similar cost, reproducibly."""
 # B batch, S source length, T target length
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from fastdiss_cli.randomness import counter_seed
 
 @dataclass
 class Batch:
-    """Right-padded sentence pairs, with layouts that say where the padding is.
+    """Right-padded sentence pairs, with the layouts of their padding.
 
     Attributes:
         src_tokens, tgt_tokens: int64 [B, S] and [B, T], both sides ending in eos.
@@ -43,12 +43,12 @@ class Batch:
 
 
 def pad(rows: Sequence[Sequence[int] | np.ndarray], value: int) -> tuple[Tensor, Layout]:
-    """Stack ragged rows: int64 [B, longest] filled with ``value``, and where the tokens are."""
+    """Stack ragged rows: int64 [B, longest], padded with ``value``, and the layout."""
     return _stack(np.concatenate(rows), np.array([len(row) for row in rows]), value)
 
 
 def _stack(flat: np.ndarray, lengths: np.ndarray, value: int) -> tuple[Tensor, Layout]:
-    """Do as `pad` with rows that come one after the other."""
+    """Stack concatenated rows; see `pad`."""
     mask = np.arange(lengths.max(initial=0)) >= lengths[:, None]
     tokens = np.full(mask.shape, value, np.int64)
     tokens[~mask] = flat
@@ -56,13 +56,13 @@ def _stack(flat: np.ndarray, lengths: np.ndarray, value: int) -> tuple[Tensor, L
 
 
 def batches_by_tokens(order: np.ndarray, lengths: np.ndarray, max_tokens: int) -> list[np.ndarray]:
-    """Cut sentences into runs whose padded size stays within a budget.
+    """Cut a sequence of sentences into batches whose padded size stays within a budget.
 
     Args:
-        order: int64 [N], sentence numbers, neighbours of similar length.
+        order: int64 [N], sentence numbers; neighbours should have similar lengths.
         lengths: int [*], the length of each sentence by its number.
-        max_tokens: the largest (sentences x longest) of a batch; a sentence that is longer by
-            itself is a batch of its own.
+        max_tokens: the largest (sentences x longest) of a batch; a longer sentence is a batch of
+            its own.
     """
     batches, start, longest = [], 0, 0
     for end, length in enumerate(lengths[order].tolist()):
@@ -85,8 +85,8 @@ class TokenBatcher:
     Args:
         src, tgt: the two sides of the split.
         src_pad, tgt_pad: their padding ids.
-        max_tokens: the largest padded size of a batch, on either side; more only where a sentence
-            is longer by itself, or where there are fewer sentences than batches are needed.
+        max_tokens: the largest padded size of a batch, on either side; exceeded only by a single
+            longer sentence, or if there are too few sentences to give every rank a batch.
         max_positions: longer sentences are left out; `left_out` counts them.
         seed, rank, world_size: as in training.
     """
@@ -119,7 +119,7 @@ class TokenBatcher:
 
     @property
     def sizes(self) -> tuple[np.ndarray, np.ndarray]:
-        """The tokens of each source and of each target that is not left out, int32 [N]."""
+        """The lengths of all sources and targets that are not left out, int32 [N] each."""
         return self.src.sizes[self.sentences], self.tgt.sizes[self.sentences]
 
     def epoch(self, epoch: int) -> list[np.ndarray]:
@@ -127,15 +127,15 @@ class TokenBatcher:
         return [batches[self.rank] for batches in self.rounds(epoch)]
 
     def rounds(self, epoch: int) -> list[list[np.ndarray]]:
-        """Return the batches of all ranks: those that they work on at a time, by rank."""
+        """Return the batches of all ranks: a list of rounds, each with one batch per rank."""
         draw = np.random.Generator(np.random.Philox(counter_seed(self.seed, "batches", epoch)))
         shuffled = draw.permutation(self.sentences)
         batches = batches_by_tokens(self._by_length(shuffled), self.lengths, self.max_tokens)
         spare = len(batches) % self.world_size
         if spare and len(batches) - spare + self.world_size > len(self.sentences):
-            for _ in range(spare):  # too few sentences to halve: pair up the shortest instead
+            for _ in range(spare):  # too few sentences to halve: merge the shortest batches
                 batches.append(np.concatenate([batches.pop(0), batches.pop(0)]))
-        while len(batches) % self.world_size:  # halve the fullest batch until all ranks get one
+        while len(batches) % self.world_size:  # halve the fullest until the ranks come out even
             fullest = max(range(len(batches)), key=lambda i: len(batches[i]))
             batch = batches.pop(fullest)
             batches += [batch[: len(batch) // 2], batch[len(batch) // 2 :]]
@@ -143,22 +143,22 @@ class TokenBatcher:
         return [[batches[i] for i in numbers] for numbers in order]
 
     def _by_length(self, sentences: np.ndarray) -> np.ndarray:
-        """Sort sentences so that neighbours are alike on both sides.
+        """Sort sentences so that neighbours have similar lengths on both sides.
 
-        The budget counts the longer side, so that one comes first; then by how much the source is
-        longer than the target, up and down in turn, so that no step from one to the next is large.
+        The first key is the length of the longer side, which the budget counts; the second is the
+        difference of the sides, alternately ascending and descending, which avoids large jumps.
         """
         lengths = self.lengths[sentences]
         differences = self.src.sizes[sentences] - self.tgt.sizes[sentences]
-        in_turn = np.where(lengths % 2, -differences, differences)
-        return sentences[np.lexsort((in_turn, lengths))]
+        alternating = np.where(lengths % 2, -differences, differences)
+        return sentences[np.lexsort((alternating, lengths))]
 
     def num_tgt_tokens(self, sentences: np.ndarray) -> int:
-        """Return how many target tokens the given sentences have."""
+        """Return the number of target tokens of the given sentences."""
         return int(self.tgt.sizes[sentences].sum())
 
     def padded_size(self, sentences: np.ndarray) -> int:
-        """Return how many positions, both sides, the given sentences take as a batch."""
+        """Return the number of positions, on both sides, of the given sentences as a batch."""
         widths = self.src.sizes[sentences].max() + self.tgt.sizes[sentences].max()
         return len(sentences) * int(widths)
 

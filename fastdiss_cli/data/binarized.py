@@ -34,7 +34,7 @@ TRAINING_SPLITS = ("train", "valid")  # those that a training depends on
 ENDINGS = ("bin", "idx")
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQ")
-_DTYPES = {  # fairseq's codes; those for fractions hold no tokens
+_DTYPES = {  # fairseq's codes, except those of floating-point types
     1: np.dtype("u1"),
     2: np.dtype("i1"),
     3: np.dtype("<i2"),
@@ -45,7 +45,7 @@ _DTYPES = {  # fairseq's codes; those for fractions hold no tokens
     10: np.dtype("<u8"),
 }
 _CODES = {dtype: code for code, dtype in _DTYPES.items()}
-_BLOCK = 1 << 16  # numbers, or bytes, that are handled at once
+_BLOCK = 1 << 16  # sizes or tokens that are processed at once
 
 
 @dataclass
@@ -60,7 +60,7 @@ class SideInfo:
 
 @dataclass
 class Manifest:
-    """What ``manifest.json`` holds."""
+    """The contents of ``manifest.json``."""
 
     source: str
     target: str
@@ -75,7 +75,7 @@ class Manifest:
 
     def write(self, folder: Path) -> None:
         text = json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n"
-        # the bytes of a file name that is no text become \\udcXX, which is JSON too
+        # undecodable bytes of a file name become \\udcXX, which is valid JSON
         path = folder / "manifest.json"
         path.write_text(text, encoding="utf-8", errors="backslashreplace")
 
@@ -108,12 +108,12 @@ class Manifest:
         )
 
     def _check_fields(self) -> None:
-        """Raise KeyError, TypeError or ValueError where a field that is read later is wrong."""
+        """Raise KeyError, TypeError or ValueError if a field that is read later is invalid."""
         if self.sentences.keys() != self.splits.keys():
             raise ValueError("sentences and splits differ")
         for split in self.splits:
-            if not split.isidentifier():  # it becomes the name of a file
-                raise ValueError(f"{split!r} is no name of a split")
+            if not split.isidentifier():  # it becomes part of a file name
+                raise ValueError(f"{split!r} is not a valid name of a split")
         infos = [sides[side] for sides in self.splits.values() for side in SIDES]
         hashes = [self.tokenizers[side] for side in SIDES]
         hashes += [info.sha256[ending] for info in infos for ending in ENDINGS]
@@ -126,12 +126,12 @@ class Manifest:
 
     @property
     def summary(self) -> dict[str, Any]:
-        """What a checkpoint keeps of the data that it was trained on."""
+        """What a checkpoint stores about the data that it was trained on."""
         return {"source": self.source, "target": self.target, "sentences": self.sentences}
 
     @property
     def hash(self) -> str:
-        """The sha256 of all that a training depends on: its tokens and the tokenizers."""
+        """The sha256 of all that training depends on: the tokens and the tokenizers."""
         facts = {
             "tokenizers": self.tokenizers,
             "files": {
@@ -145,12 +145,12 @@ class Manifest:
 
 
 class TokenWriter:
-    """Write one split and side sentence by sentence, in flat memory.
+    """Write one split and side incrementally, in constant memory.
 
-    It is a context manager, which closes the files.
+    As a context manager it closes its files.
 
     Args:
-        stem: the path without its ending, as in ``folder/train.src``.
+        stem: the path without its extension, as in ``folder/train.src``.
         dtype: uint16 or int32, little-endian.
     """
 
@@ -171,7 +171,7 @@ class TokenWriter:
             pass
 
     def add(self, sizes: np.ndarray, tokens: np.ndarray, unknown: int) -> None:
-        """Append sentences given as one flat array and their lengths."""
+        """Append sentences, given as one flat array and their lengths."""
         data = tokens.astype(self.dtype, copy=False).tobytes()
         self._bin.write(data)
         self._bin_hash.update(data)
@@ -182,7 +182,7 @@ class TokenWriter:
         self.longest = max(self.longest, int(sizes.max(initial=0)))
 
     def finish(self) -> SideInfo:
-        """Complete the index, and return what the manifest says of both files."""
+        """Complete the index, and return the manifest's entry for both files."""
         tokens = 0
         for start in range(0, self.sentences, _BLOCK):
             count = min(_BLOCK, self.sentences - start)
@@ -210,15 +210,15 @@ class TokenWriter:
 class TokenFile:
     """One split and side, memory-mapped: ``file[i]`` is the ids of sentence ``i``.
 
-    Opening reads the header and both ends of the index, however many sentences are between them.
-    Their sizes and offsets are compared when they are used: one by ``file[i]``, all by `sizes`.
+    Opening reads only the header and both ends of the index. Sizes and offsets are checked when
+    they are used: those of one sentence by ``file[i]``, all of them by `sizes`.
 
     Args:
-        stem: the path without its ending.
+        stem: the path without its extension.
         made_by: the command that makes such files, for error messages.
 
     Raises:
-        FastdissError: the header, the sizes and the offsets do not fit together.
+        FastdissError: a file is missing, or header, sizes and offsets are inconsistent.
     """
 
     def __init__(self, stem: Path, made_by: str = "fastdiss preprocess") -> None:
@@ -240,7 +240,7 @@ class TokenFile:
         if count:
             end = int(self._offsets[-1]) + int(self._sizes[-1]) * self.tokens.itemsize
         if end != self.tokens.nbytes:
-            raise self._damaged(".bin", f"{self.tokens.nbytes} bytes where the index ends at {end}")
+            raise self._damaged(".bin", f"{self.tokens.nbytes} bytes, but the index ends at {end}")
         if count and self._offsets[0] != 0:
             raise self._misfit()
 
@@ -259,10 +259,10 @@ class TokenFile:
         return self.tokens[start // width : end // width]
 
     def gather(self, sentences: np.ndarray) -> np.ndarray:
-        """Return the tokens of the given sentences, one after the other."""
+        """Return the concatenated tokens of the given sentences."""
         sizes = self.sizes[sentences].astype(np.int64)
         begins = self._offsets[sentences] // self.tokens.itemsize
-        shift = begins - (np.cumsum(sizes) - sizes)  # from a place in the answer to one in the file
+        shift = begins - (np.cumsum(sizes) - sizes)  # from result positions to file positions
         return self.tokens[np.repeat(shift, sizes) + np.arange(sizes.sum())]
 
     @cached_property
@@ -275,14 +275,14 @@ class TokenFile:
         return self._sizes
 
     def verify(self, info: SideInfo, vocab_size: int) -> None:
-        """Compare both files with the manifest's hashes and every id with the vocabulary."""
+        """Check both files against the manifest's hashes, and every id against the vocabulary."""
         for ending in ENDINGS:
             if file_hash(Path(f"{self.stem}.{ending}")) != info.sha256[ending]:
                 raise self._damaged(f".{ending}", "its bytes differ from the manifest's sha256")
         self.check_ids(vocab_size)
 
     def check_ids(self, vocab_size: int) -> None:
-        """Compare every id with the vocabulary."""
+        """Check every id against the vocabulary."""
         for start in range(0, len(self.tokens), _BLOCK):
             block = self.tokens[start : start + _BLOCK]
             for end in (int(block.min()), int(block.max())):
@@ -297,20 +297,20 @@ class TokenFile:
             size = path.stat().st_size
             if size % dtype.itemsize:
                 raise self._damaged(ending, f"{size} bytes are not a whole number of tokens")
-            # as a plain array: every slice of a memmap is made one too, which takes its time
+            # as a plain array: slices of a memmap are memmaps too, which is slow
             return np.asarray(np.memmap(path, dtype, mode="r")) if size else np.zeros(0, dtype)
         except OSError as error:
             raise self._damaged(ending, error.strerror or str(error)) from None
 
     def _misfit(self) -> FastdissError:
-        return self._damaged(".idx", "sizes and offsets do not fit together")
+        return self._damaged(".idx", "sizes and offsets do not match")
 
     def _damaged(self, ending: str, what: str) -> FastdissError:
         return FastdissError(f"{self.stem}{ending}: {what}; run `{self.made_by}` again")
 
 
 class BinarizedDataset:
-    """A dataset folder, opened.
+    """An open dataset folder.
 
     Args:
         folder: where ``manifest.json`` is.
@@ -331,7 +331,7 @@ class BinarizedDataset:
             for file in files.values():
                 if len(file) != self.manifest.sentences[split]:
                     raise FastdissError(
-                        f"{file.stem}.idx holds {len(file)} sentences where the manifest says "
+                        f"{file.stem}.idx holds {len(file)} sentences, but the manifest says "
                         f"{self.manifest.sentences[split]}; run `fastdiss preprocess` again"
                     )
             self.splits[split] = files
@@ -345,11 +345,11 @@ class BinarizedDataset:
 
     @property
     def summary(self) -> dict[str, Any]:
-        """What a checkpoint keeps of the data that it was trained on."""
+        """What a checkpoint stores about the data that it was trained on."""
         return self.manifest.summary
 
     def verify(self, split: str) -> None:
-        """Check the hashes and the range of all ids of a split."""
+        """Check the hashes of a split's files, and the range of all ids."""
         for side, file in self[split].items():
             file.verify(self.manifest.splits[split][side], self.manifest.vocab_sizes[side])
 
@@ -361,7 +361,7 @@ class BinarizedDataset:
         return self.splits[split]
 
     def _tokenizer(self, side: str, same: Tokenizer | None = None) -> Tokenizer:
-        """Load the tokenizer of a side, unless its bytes are those of one that is there."""
+        """Load the tokenizer of a side, or return ``same`` if it has the same bytes."""
         path, expected = self.folder / f"tokenizer.{side}", self.manifest.tokenizers[side]
         try:
             found = file_hash(path)
@@ -369,19 +369,19 @@ class BinarizedDataset:
             raise FastdissError(f"{path}: cannot read the tokenizer: {error.strerror}") from None
         if found != expected:  # before its bytes are parsed
             raise FastdissError(
-                f"{path} has hash {found[:16]} where the manifest says {expected[:16]}; "
+                f"{path} has hash {found[:16]}, but the manifest says {expected[:16]}; "
                 "run `fastdiss preprocess` again"
             )
         tokenizer = same if same and same.hash == found else load_tokenizer(path)
         size = self.manifest.vocab_sizes[side]
         if tokenizer.vocab_size != size:
             raise FastdissError(
-                f"{path} has {tokenizer.vocab_size} pieces where the manifest says {size}; "
+                f"{path} has {tokenizer.vocab_size} pieces, but the manifest says {size}; "
                 "run `fastdiss preprocess` again"
             )
         return tokenizer
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
-    """Return the smallest token type that holds the vocabulary, as fairseq chooses it."""
+    """Return the smallest token type that fits the vocabulary, as chosen by fairseq."""
     return _DTYPES[8 if vocab_size < 65500 else 4]

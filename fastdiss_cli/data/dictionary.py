@@ -1,4 +1,4 @@
-"""fairseq's dictionary: a word and its count a line, in the order of their ids."""
+"""fairseq's dictionary: one word and its count per line, in the order of ids."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from fastdiss_cli.errors import FastdissError
 _SPECIALS = ("<s>", "<pad>", "</s>", "<unk>")  # ids 0 to 3, not in the file
 _LINE = re.compile(r"(.+) \d+( #fairseq:overwrite)?")
 _FIRST_LINE = re.compile(rb"[^\r\n]+ \d+( #fairseq:overwrite)?[ \t]*([\r\n]|\Z)")
-_BLANK = "\u2581"  # SentencePiece's mark, in text that it has segmented
+_BLANK = "\u2581"  # marks blanks in text that SentencePiece has segmented
 
 
 def is_dictionary(model: bytes) -> bool:
-    """Tell whether bytes begin like a dictionary, which no SentencePiece model does."""
+    """Return whether bytes begin like a dictionary, which no SentencePiece model does."""
     return _FIRST_LINE.match(model) is not None
 
 
 class Dictionary(Tokenizer):
-    """A fairseq dictionary: text is words between blanks, segmented before it comes here.
+    """A fairseq dictionary, for text that is already segmented into words between blanks.
 
-    Ids are those of fairseq: bos 0, pad 1, eos 2, unk 3, then the lines of the file. A word twice
-    is an error, unless the later line is flagged ``#fairseq:overwrite`` and takes its place.
+    Ids are those of fairseq: bos 0, pad 1, eos 2, unk 3, then the lines of the file. A repeated
+    word is an error, unless the later line is flagged ``#fairseq:overwrite`` and replaces it.
     Decoding undoes the segmentation that the words show: subword-nmt's ``@@`` at the end of a
     piece, or SentencePiece's mark at the beginning of a word.
 
@@ -59,7 +59,7 @@ class Dictionary(Tokenizer):
             word, overwrites = match.groups()
             if not overwrites and (word in self._ids or word in _SPECIALS):
                 raise FastdissError(
-                    f"{origin}: line {number} has {word!r} for the second time; remove it, or "
+                    f"{origin}: line {number} repeats the word {word!r}; remove it, or "
                     "flag it with #fairseq:overwrite"
                 )
             self._ids[word] = len(self._symbols)
@@ -87,7 +87,7 @@ class Dictionary(Tokenizer):
         return list(map(self.encode, texts))
 
     def altered(self, texts: list[str], rows: list[list[int]]) -> set[int]:
-        """Return the places of the texts that are not their words, one after the other."""
+        """Return the indices of the texts that differ from their words joined by blanks."""
         words = self._symbols.__getitem__
         pairs = enumerate(zip(texts, rows, strict=True))
         return {i for i, (text, row) in pairs if " ".join(map(words, row[:-1])) != text}

@@ -1,4 +1,4 @@
-"""Encode the text of a split in parallel, in order, with a bounded part of it in memory."""
+"""Encode the text of a split in parallel, in order and in bounded memory."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ import numpy as np
 from fastdiss_cli.data.text import Block, on_one_line
 from fastdiss_cli.data.tokenizer import make_tokenizer
 
-CHUNK = 8192  # sentence pairs that a worker is given at once
+CHUNK = 8192  # sentence pairs per task of a worker
 
 
 @dataclass
@@ -28,12 +28,12 @@ class Encoded:
     """A block of sentence pairs as tokens.
 
     Attributes:
-        sizes: of each side, int32 [N], the lengths of the sentences.
-        tokens: of each side, all sentences one after the other.
-        unknown: of each side, how many tokens are unknown.
-        empty: the numbers of the lines with an empty side.
-        altered: pairs that decode to other text.
-        broken: pairs with a line break, which has become a blank.
+        sizes: for each side, int32 [N], the lengths of the sentences.
+        tokens: for each side, the concatenated tokens of all sentences.
+        unknown: for each side, the number of unknown tokens.
+        empty: the line numbers of pairs with an empty side.
+        altered: the number of pairs that decode to different text.
+        broken: the number of pairs with a line break, which is replaced by a blank.
     """
 
     sizes: list[np.ndarray]
@@ -49,7 +49,7 @@ class BlockEncoder:
 
     Args:
         models: the bytes of the source's and the target's tokenizer.
-        dtype: of the tokens.
+        dtype: the type of the tokens.
     """
 
     def __init__(self, models: tuple[bytes, bytes], dtype: np.dtype) -> None:
@@ -59,7 +59,7 @@ class BlockEncoder:
         self.dtype = dtype
 
     def encode(self, block: Block) -> Encoded:
-        # the places of pairs; most blocks have none of them, which is seen at a glance
+        # indices of pairs; most blocks have none, which cheap checks find out first
         broken: set[int] = set()
         empty: set[int] = set()
         altered: set[int] = set()
@@ -72,7 +72,7 @@ class BlockEncoder:
                 empty |= {i for i, text in enumerate(texts) if not text or text.isspace()}
             rows = tokenizer.encode_all(texts)
             sizes = np.fromiter(map(len, rows), np.int32, len(rows))
-            flat = array(self.dtype.char)  # takes lists in half the time that numpy needs
+            flat = array(self.dtype.char)  # converts lists in half the time of numpy
             for row in rows:
                 flat.fromlist(row)
             tokens = np.frombuffer(flat, self.dtype)
@@ -80,7 +80,7 @@ class BlockEncoder:
             encoded.tokens.append(tokens)
             encoded.unknown.append(int(np.count_nonzero(tokens == tokenizer.unk)))
             altered |= tokenizer.altered(texts, rows)
-        encoded.empty = [block.first + place for place in sorted(empty)]
+        encoded.empty = [block.first + i for i in sorted(empty)]
         encoded.altered, encoded.broken = len(altered), len(broken)
         return encoded
 
@@ -91,9 +91,9 @@ def encode_blocks(
     """Encode blocks in order.
 
     Args:
-        blocks: of `CHUNK` sentence pairs.
+        blocks: blocks of `CHUNK` sentence pairs.
         models, dtype: see `BlockEncoder`.
-        workers: processes; with one, or a single block, it is this one.
+        workers: the number of processes; with one, or a single block, this process does the work.
     """
     first = next(blocks)
     second = next(blocks, None)
@@ -101,22 +101,22 @@ def encode_blocks(
         encoder = BlockEncoder(models, dtype)
         yield from map(encoder.encode, chain([first], [second] if second else [], blocks))
         return
-    fresh = get_context("spawn")  # a forked copy of a process that has threads may hang
-    with ProcessPoolExecutor(workers, fresh, _start_process, (models, dtype)) as pool:
-        under_way: deque[Future[Encoded]] = deque()
+    spawn = get_context("spawn")  # forking a process that has threads may hang
+    with ProcessPoolExecutor(workers, spawn, _start_worker, (models, dtype)) as pool:
+        pending: deque[Future[Encoded]] = deque()
         for block in chain([first, second], blocks):
-            with _interrupts_held_back():  # it may start a process, which never sees one
-                under_way.append(pool.submit(_encode, block))
-            if len(under_way) > 2 * workers:
-                yield under_way.popleft().result()
-        while under_way:
-            yield under_way.popleft().result()
+            with _interrupts_deferred():  # a process that this starts must ignore interrupts
+                pending.append(pool.submit(_encode, block))
+            if len(pending) > 2 * workers:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
 
 
 @contextmanager
-def _interrupts_held_back() -> Iterator[None]:
-    """Keep Ctrl-C for later, and from processes that are started meanwhile: they inherit it."""
-    resource_tracker.ensure_running()  # to start it would let them through again
+def _interrupts_deferred() -> Iterator[None]:
+    """Defer Ctrl-C, and block it in processes started meanwhile, which inherit the signal mask."""
+    resource_tracker.ensure_running()  # starting it later would unblock them
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     try:
         yield
@@ -124,10 +124,10 @@ def _interrupts_held_back() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _start_process(models: tuple[bytes, bytes], dtype: np.dtype) -> None:
-    """Start a worker in a process, which ends when the main one is killed."""
+def _start_worker(models: tuple[bytes, bytes], dtype: np.dtype) -> None:
+    """Initialise a worker process, which ends when the main one is killed."""
     global _encoder
-    gc.disable()  # nothing here is in cycles, and to look for them takes a twentieth of the time
+    gc.disable()  # there are no reference cycles, and looking for them takes 5 % of the time
     parent = parent_process()
     assert parent is not None
 

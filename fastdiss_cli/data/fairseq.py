@@ -1,4 +1,4 @@
-"""fairseq's own datasets, read as they are.
+"""fairseq's own datasets, read without conversion.
 
 What ``fairseq-preprocess`` writes, for the languages de and en:
 
@@ -6,8 +6,8 @@ What ``fairseq-preprocess`` writes, for the languages de and en:
     train.de-en.de.bin, train.de-en.de.idx    tokens and index of one split and side
     ...
 
-The bytes of ``.bin`` and ``.idx`` are described in `binarized`. There is no manifest, so nothing
-says what they should be: every id is checked instead, and the hash is made from the files.
+The bytes of ``.bin`` and ``.idx`` are described in `binarized`. There is no manifest to check them
+against: instead, every id is checked, and the hash is computed from the files.
 """
 
 from __future__ import annotations
@@ -45,12 +45,12 @@ def open_dataset(
     """Open a dataset, made by fastdiss or by fairseq.
 
     Args:
-        folder: of the dataset.
-        source, target: the languages; None: those that the dataset names.
+        folder: the folder of the dataset.
+        source, target: the languages; None: those of the dataset.
         verify: also read and check every byte.
 
     Raises:
-        FastdissError: there is none, it is damaged, or it has other languages.
+        FastdissError: there is no dataset, it is damaged, or it has other languages.
     """
     if not _is_data_bin(folder):
         dataset = BinarizedDataset(folder, verify)
@@ -66,16 +66,17 @@ def open_dataset(
 
 
 class FairseqDataset(BinarizedDataset):
-    """A folder that ``fairseq-preprocess`` wrote, opened.
+    """An open folder that ``fairseq-preprocess`` wrote.
 
     Args:
         folder: where ``dict.<language>.txt`` and the splits are.
-        source, target: the languages. Files that are named for one direction serve both, as in
-            fairseq; without a word the direction is that of the names.
+        source, target: the languages. As in fairseq, files that are named for one direction serve
+            both; by default the direction is that of the names.
         verify: also check the ids of all splits (a full read).
 
     Raises:
-        FastdissError: the direction is open, a file is missing, damaged or of another format.
+        FastdissError: the direction is ambiguous, or a file is missing, damaged or in another
+            format.
     """
 
     def __init__(
@@ -108,7 +109,7 @@ class FairseqDataset(BinarizedDataset):
 
     @property
     def summary(self) -> dict[str, Any]:
-        """What a checkpoint keeps of the data that it was trained on."""
+        """What a checkpoint stores about the data that it was trained on."""
         src, tgt = self.languages
         counts = {split: len(sides["src"]) for split, sides in self.splits.items()}
         return {"source": src, "target": tgt, "sentences": counts}
@@ -133,8 +134,8 @@ class FairseqDataset(BinarizedDataset):
             wrong = np.flatnonzero(~ended)
             if len(wrong):
                 raise FastdissError(
-                    f"{file.stem}.bin: {len(wrong):,} sentences do not end with eos, the first of "
-                    f"them is number {wrong[0]}; run `{_MADE_BY}` again"
+                    f"{file.stem}.bin: {len(wrong):,} sentences do not end with eos, the first is "
+                    f"number {wrong[0]}; run `{_MADE_BY}` again"
                 )
 
     def _dictionary(self, language: str) -> Dictionary:
@@ -146,14 +147,14 @@ class FairseqDataset(BinarizedDataset):
 
 
 def _is_data_bin(folder: Path) -> bool:
-    """Tell whether a folder is fairseq's, perhaps with something missing."""
+    """Return whether a folder looks like fairseq's, even if files are missing."""
     if not folder.is_dir() or (folder / "manifest.json").exists():
         return False
     names = [path.name for path in folder.iterdir()]
     return any(_DICTIONARY.fullmatch(name) or _INDEX.fullmatch(name) for name in names)
 
 
-Stems = dict[str, Path]  # language -> the path of one split and side without its ending
+Stems = dict[str, Path]  # language -> the path of one split and side without its extension
 
 
 def _find_stems(folder: Path) -> dict[tuple[str, str], dict[str, Stems]]:
@@ -176,7 +177,7 @@ def _find_stems(folder: Path) -> dict[tuple[str, str], dict[str, Stems]]:
 def _direction(
     folder: Path, pairs: list[tuple[str, str]], source: str | None, target: str | None
 ) -> tuple[str, str]:
-    """Return the languages of source and target."""
+    """Return the source and target languages."""
     pairs = [pair for pair in pairs if "None" not in pair]  # --only-source
     if source or target:
         both = dict.fromkeys([*pairs, *((b, a) for a, b in pairs)])
@@ -185,9 +186,9 @@ def _direction(
         matching = pairs
     if len(matching) == 1:
         return matching[0]
-    there = ", ".join("-".join(pair) for pair in pairs) or "no pair of languages"
+    available = ", ".join("-".join(pair) for pair in pairs) or "no pair of languages"
     raise FastdissError(
-        f"{folder} holds {there}: say which with --source-lang and --target-lang, "
+        f"{folder} holds {available}: choose with --source-lang and --target-lang, "
         "either direction of a pair"
     )
 
@@ -201,7 +202,8 @@ def _open(stems: Stems, language: str, where: Path) -> TokenFile:
     if language not in stems:
         others = ", ".join(f"{stem.name}.idx" for stem in stems.values())
         raise FastdissError(
-            f"{where}: the side {language} is missing beside {others}; run `{_MADE_BY}` again"
+            f"{where}: there is {others}, but the side {language} is missing; "
+            f"run `{_MADE_BY}` again"
         )
     stem = stems[language]
     with open(f"{stem}.idx", "rb") as file:

@@ -1,4 +1,4 @@
-"""Whole files: what is written aside is synced, and then takes the place of what was there."""
+"""Atomic replacement of files and folders: write a temporary one, sync it, and rename it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def replace_folder(new: Path, final: Path) -> None:
-    """Sync a finished dataset and put it in its place; an older one there is replaced whole."""
+    """Sync a finished dataset and move it to ``final``, where it replaces an older one whole."""
     for path in (*new.iterdir(), new):
         sync(path)
     old = final.with_name(f"{final.name}.old-{os.getpid()}")
@@ -28,18 +28,18 @@ def replace_folder(new: Path, final: Path) -> None:
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Write a small file whose older content, if any, stays until the new one is whole."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    """Write a small file atomically: an older one stays until the new one is complete."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        aside.write_bytes(content)
-        sync(aside)
-        os.replace(aside, path)
+        temporary.write_bytes(content)
+        sync(temporary)
+        os.replace(temporary, path)
     finally:
-        aside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def sync(path: Path) -> None:
-    """Wait until a file, or a folder's names, are on the disk."""
+    """Flush the contents of a file, or the entries of a folder, to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

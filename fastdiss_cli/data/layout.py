@@ -1,4 +1,4 @@
-"""Where the tokens of a padded batch are."""
+"""The positions of the tokens in a padded batch."""
 # N rows, T length, P tokens (without padding) of a batch
 
 from __future__ import annotations
@@ -11,18 +11,17 @@ from torch import Tensor
 
 @dataclass
 class Layout:
-    """Where the tokens of a right-padded batch are.
+    """The positions of the tokens in a right-padded batch.
 
-    Every layer but attention works on the tokens alone, one after the other, so that padding
-    costs nothing there; attention works on the batch.
+    Every layer but attention works on the concatenated tokens, so that padding costs nothing there;
+    attention works on the batch.
 
     Attributes:
         pad_mask: bool [N, T], true on padding.
-        index: int64 [P], the places of the P tokens in the flattened batch; None: all places.
-        dense: padding is computed like tokens, and masked in attention only; what comes out for it
-            is not used.
-        lengths: int64 [N], tokens of each row.
-        attn_mask: bool [N, 1, 1, T], true where to look; None: everywhere.
+        index: int64 [P], the positions of the P tokens in the flattened batch; None: all positions.
+        dense: compute padding like tokens, and mask it in attention only; its outputs are not used.
+        lengths: int64 [N], the number of tokens in each row.
+        attn_mask: bool [N, 1, 1, T], true where to attend; None: everywhere.
     """
 
     pad_mask: Tensor
@@ -37,13 +36,13 @@ class Layout:
 
     @classmethod
     def of(cls, pad_mask: Tensor) -> Layout:
-        """Return the layout of a mask. On a GPU that waits for the mask, to count its tokens."""
+        """Return the layout of a mask. On a GPU this synchronises, to count the tokens."""
         index = (~pad_mask).flatten().nonzero().squeeze(1)
         return cls(pad_mask, None if len(index) == pad_mask.numel() else index)
 
     @property
     def num_tokens(self) -> int:
-        """How many tokens there are, P."""
+        """The number of tokens, P."""
         return self.pad_mask.numel() if self.index is None else len(self.index)
 
     def flat(self, x: Tensor) -> Tensor:

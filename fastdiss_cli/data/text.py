@@ -1,4 +1,4 @@
-"""Read raw text: one sentence a line, parallel files, JSON lines or TSV, plain or gzipped."""
+"""Read raw text: one sentence per line, parallel files, JSON lines or TSV, plain or gzipped."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def read_lines(path: Path) -> Iterator[str]:
 
 
 def count_lines(path: Path) -> int:
-    """Return how many lines `read_lines` yields, of a file that can be read twice.
+    """Return how many lines `read_lines` yields; the file must be readable more than once.
 
     Raises:
         FastdissError: the file cannot be read.
@@ -52,25 +52,25 @@ def count_lines(path: Path) -> int:
 
 
 def decode_lines(lines: Iterable[bytes], name: str) -> Iterator[str]:
-    """Yield the text of lines, as of an open binary file; see `read_lines`."""
+    """Yield the text of raw lines, such as an open binary file; see `read_lines`."""
     for number, line in enumerate(lines, start=1):
         yield from _decode(line, name, number)
 
 
-class ComingLines(Iterator[bytes]):
-    r"""The lines of a pipe or a terminal, each as soon as it is there.
+class IncomingLines(Iterator[bytes]):
+    r"""The lines of a pipe or a terminal, each as soon as it arrives.
 
     Args:
-        file: split on ``\n``; the last line may lack it.
+        file: the input, split on ``\n``; the last line may lack it.
 
     Attributes:
-        waiting: how many more there are without waiting for whoever writes them.
+        waiting: the number of lines that can be read without blocking.
     """
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
         self._lines: deque[bytes] = deque()
-        self._parts: list[bytes] = []  # of a line whose end is yet to come
+        self._parts: list[bytes] = []  # of a line that is not complete yet
 
     @property
     def waiting(self) -> int:
@@ -91,13 +91,13 @@ class ComingLines(Iterator[bytes]):
 
 @dataclass(frozen=True)
 class Block:
-    """Successive sentence pairs as undecoded bytes: little work to cut, and to hand over.
+    """Successive sentence pairs as undecoded bytes, which are cheap to cut and to hand over.
 
     Attributes:
-        paths: the file of each side, or the one that holds both.
-        data: as many lines of each.
+        paths: the file of each side, or the single file that holds both.
+        data: the same number of lines of each file.
         first: the number of the first line.
-        pair_of: reads a line of the one file: its text, name and number to source and target.
+        pair_of: parses a line of the single file: (text, file name, number) -> (source, target).
     """
 
     paths: tuple[Path, ...]
@@ -106,7 +106,7 @@ class Block:
     pair_of: Callable[[str, str, int], tuple[str, str]] | None
 
     def sides(self) -> tuple[list[str], list[str]]:
-        """Return the sources and the targets, where a field of JSON may hold line breaks.
+        """Return the sources and the targets; those from JSON may contain line breaks.
 
         Raises:
             FastdissError: a line is not UTF-8, or malformed.
@@ -133,7 +133,7 @@ class ParallelText:
         format: one of `FORMATS`.
 
     Attributes:
-        paths: the file of each side, or the one that holds both.
+        paths: the file of each side, or the single file that holds both.
 
     Raises:
         FastdissError: a file is missing.
@@ -149,15 +149,15 @@ class ParallelText:
             self._pair_of = partial(_json_pair, source, target) if format == "jsonl" else _tsv_pair
 
     def count(self) -> int:
-        """Count the pairs, all of whose files are looked through, and look at the first.
+        """Count the pairs by reading all files, and check the first pair.
 
         Raises:
-            FastdissError: a file is empty, or the sides have unequal line counts; the first pair
-                is none.
+            FastdissError: a file is empty, the sides have different line counts, or the first
+                pair is malformed.
         """
         counts = {count_lines(path) for path in self.paths}
         if len(counts) > 1 or 0 in counts:
-            deque(self.blocks(), maxlen=0)  # which says why
+            deque(self.blocks(), maxlen=0)  # raises an error that says why
         next(self.blocks(1)).sides()
         return counts.pop()
 
@@ -165,14 +165,14 @@ class ParallelText:
         """Yield the pairs in blocks of ``size``; the last may have fewer.
 
         Raises:
-            FastdissError: as `count`.
+            FastdissError: a file is empty, or the sides have different line counts.
         """
         first = 1
         blocks = zip_longest(*(_raw_lines(path, size) for path in self.paths), fillvalue=[])
         for lines in blocks:
             block = Block(self.paths, tuple(map(b"".join, lines)), first, self._pair_of)
             if len(lines[0]) != len(lines[-1]):
-                block.sides()  # bytes that are no text may be why, and are told first
+                block.sides()  # invalid text may be the cause, so report it first
                 raise _unequal(self.paths, first - 1, chain([lines], blocks))
             yield block
             first += len(lines[0])
@@ -180,29 +180,29 @@ class ParallelText:
             raise FastdissError(f"{self.paths[0]} is empty; at least one sentence is needed")
 
     def pairs(self) -> Iterator[tuple[str, str]]:
-        """Yield (source, target), line breaks within a field as blanks; see `Block.sides`."""
+        """Yield (source, target), with line breaks replaced by blanks; see `Block.sides`."""
         for block in self.blocks():
             yield from zip(*(map(on_one_line, side) for side in block.sides()), strict=True)
 
 
 def on_one_line(text: str) -> str:
-    """Return the text with blanks as line breaks."""
+    """Return the text with line breaks replaced by blanks."""
     return text.replace("\n", " ")
 
 
 def read_references(path: Path) -> list[list[str]]:
     """Return the references of each sentence.
 
-    A ``.tsv`` (or ``.tsv.gz``) file holds any number of tab-separated alternatives a line, every
-    other file exactly one. Empty ones beside others are left out, with a warning: what a
-    spreadsheet pads lines with would make an empty answer right.
+    A ``.tsv`` (or ``.tsv.gz``) file holds any number of tab-separated alternatives per line, every
+    other file exactly one. Empty ones beside others, as spreadsheets pad lines with, are left out
+    with a warning: they would make an empty answer correct.
     """
     if not path.name.removesuffix(".gz").endswith(".tsv"):
         return [[line] for line in read_lines(path)]
     rows = [line.split("\t") for line in read_lines(path)]
     kept = [[text for text in row if text.strip()] or [""] for row in rows]
     if padded := sum(len(row) != len(own) for row, own in zip(rows, kept, strict=True)):
-        logs.warn(f"{path}: the empty alternatives of {logs.counted(padded, 'line')} are left out")
+        logs.warn(f"{path}: ignoring empty alternatives in {logs.counted(padded, 'line')}")
     return kept
 
 
@@ -212,16 +212,16 @@ def _existing(prefix: str, *names: str) -> Path:
             if path.is_file():
                 return path
     begin = Path(prefix)
-    there = sorted(p.name for p in begin.parent.glob(f"{escape(begin.name)}.*"))
-    hint = f"; there are {', '.join(there[:4])}" if there else ""
+    found = sorted(p.name for p in begin.parent.glob(f"{escape(begin.name)}.*"))
+    hint = f"; there are {', '.join(found[:4])}" if found else ""
     if begin.is_file():
-        hint = f"; {prefix} is a file itself: give what both names begin with, or its --format"
+        hint = f"; {prefix} is itself a file: give the common prefix of both names, or its --format"
     raise FastdissError(f"{names[-1]}: no such file (nor {Path(names[-1]).name}.gz){hint}")
 
 
 @contextmanager
 def _open(path: Path) -> Iterator[IO[bytes]]:
-    """Open a file for reading; what fails meanwhile is told with its name."""
+    """Open a file for reading; report any failure meanwhile with its name."""
     try:
         with open(path, "rb") if path.suffix != ".gz" else BufferedReader(gzip.open(path)) as file:
             yield file
@@ -238,14 +238,14 @@ def _open(path: Path) -> Iterator[IO[bytes]]:
 
 
 def _raw_lines(path: Path, size: int) -> Iterator[list[bytes]]:
-    """Yield the lines of a file, so many at a time."""
+    """Yield the lines of a file, ``size`` at a time."""
     with _open(path) as file:
         while lines := list(islice(file, size)):
             yield lines
 
 
 def _decode(raw: bytes, name: str, first: int) -> list[str]:
-    """Return the lines in the bytes of one or more; see `read_lines` for what a line is."""
+    """Decode the bytes of one or more lines; see `read_lines` for what a line is."""
     if first == 1:
         raw = raw.removeprefix(b"\xef\xbb\xbf")
     try:
@@ -255,7 +255,7 @@ def _decode(raw: bytes, name: str, first: int) -> list[str]:
         number = first + raw.count(b"\n", 0, start)
         if b"\0" in raw:
             raise FastdissError(
-                f"{name} is no text, or text in UTF-16 (it holds NUL bytes): give plain UTF-8"
+                f"{name} is not text, or text in UTF-16 (it has NUL bytes): give plain UTF-8"
             ) from None
         raise FastdissError(
             f"{name}: line {number} is not valid UTF-8 (byte {error.start - start + 1} of the "
@@ -279,16 +279,16 @@ def _unequal(
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return an object of JSON.
+    """Return a JSON object from its fields.
 
     Raises:
-        ValueError: a field comes twice, of which Python would take the last.
+        ValueError: a field is repeated, of which Python would keep the last.
     """
     row = dict(pairs)
     if len(row) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the field {twice!r} comes twice")
+        raise ValueError(f"the field {twice!r} is repeated")
     return row
 
 
@@ -298,27 +298,27 @@ def _json_pair(source: str, target: str, line: str, name: str, number: int) -> t
     except (ValueError, RecursionError) as error:
         raise FastdissError(f"{name}: line {number} is not valid JSON ({error})") from None
     if not isinstance(row, dict):
-        raise FastdissError(f"{name}: line {number} is not a JSON object: one is needed a line")
+        raise FastdissError(f"{name}: line {number} is not a JSON object: write one per line")
     for key in (source, target):
         if key in row and not isinstance(row[key], str):
             value = json.dumps(row[key], ensure_ascii=False)
             shown = value if len(value) <= 40 else f"{value[:37]}..."
             raise FastdissError(
-                f"{name}: line {number} has {shown} for {key!r}, not text in quotes"
+                f"{name}: line {number} has {shown} for {key!r}, not a string in quotes"
             )
-    lacking = [repr(key) for key in (source, target) if key not in row]
-    if lacking:
+    missing = [repr(key) for key in (source, target) if key not in row]
+    if missing:
         texts = [key for key, value in row.items() if isinstance(value, str)]
         has = f"it has {', '.join(texts[:6])}" if texts else "it has none"
         raise FastdissError(
-            f"{name}: line {number} lacks the text field{'s' * (len(lacking) > 1)} "
-            f"{' and '.join(lacking)} ({has}): name "
+            f"{name}: line {number} lacks the text field{'s' * (len(missing) > 1)} "
+            f"{' and '.join(missing)} ({has}): name "
             "the fields with -s and -t"
         )
     src, tgt = row[source], row[target]
     if _SURROGATE.search(src) or _SURROGATE.search(tgt):
         raise FastdissError(
-            f"{name}: line {number} holds half of a character (a lone \\u surrogate); "
+            f"{name}: line {number} contains half a character (a lone \\u surrogate); "
             "fix or remove the line"
         )
     return src, tgt
@@ -330,7 +330,7 @@ def _tsv_pair(line: str, name: str, number: int) -> tuple[str, str]:
         raise FastdissError(f"{name}: line {number} has no tab: source and target are needed")
     if len(columns) > 2:
         raise FastdissError(
-            f"{name}: line {number} has {len(columns)} columns where source and target are needed: "
+            f"{name}: line {number} has {len(columns)} columns, not just source and target: "
             "choose two, as with `cut -f1,2`"
         )
     return columns[0], columns[1]

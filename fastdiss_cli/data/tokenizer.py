@@ -1,4 +1,4 @@
-"""Text to token ids and back: what every tokenizer does, and SentencePiece, lossless by default."""
+"""From text to token ids and back: the interface, and SentencePiece, lossless by default."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from fastdiss_cli.errors import FastdissError
 
 MODEL_TYPES = ("unigram", "bpe", "char", "word")
 _SPACE = "\u2581"  # SentencePiece's mark for a blank
-# training looks at a random sample of at most this many lines: more do not change the pieces
+# training uses a random sample of at most this many lines: more do not change the pieces
 _TRAINING_LINES = 2_000_000
-_LONGEST_LINE = 1 << 16  # bytes; it leaves out longer ones
-# how a model ends that `train_tokenizer` has made: field 3, a NormalizerSpec with the name
-# "identity", no map of characters, and remove_extra_whitespaces off
+_LONGEST_LINE = 1 << 16  # bytes; SentencePiece skips longer lines
+# the end of a model of `train_tokenizer`: field 3, a NormalizerSpec with the name "identity", no
+# character map, and remove_extra_whitespaces off
 _NO_NORMALIZER = b"\x1a\x0e\x0a\x08identity\x12\x00\x20\x00"
 _FIXED_PIECES = 260  # every vocabulary holds 256 bytes and 4 special symbols
 
@@ -31,8 +31,8 @@ class Tokenizer(ABC):
     """Turn text into token ids and back; a sentence's ids end with ``eos``.
 
     Attributes:
-        model: the bytes that the tokenizer can be made from again; see `make_tokenizer`.
-        vocab_size: how many ids there are, special symbols included.
+        model: the serialised tokenizer; see `make_tokenizer`.
+        vocab_size: the number of ids, including special symbols.
         bos, pad, eos, unk: the ids of the special symbols.
     """
 
@@ -50,11 +50,11 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def encode(self, text: str) -> list[int]:
-        """Return the ids of one sentence, ``eos`` included."""
+        """Return the ids of one sentence, including ``eos``."""
 
     @abstractmethod
     def decode(self, ids: Sequence[int]) -> str:
-        """Return the text of ids; bos, pad and eos vanish."""
+        """Return the text of ids, without bos, pad and eos."""
 
     @abstractmethod
     def pieces(self, ids: Sequence[int]) -> list[str]:
@@ -63,23 +63,23 @@ class Tokenizer(ABC):
     @property
     @abstractmethod
     def lossless(self) -> bool:
-        """Whether every text without SentencePiece's mark U+2581 is given back unchanged."""
+        """Whether decoding restores every text that has no U+2581, SentencePiece's mark."""
 
     @abstractmethod
     def encode_all(self, texts: list[str]) -> list[list[int]]:
-        """Return what `encode` does for each text."""
+        """Return the ids of each text, as `encode` does."""
 
     @abstractmethod
     def altered(self, texts: list[str], rows: list[list[int]]) -> set[int]:
-        """Return the places of the texts of which something is lost in their ids, ``rows``."""
+        """Return the indices of the texts that their ids, ``rows``, do not restore."""
 
 
 class SentencePiece(Tokenizer):
     """A SentencePiece model.
 
-    Those that are trained here number their special symbols as fairseq does (bos 0, pad 1, eos 2,
-    unk 3); a foreign one keeps its own numbers, and whichever of bos, pad and eos it lacks is
-    numbered behind its last piece.
+    Models that are trained here number their special symbols as fairseq does (bos 0, pad 1, eos 2,
+    unk 3); other models keep their numbers, and those of bos, pad and eos that they lack are
+    appended after the last piece.
 
     Args:
         model: the bytes of a SentencePiece model.
@@ -115,7 +115,7 @@ class SentencePiece(Tokenizer):
         return [*self._sp.encode(text), self.eos]
 
     def encode_all(self, texts: list[str]) -> list[list[int]]:
-        """Return what `encode` does for each text; all at once take two thirds of the time."""
+        """Return the ids of each text; encoding all at once takes two thirds of the time."""
         has_eos = self._sp.eos_id() >= 0
         rows = self._sp.encode(texts, add_eos=has_eos, num_threads=1)
         if not has_eos:
@@ -124,7 +124,7 @@ class SentencePiece(Tokenizer):
         return rows
 
     def altered(self, texts: list[str], rows: list[list[int]]) -> set[int]:
-        """Return the places of the texts whose ids decode to another one.
+        """Return the indices of the texts whose ids decode to a different text.
 
         Decoding every text would add half the time of encoding. So each text is compared with its
         joined pieces, and only those that differ are decoded.
@@ -142,13 +142,13 @@ class SentencePiece(Tokenizer):
 
     @property
     def lossless(self) -> bool:
-        """Whether the model normalises nothing and falls back to bytes, as those trained here."""
+        """Whether the model normalises nothing and falls back to bytes, like those trained here."""
         byte = self._sp.piece_to_id("<0x00>")
         return self.model.endswith(_NO_NORMALIZER) and self._sp.is_byte(byte)
 
     @cached_property
     def _written(self) -> list[str]:
-        """The text of each piece; a line break, which no text has, where decoding gives another."""
+        """The text of each piece, or a line break, which no text has, if it decodes differently."""
         written = []
         for i, piece in enumerate(self.pieces(range(self.vocab_size))):
             text = piece.replace(_SPACE, " ")
@@ -171,7 +171,7 @@ class SentencePiece(Tokenizer):
 
 
 def make_tokenizer(model: bytes, origin: str = "tokenizer") -> Tokenizer:
-    """Return the tokenizer that bytes hold: a fairseq dictionary or a SentencePiece model.
+    """Return the tokenizer in serialised form: a fairseq dictionary or a SentencePiece model.
 
     Args:
         model: the bytes.
@@ -180,7 +180,7 @@ def make_tokenizer(model: bytes, origin: str = "tokenizer") -> Tokenizer:
     Raises:
         FastdissError: they are neither.
     """
-    from fastdiss_cli.data.dictionary import Dictionary, is_dictionary  # derived from what is here
+    from fastdiss_cli.data.dictionary import Dictionary, is_dictionary  # imports this module
 
     return Dictionary(model, origin) if is_dictionary(model) else SentencePiece(model, origin)
 
@@ -196,17 +196,17 @@ def load_tokenizer(path: Path) -> Tokenizer:
 def train_tokenizer(
     lines: Iterable[str], model_type: str, vocab_size: int, total: int = 0
 ) -> Tokenizer:
-    """Train a SentencePiece model that gives every text back unchanged.
+    """Train a lossless SentencePiece model.
 
     Nothing is normalised, blanks are kept, and characters that are not in the vocabulary fall
     back to their UTF-8 bytes (256 of the pieces).
 
     Args:
-        lines: the text, one sentence an item; empty ones are passed over.
+        lines: the text, one sentence per item; empty ones are skipped.
         model_type: one of `MODEL_TYPES`.
-        vocab_size: the largest number of pieces; a small corpus gets fewer.
-        total: how many lines there are: of very many a sample is taken, always the same. 0: they
-            are few; of very many the first are taken.
+        vocab_size: the maximum number of pieces; a small corpus gets fewer.
+        total: the number of lines; if it is very large, a sample is used, always the same. 0:
+            unknown; if there are very many lines, the first are used.
 
     Raises:
         FastdissError: the vocabulary does not fit the text.
@@ -250,7 +250,7 @@ def train_tokenizer(
 class _CountedLines:
     """Non-empty lines, or a share of them, counted as they pass.
 
-    What goes wrong in reading them is kept. SentencePiece would draw another sample in every run.
+    An error in reading them is kept. SentencePiece itself would draw a new sample in every run.
     """
 
     def __init__(self, lines: Iterable[str], share: float) -> None:
@@ -274,12 +274,12 @@ class _CountedLines:
 
 
 def check_same(side: str, own: Tokenizer, other: Tokenizer, where: str, remedy: str) -> None:
-    """Refuse a tokenizer that is not the checkpoint's own, whose ids would mean other tokens.
+    """Refuse a tokenizer that differs from the checkpoint's: its ids would mean other tokens.
 
     Args:
         side: source or target.
-        own: the checkpoint's.
-        other, where: the one beside it, and what that belongs to.
+        own: the checkpoint's tokenizer.
+        other, where: the other tokenizer, and what it belongs to.
         remedy: what to do.
 
     Raises:
@@ -301,6 +301,6 @@ def _explain(message: str, model_type: str, vocab_size: int) -> str:
     if "sentences_.empty()" in message:
         return (
             f"no line of the text can train a tokenizer: all are longer than {_LONGEST_LINE:,} "
-            "bytes or hold reserved characters"
+            "bytes or contain reserved characters"
         )
     return f"cannot train a {model_type} tokenizer of {vocab_size} pieces: {reason}"

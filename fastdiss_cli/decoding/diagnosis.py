@@ -1,9 +1,9 @@
 """Why more steps help or do not: what `generate --diagnose` measures, as tables and as JSON.
 
-By step of sampling: how far the estimate is from the one that the network would give if it were
-told a fresh estimate of the same step instead of the stale one of the step before. By time: the
-loss on the right answers, told nothing, a fresh estimate, or a stale one, made at t + 1/N: the step
-before on the uniform grid, whichever grid the run was sampled on.
+By sampling step: how far the estimate is from the one that the network would give if it were
+conditioned on a fresh estimate of the same step instead of the stale one of the previous step. By
+time: the loss on the references, conditioned on nothing, on a fresh estimate, or on a stale one
+made at t + 1/N, the previous step of the uniform grid (whichever grid the run was sampled on).
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ def diagnosis_of(
     """Return the tables of one run over a whole split.
 
     Args:
-        run: decoded with the option ``diagnose``.
-        generator: what decoded it.
+        run: a run that was decoded with the option ``diagnose``.
+        generator: the generator that decoded it.
         split: the two sides of the dataset's split.
     """
     model = generator.model
@@ -48,10 +48,11 @@ def diagnosis_of(
 
 
 def by_step(hypotheses: Sequence[Hypothesis]) -> list[Row]:
-    """Return a row for each step of sampling, with means over sentences.
+    """Return one row per sampling step, with means over sentences.
 
     ``gap`` and ``norm`` are those of `HistoryStep`; ``confidence`` is the mean probability of the
-    best tokens, ``changed`` the share of positions whose best token is not that of the step before.
+    best tokens, ``changed`` the fraction of positions whose best token differs from the step
+    before.
     """
     hypotheses = [h for h in hypotheses if h.history]  # an empty sentence has none
     rows = []
@@ -78,33 +79,34 @@ def by_time(
     steps: int,
     dtype: torch.dtype,
 ) -> list[Row]:
-    """Return a row for each tenth of the times, with the mean losses of a token at its middle.
+    """Return one row per tenth of the time axis, with the mean losses per token at its midpoint.
 
     Args:
-        model: one that has ``losses_at`` and ``self_conditioned``.
-        batcher: of the split; the means are over all of its tokens.
-        steps: a stale estimate is made at t + 1/steps; there is none above 1.
-        dtype: bfloat16 computes under autocast.
+        model: a model with ``losses_at`` and ``self_conditioned``.
+        batcher: that of the split; the means are over all of its tokens.
+        steps: a stale estimate is made at t + 1/steps, unless that exceeds 1.
+        dtype: float32, or bfloat16 for autocast.
     """
     device = next(model.parameters()).device
-    ways = {"nothing": None, "fresh": 0.0, "stale": 1 / steps}
+    conditions = {"nothing": None, "fresh": 0.0, "stale": 1 / steps}
     batches = batcher.epoch(0)
     table = []
     for bucket in range(BUCKETS):
         t = (bucket + 0.5) / BUCKETS
         row: Row = {"t": round(t, 4)}
-        for told, gap in ways.items():
+        for condition, gap in conditions.items():
             if gap is not None and (t + gap > 1 or not model.self_conditioned):
                 continue
             mse = anchor = tokens = 0.0
             for number, batch in enumerate(map(batcher.collate, batches)):
-                seed_everything(1, "diagnose", bucket, number)  # the same noise in every way
+                seed_everything(1, "diagnose", bucket, number)  # the same noise for all
                 with autocast(device, dtype):
                     losses = model.losses_at(batch.to(device), t, gap)
                 mse += float(losses[0]) * batch.num_tgt_tokens
                 anchor += float(losses[1]) * batch.num_tgt_tokens
                 tokens += batch.num_tgt_tokens
-            row[f"mse_{told}"], row[f"anchor_{told}"] = mse / tokens, anchor / tokens
+            row[f"mse_{condition}"] = mse / tokens
+            row[f"anchor_{condition}"] = anchor / tokens
         table.append(row)
     return table
 
@@ -112,8 +114,8 @@ def by_time(
 def describe_diagnosis(steps: int, tables: dict[str, list[Row]]) -> str:
     """Return the tables of a run as text."""
     return (
-        f"\n{counted(steps, 'step')}, by step of sampling\n{_table(tables['by_step'])}\n\n"
-        "losses by time, told nothing, a fresh estimate, or a stale one (t + 1/steps)\n"
+        f"\n{counted(steps, 'step')}, by sampling step\n{_table(tables['by_step'])}\n\n"
+        "losses by time, given nothing, a fresh estimate, or a stale one (t + 1/steps)\n"
         f"{_table(tables['by_time'])}"
     )
 

@@ -1,4 +1,4 @@
-"""Decode a list of sentences: batches by length, one encoder pass for all ways of decoding."""
+"""Decode a list of sentences: batches by length, one encoder pass for all runs."""
 # B batch, S source length
 
 from __future__ import annotations
@@ -21,26 +21,26 @@ from fastdiss_cli.models.registry import Hypothesis, Seq2SeqModel
 from fastdiss_cli.randomness import counter_seed
 from fastdiss_cli.signals import Stop
 
-Done = Callable[[int], None]  # told the number of sentences that are finished
+Done = Callable[[int], None]  # called with the number of newly finished sentences
 
 
 def default_max_tokens(device: torch.device) -> int:
-    """Return a padded batch size that is fast: on a CPU one whose layers stay in its cache."""
+    """Return a fast padded batch size; on a CPU, activations must stay in its cache."""
     return 2000 if device.type == "cpu" else 8000
 
 
 @dataclass
 class Run:
-    """One way of decoding (such as one step count), its answers and what they cost.
+    """One decoding configuration (such as one step count), its answers and their cost.
 
     Attributes:
         options: the model's `Decoding`.
-        best: the chosen hypothesis of each sentence, in the order given; None where it is not
-            decoded, by this rank or because a signal came.
-        seconds: time spent, encoder included.
+        best: the chosen hypothesis of each sentence, in the given order; None if another rank
+            decodes it, or if a signal came first.
+        seconds: time spent, including the encoder.
         nfe: decoder evaluations, summed over sentences.
-        sentences: how many are decoded.
-        empty: how many of them are empty, and cost nothing.
+        sentences: the number of decoded sentences.
+        empty: the number of empty ones among them, which cost nothing.
     """
 
     options: Any
@@ -53,13 +53,13 @@ class Run:
 
 @dataclass
 class SequenceGenerator:
-    """A model and how it decodes, whatever the sentences.
+    """A model and the settings that it decodes with.
 
     Attributes:
-        model: in evaluation mode.
+        model: the model, in evaluation mode.
         select: chooses among the candidates.
-        max_tokens: the largest padded size of a batch, all candidates counted.
-        dtype: bfloat16 decodes under autocast.
+        max_tokens: the largest padded size of a batch, counting all candidates.
+        dtype: float32, or bfloat16 for autocast.
     """
 
     model: Seq2SeqModel
@@ -78,17 +78,17 @@ class SequenceGenerator:
         should_stop: Callable[[], int] = lambda: 0,
         share: tuple[int, int] = (0, 1),
     ) -> None:
-        """Decode sentences in every given way; the answers are left in ``runs``.
+        """Decode sentences once per run, and store the answers in ``runs``.
 
         Args:
-            sources: token ids, eos included; the answer to an empty sentence is empty.
-            runs: `Run.best` is replaced, the costs are added up.
+            sources: token ids, including eos; the answer to an empty sentence is empty.
+            runs: `Run.best` is replaced, the costs are accumulated.
             first: the number of the first sentence in the corpus, for messages.
-            gold: the right answers, for options that diagnose with them.
+            gold: the references, for options that diagnose with them.
             done: called after each batch.
-            should_stop: asked after each batch; if true, the sentences left over stay None in
+            should_stop: called after each batch; if true, the remaining sentences stay None in
                 `Run.best`.
-            share: (r, n): of every n batches only the r-th; the other sentences stay None.
+            share: (r, n): decode only the r-th of every n batches; other sentences stay None.
 
         Raises:
             FastdissError: memory ran out.
@@ -134,12 +134,12 @@ class SequenceGenerator:
         device = next(model.parameters()).device
         batch = [sources[i] for i in rows]
         answers = None if gold is None else [gold[i] for i in rows]
-        # seeded by its own tokens: the answer does not depend on where in which text a source is
+        # seeded by its own tokens: the answer does not depend on a source's place in the corpus
         seeds = torch.tensor([counter_seed("source", *source) for source in batch]).to(device)
         start = time.perf_counter()
         with autocast(device, self.dtype):
             memory = model.encode(*(x.to(device) for x in pad(batch, model.src.pad)))
-            if device.type == "cuda" and len(runs) > 1:  # all runs are charged its time
+            if device.type == "cuda" and len(runs) > 1:  # its time is charged to every run
                 torch.cuda.synchronize(device)
             encoding = time.perf_counter() - start
             for run in runs:
@@ -147,7 +147,7 @@ class SequenceGenerator:
                 candidates = model.decode(memory, seeds, run.options, answers)
                 if not all(row and not any(math.isnan(h.score) for h in row) for row in candidates):
                     raise FastdissError(
-                        "what the model gives is not finite: its training has diverged"
+                        "the model's output is not finite: its training has diverged"
                     )
                 chosen = self.select(batch, candidates)
                 run.seconds += encoding + time.perf_counter() - start
@@ -166,27 +166,27 @@ class SequenceGenerator:
         gold: Sequence[Sequence[int]] | None = None,
         done: Done = lambda sentences: None,
     ) -> int:
-        """Decode this rank's share of the batches and collect what the others have decoded.
+        """Decode this rank's share of the batches and collect the answers of all ranks.
 
-        The batches are those of one process, and so the answers are the same to the last bit.
+        The batches, and so the answers, are bit for bit those of a single process.
 
         Args:
             sources, runs, first, gold, done: as in `decode`, the same on all ranks. The seconds of
                 a run are those of its slowest rank.
-            processes: this process among the others.
-            stop: after a signal this rank ends with the batch at hand; what is left stays None.
+            processes: the process group.
+            stop: after a signal, this rank finishes its current batch only; the rest stays None.
 
         Returns:
-            The signal that any rank has received, or 0.
+            The signal that any rank received, or 0.
 
         Raises:
             CommonError: memory ran out on a rank.
         """
         own, before = [Run(run.options) for run in runs], runs[-1].sentences
         share = processes.rank, processes.world_size
-        with processes.attempt("decoding") as tried:
+        with processes.attempt("decoding") as attempt:
             self.decode(sources, own, first, gold, done, lambda: stop.signal, share)
-        signal = processes.agree(tried, stop)
+        signal = processes.agree(attempt, stop)
         for run, parts in zip(runs, zip(*processes.gather([own]), strict=True), strict=True):
             answers = zip(*(part.best for part in parts), strict=True)
             run.best = [next(filter(None, found), None) for found in answers]

@@ -3,7 +3,7 @@
 The utilities are sacreBLEU's sentence scores (version 2, default settings), computed for all
 pairs of candidates of all sentences of a batch at once.
 """
-# B sentences, C candidates of one, U different texts among them
+# B sentences, C candidates per sentence, U distinct texts among them
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SMOOTHING = np.exp2([-m * (m + 1) / 2 for m in range(BLEU_ORDER + 1)])
 CHRF_ORDER = 6
 CHRF_BETA = 2
 TOGETHER = 16  # sentences whose n-grams are counted at once: more need memory and save no time
-CHARACTERS_KEPT = 2**19  # of the words that are looked up once
+CHARACTERS_KEPT = 2**19  # the size of the cache of words
 
 _tokenizer_13a = BLEU(effective_order=True).tokenizer
 
@@ -34,9 +34,8 @@ def expected_utilities(
 ) -> list[np.ndarray]:
     """Average the utility of each candidate of a sentence over the C - 1 other candidates.
 
-    A repeated text counts once for each time that it occurs, and equal texts get equal values,
-    to the last bit. A single candidate is scored against itself. The values of a sentence do not
-    depend on the other sentences, which share the calls.
+    A repeated text counts as often as it occurs, and equal texts get equal values, bit for bit. A
+    single candidate is scored against itself. Sentences share calls, but do not affect each other.
 
     Args:
         sentences: the C candidates of each, detokenised; empty texts are allowed.
@@ -49,13 +48,13 @@ def expected_utilities(
     Raises:
         FastdissError: the metric is unknown.
 
-    Source: Kumar and Byrne 2004 (minimum Bayes risk), all samples with one weight.
+    Source: Kumar and Byrne 2004 (minimum Bayes risk), with equal weights for all samples.
     """
     found = []
     for start in range(0, len(sentences), TOGETHER):
-        different = [_different(candidates) for candidates in sentences[start : start + TOGETHER]]
-        pairs = pairwise_utilities([texts for texts, _ in different], metric)
-        for utilities, (texts, index) in zip(pairs, different, strict=True):
+        distinct = [_distinct(candidates) for candidates in sentences[start : start + TOGETHER]]
+        pairs = pairwise_utilities([texts for texts, _ in distinct], metric)
+        for utilities, (texts, index) in zip(pairs, distinct, strict=True):
             if len(index) > 1:
                 others = np.bincount(index) - np.eye(len(texts))
                 utilities = utilities * others / (len(index) - 1)
@@ -63,8 +62,8 @@ def expected_utilities(
     return found
 
 
-def _different(candidates: Sequence[str]) -> tuple[list[str], np.ndarray]:
-    """Return the U different texts and each candidate's place among them [C]."""
+def _distinct(candidates: Sequence[str]) -> tuple[list[str], np.ndarray]:
+    """Return the U distinct texts and each candidate's index among them [C]."""
     places: dict[str, int] = {}
     index = [places.setdefault(text, len(places)) for text in candidates]
     return list(places), np.array(index, dtype=np.int64)
@@ -73,7 +72,7 @@ def _different(candidates: Sequence[str]) -> tuple[list[str], np.ndarray]:
 def pairwise_utilities(
     sentences: Sequence[Sequence[str]], metric: str = "bleu"
 ) -> list[np.ndarray]:
-    """Score every text of a sentence as hypothesis against every one as its only reference.
+    """Score every text of a sentence as hypothesis against every text as the only reference.
 
     Entry [i, j] is sacreBLEU's sentence score of text i against text j, by
     ``BLEU(effective_order=True)`` (13a tokens, exponential smoothing) or by ``CHRF()``
@@ -95,7 +94,7 @@ def pairwise_utilities(
     if metric not in METRICS:
         raise FastdissError(f"unknown MBR metric {metric!r}: choose one of {', '.join(METRICS)}")
     if metric == "bleu":
-        words = _known_words()
+        words = _word_cache()
         lines = [[_ids_13a(text, words) for text in texts] for texts in sentences]
         utilities = _bleu(*_match_ngrams(lines, BLEU_ORDER))
     else:
@@ -105,11 +104,11 @@ def pairwise_utilities(
 
 
 class _Words(dict[str, list[int]]):
-    """The 13a tokens of a word, as numbers; looked up once, as candidates share their words."""
+    """A cache from words to the numbers of their 13a tokens: candidates share most words."""
 
     def __init__(self) -> None:
         self.tokens: defaultdict[str, int] = defaultdict(count().__next__)
-        self.characters = 0  # of all that was tokenised
+        self.characters = 0  # tokenised so far
 
     def __missing__(self, word: str) -> list[int]:
         ids = self[word] = self.number(word)
@@ -124,8 +123,8 @@ class _Words(dict[str, list[int]]):
 _words = _Words()
 
 
-def _known_words() -> _Words:
-    """Return the words of earlier calls, or begin anew where they have become much text."""
+def _word_cache() -> _Words:
+    """Return the cache of earlier calls, or a new one if it has grown too large."""
     global _words
     if _words.characters > CHARACTERS_KEPT:
         _words = _Words()
@@ -135,7 +134,7 @@ def _known_words() -> _Words:
 def _ids_13a(text: str, words: _Words) -> list[int]:
     """Tokenise as sacreBLEU's 13a does, and return the numbers of the tokens."""
     text = text.rstrip()
-    if "-\n" in text or "<skipped>" in text:  # only here does 13a look beyond a single word
+    if "-\n" in text or "<skipped>" in text:  # 13a looks beyond single words only here
         return words.number(text)
     return list(chain.from_iterable(map(words.__getitem__, text.split())))
 
@@ -179,7 +178,7 @@ def _match_ngrams(
 
     # min(a, b) = sum_{k >= 1} [a >= k][b >= k]: products of 0/1 matrices clip and sum, exactly
     # (float32 up to 2^24). A column stands for the k-th occurrence of one n-gram in a line. The
-    # cells are nearly sorted, which numpy's stable sort makes use of.
+    # cells are nearly sorted, which numpy's stable sort exploits.
     cells = np.sort((gram * (B * U) + owner)[window > 0], kind="stable")
     gram, owner = np.divmod(cells, B * U)
     place = np.arange(cells.size)

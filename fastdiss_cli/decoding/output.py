@@ -1,4 +1,4 @@
-"""fairseq's output lines: write them, and read them back for scoring.
+"""Write fairseq's output lines, and read them back for scoring.
 
 For sentence ``i``, tab-separated, in corpus order:
 
@@ -6,7 +6,7 @@ For sentence ``i``, tab-separated, in corpus order:
     H-i  score  pieces       D-i  score  text          P-i    score of each piece
     I-i  decoder evaluations
 
-E, H, D, P and I come once for each of the ``--nbest`` candidates, the chosen one first.
+E, H, D, P and I are repeated for each of the ``--nbest`` candidates, the chosen one first.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from fastdiss_cli import logs
 from fastdiss_cli.data.text import decode_lines, read_lines, read_references
 from fastdiss_cli.errors import FastdissError
 
-if TYPE_CHECKING:  # `score` reads these files, and need not wait for torch
+if TYPE_CHECKING:  # `score` reads these files, and should not wait for torch
     from rich.text import Text
 
     from fastdiss_cli.data.tokenizer import Tokenizer
@@ -32,8 +32,8 @@ if TYPE_CHECKING:  # `score` reads these files, and need not wait for torch
 _LINE = re.compile(r"([STHDPI])-([0-9]{1,18})\t(.*)", re.DOTALL)
 _SUMMARY = re.compile(r"Generate .* sentences/s, NFE [\d.]+$")
 _HISTORY = re.compile(r"E-[0-9]{1,18}_[0-9]+\t")
-# (below, rich style): one dark hue and an underline, for dark and light terminals and for eyes
-# that tell no red from green; label smoothing keeps sure pieces near 0.9
+# (upper bound, rich style): red and an underline, to suit dark and light terminals and colour-blind
+# readers; label smoothing keeps the confidence of certain pieces near 0.9
 _CONFIDENCE_STYLES = ((0.5, "bold underline red"), (0.8, "red"), (1.1, ""))
 
 
@@ -45,13 +45,13 @@ def format_lines(
     reference: str | None = None,
     colour: bool = False,
 ) -> str:
-    """Return the lines of one sentence, each ended by a newline.
+    """Return the output lines of one sentence, each ending in a newline.
 
     Args:
-        number: of the sentence in the corpus.
+        number: the number of the sentence in the corpus.
         source, reference: their text.
-        hypothesis: the chosen one.
-        tokenizer: of the target side.
+        hypothesis: the chosen hypothesis, with its `runners_up`.
+        tokenizer: the tokenizer of the target side.
         colour: colour the history by confidence, for a terminal.
     """
     lines = [f"S-{number}\t{_one_line(source)}"]
@@ -71,7 +71,7 @@ def format_lines(
 
 
 def confidence_legend() -> Text:
-    """Return what the colours of a history mean."""
+    """Return the legend for the colours of a history."""
     from rich.text import Text
 
     (unsure, first), (likely, second), _ = _CONFIDENCE_STYLES
@@ -91,12 +91,12 @@ def hypothesis_text(hypothesis: Hypothesis, tokenizer: Tokenizer) -> str:
 
 @dataclass
 class Generated:
-    """What a generate file, or plain text, says of the sentences, in corpus order.
+    """The contents of a generate file, or of plain text, in corpus order.
 
     Attributes:
         candidates: the hypotheses of each sentence, the chosen one first.
-        references: where the file has them.
-        summary: the line that ends a complete generate file, or nothing.
+        references: the references, if the file has them.
+        summary: the last line of a complete generate file, or "".
     """
 
     candidates: list[list[str]]
@@ -112,7 +112,7 @@ def read_system(path: Path) -> Generated:
     """Read a system's answers from plain text or from a generate file; ``-`` is stdin.
 
     Raises:
-        FastdissError: the file is empty, or a generate file has a sentence twice or not at all.
+        FastdissError: the file is empty, or a generate file has repeated or missing sentences.
     """
     from_stdin = str(path) == "-"
     lines = list(decode_lines(sys.stdin.buffer, "stdin") if from_stdin else read_lines(path))
@@ -120,7 +120,7 @@ def read_system(path: Path) -> Generated:
         raise FastdissError("stdin is empty: give --sys FILE" if from_stdin else f"{path} is empty")
     plain = Generated([[line] for line in lines])
     summary = next((line for line in reversed(lines) if _SUMMARY.match(line)), "")
-    # where stdout and stderr went into one file, a log comes first, and the summary tells it
+    # if stdout and stderr share a file, it starts with log lines; the summary identifies it
     if not (summary or _LINE.match(lines[0]) or _HISTORY.match(lines[0])):
         return plain
     found: dict[str, dict[int, list[str]]] = {"S": {}, "D": {}, "T": {}}
@@ -140,7 +140,7 @@ def read_system(path: Path) -> Generated:
         if any(match and match[1] == "H" for match in map(_LINE.match, lines)):
             raise FastdissError(
                 f"{path} has H- lines, which show pieces, but no D- lines, which are text: give "
-                "the generate file as it is"
+                "the unmodified generate file"
             )
         if summary:
             raise FastdissError(f"{path} holds no sentences")
@@ -152,7 +152,7 @@ def read_system(path: Path) -> Generated:
         raise FastdissError(f"{path}: no D-{missing} line; the file is not complete")
     if not summary:
         logs.warn(
-            f"{path} has no last line (Generate ...), as if it was cut: it is taken for "
+            f"{path} has no last line (Generate ...) and may be truncated: scoring its "
             f"{logs.counted(len(answers), 'sentence')}"
         )
     return Generated(
@@ -169,10 +169,10 @@ def read_all_references(paths: Sequence[Path], count: int | None) -> list[list[s
 
     Args:
         paths: one or more files; see `read_references`.
-        count: how many sentences there are, if that is known.
+        count: the number of sentences, if known.
 
     Raises:
-        FastdissError: a file has another number of lines.
+        FastdissError: a file is empty, has a different number of lines, or is a generate file.
     """
     joined: list[list[str]] = []
     for path in paths:
@@ -181,15 +181,15 @@ def read_all_references(paths: Sequence[Path], count: int | None) -> list[list[s
             raise FastdissError(f"{path} is empty: references are needed")
         if all(_LINE.match("\t".join(row)) for row in rows):
             raise FastdissError(
-                f"{path} has lines of a generate file with their numbers, not text alone: take it "
+                f"{path} has numbered lines of a generate file, not plain text: extract the text "
                 "from its T- lines with `cut -f2-`"
             )
         count = len(rows) if count is None else count
         if len(rows) != count:
             raise FastdissError(
-                f"{path} has {logs.counted(len(rows), 'line')} where there are "
+                f"{path} has {logs.counted(len(rows), 'line')} for "
                 f"{logs.counted(count, 'sentence')}: "
-                "references need a line for a sentence"
+                "references need one line per sentence"
             )
         joined = [a + b for a, b in zip(joined or [[]] * count, rows, strict=True)]
     return joined
@@ -202,7 +202,7 @@ def reference_streams(references: Sequence[Sequence[str]]) -> list[list[str | No
 
 
 def _one_line(text: str) -> str:
-    """A model may write any byte; a line break within a line would shift all that follow."""
+    """Replace line breaks, which a model may produce and which would shift all later lines."""
     return text.replace("\n", " ")
 
 

@@ -14,7 +14,7 @@ from fastdiss_cli.decoding.output import reference_streams
 from fastdiss_cli.errors import FastdissError
 from fastdiss_cli.logs import counted
 
-if TYPE_CHECKING:  # `score` reads summaries, and need not wait for torch
+if TYPE_CHECKING:  # `score` reads summaries, and should not wait for torch
     from fastdiss_cli.decoding.generation import Run
 
 _LINE = re.compile(
@@ -25,7 +25,7 @@ _LINE = re.compile(
 
 @dataclass
 class Summary:
-    """The figures of one run; there is a score where there are references."""
+    """The figures of one run, with a score if there are references."""
 
     run: Run
     bleu: BLEUScore | None = None
@@ -38,14 +38,14 @@ class Summary:
 
     @property
     def nfe(self) -> float:
-        """Decoder evaluations per sentence that is not empty."""
+        """Decoder evaluations per non-empty sentence."""
         return self.run.nfe / max(self.run.sentences - self.run.empty, 1)
 
     def line(self, name: str, arch: str, **more: str) -> str:
-        """Return the summary line of a split, or of raw text, under ``name``.
+        """Return the summary line of a split, or of raw text, named ``name``.
 
-        Options are those of decoding and ``more``; a switch is named where it is on, also one
-        that changes no answer: it takes time.
+        It shows the options of decoding and ``more``. Switches are shown if they are on, even those
+        that change no answer, because they take time.
         """
         shown = {k: v for k, v in {**vars(self.run.options), **more}.items() if v is not False}
         how = " ".join(f"{key}={value}" for key, value in shown.items())
@@ -59,13 +59,13 @@ class Summary:
 
 @dataclass
 class Figures:
-    """What a summary line says of a run.
+    """The figures in a summary line.
 
     Attributes:
         arch: the architecture.
-        options: of decoding, as text.
+        options: the options of decoding, as text.
         speed: sentences per second.
-        nfe: decoder evaluations per sentence that is not empty.
+        nfe: decoder evaluations per non-empty sentence.
     """
 
     arch: str
@@ -84,7 +84,7 @@ class Figures:
 
 
 def parse_summary(line: str) -> Figures | None:
-    """Read the figures from `Summary.line`; None if it is no such line."""
+    """Parse a line of `Summary.line`; return None for any other line."""
     match = _LINE.match(line)
     if match is None:
         return None
@@ -99,18 +99,18 @@ def summarise(
     """Score the hypotheses of each run.
 
     Args:
-        runs: what was run.
+        runs: the runs.
         texts: the hypotheses of each run, in corpus order.
-        references: the right answers of each sentence, or nothing.
+        references: the references of each sentence, or an empty list.
 
     Raises:
-        FastdissError: there are not as many references as sentences.
+        FastdissError: the numbers of references and sentences differ.
     """
     if not references:
         return [Summary(run) for run in runs]
     if len(references) != len(texts[0]):
         raise FastdissError(
-            f"--ref has {counted(len(references), 'line')} where the input has "
+            f"--ref has {counted(len(references), 'line')}, but the input has "
             f"{counted(len(texts[0]), 'sentence')}"
         )
     summaries = []
@@ -122,7 +122,7 @@ def summarise(
 
 
 def _digits(speed: float) -> str:
-    """Return a speed with one decimal, or with three digits where it is low."""
+    """Return a speed with one decimal, or with three significant digits if it is below 10."""
     return f"{speed:.1f}" if speed >= 10 or not speed else f"{speed:#.3g}"
 
 

@@ -20,24 +20,24 @@ if TYPE_CHECKING:
     from fastdiss_cli.checkpoints.loading import Loaded
 
 METHODS = ("score", "mbr", "rerank")
-MBR_METRIC = "bleu"  # unless the user says
+MBR_METRIC = "bleu"  # the default
 
 # (sources [B], candidates [B][C]) -> the chosen one of each sentence
 Select = Callable[[Sequence[Sequence[int]], list[list[Hypothesis]]], list[Hypothesis]]
 
 
 def check_selection(method: str | None, metric: str | None, reranked: bool) -> None:
-    """Check how candidates are to be chosen; nothing need be loaded for it.
+    """Check the options of selection, without loading anything.
 
     Args:
         method: one of `METHODS`; None: the default of the model, or ``rerank`` if there is a
             reranker.
-        metric: of MBR, one of `mbr.METRICS`; None: `MBR_METRIC`.
+        metric: the metric of MBR, one of `mbr.METRICS`; None: `MBR_METRIC`.
         reranked: whether there is a reranker.
 
     Raises:
-        OptionError: there is no such method or metric, a metric without MBR, or a reranker too
-            many or too few.
+        OptionError: the method or metric is unknown, there is a metric without MBR, or a reranker
+            is missing or unused.
     """
     if method not in (None, *METHODS):
         raise OptionError("select", f"{method}: choose from {', '.join(METHODS)}")
@@ -51,7 +51,7 @@ def check_selection(method: str | None, metric: str | None, reranked: bool) -> N
 
 
 def check_reranker(model: Loaded, reranker: Loaded) -> None:
-    """Refuse a reranker that has other tokenizers or goes the other way.
+    """Refuse a reranker that has other tokenizers or the opposite direction.
 
     Raises:
         FastdissError: it does not fit.
@@ -62,18 +62,19 @@ def check_reranker(model: Loaded, reranker: Loaded) -> None:
     ):
         check_same(side, mine, other, "the reranker", "train both on one dataset")
     source, target = model.languages
-    if source != target and reranker.languages == (target, source):  # which a joined one can't tell
+    if source != target and reranker.languages == (target, source):  # if tokenizers are joined
         raise FastdissError(
-            f"the reranker goes from {target} to {source}, the model from {source} to {target}"
+            f"the reranker translates from {target} to {source}, "
+            f"the model from {source} to {target}"
         )
 
 
 def selector(
     model: Loaded, method: str | None, metric: str | None, reranker: Loaded | None
 ) -> tuple[str, Select]:
-    """Return how the candidates of a model are chosen: the method's name and its function.
+    """Return how to choose among a model's candidates: the name of the method and its function.
 
-    Args and errors are those of `check_selection` and `check_reranker`.
+    Arguments and errors are those of `check_selection` and `check_reranker`.
     """
     method = method or ("rerank" if reranker else model.model.default_select)
     check_selection(method, metric, reranker is not None)
@@ -116,10 +117,10 @@ def by_reranking(reranker: Seq2SeqModel, dtype: torch.dtype = torch.float32) -> 
 
     Args:
         reranker: a model that has ``log_likelihood``, with the same tokenizers.
-        dtype: in which it computes, whatever the model does whose candidates they are.
+        dtype: the type that it computes in, which may differ from that of the other model.
 
     Raises:
-        FastdissError: the model cannot score given answers.
+        FastdissError: the reranker cannot score given answers.
     """
     if not hasattr(reranker, "log_likelihood"):
         raise FastdissError("the reranker must be a `transformer` checkpoint: only it can rerank")
@@ -141,11 +142,11 @@ def by_reranking(reranker: Seq2SeqModel, dtype: torch.dtype = torch.float32) -> 
 
 
 def with_runners_up(select: Select, count: int) -> Select:
-    """Leave the best scored of the other candidates with the one that is chosen.
+    """Attach the best-scored other candidates to the chosen one, as its `runners_up`.
 
     Args:
-        select: chooses.
-        count: how many others, at most.
+        select: chooses the best candidate.
+        count: the maximum number of others.
     """
 
     def select_all(

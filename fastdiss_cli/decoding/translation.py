@@ -1,4 +1,4 @@
-"""From a corpus to fairseq's lines: window by window, in corpus order, over all ranks."""
+"""Translate a corpus into fairseq's output lines: window by window, in order, on all ranks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import TextIO
 
 from fastdiss_cli import logs
 from fastdiss_cli.data.binarized import BinarizedDataset, TokenFile
-from fastdiss_cli.data.text import ComingLines, count_lines, decode_lines, read_lines
+from fastdiss_cli.data.text import IncomingLines, count_lines, decode_lines, read_lines
 from fastdiss_cli.data.tokenizer import Tokenizer, check_same
 from fastdiss_cli.decoding.generation import Run, SequenceGenerator
 from fastdiss_cli.decoding.output import format_lines, hypothesis_text
@@ -22,19 +22,19 @@ from fastdiss_cli.errors import FastdissError
 from fastdiss_cli.models.registry import Hypothesis
 from fastdiss_cli.signals import Stop, Stopped
 
-WINDOW = 4096  # sentences that are sorted by length together, and held in memory
+WINDOW = 4096  # sentences that are held in memory and sorted by length together
 
 Pair = tuple[list[int], "list[int] | None"]  # ids of a source, and of its reference if it has one
 
 
 @dataclass
 class Input:
-    """What is to be translated.
+    """The text to translate.
 
     Attributes:
-        windows: lists of pairs, each decoded together before the next is asked for.
-        total: how many pairs, if that is known.
-        split: the two sides of a dataset's split, if it is one.
+        windows: lists of pairs; each is decoded before the next one is read.
+        total: the number of pairs, if known.
+        split: the two sides of a dataset's split, if it comes from a dataset.
     """
 
     windows: Iterator[list[Pair]]
@@ -45,10 +45,10 @@ class Input:
 def dataset_input(
     dataset: BinarizedDataset, split: str, src: Tokenizer, tgt: Tokenizer, window: int
 ) -> Input:
-    """Return a split of a dataset, whose bytes are checked.
+    """Return a split of a dataset, after verifying its bytes.
 
     Args:
-        window: pairs of a window; 0: all of them.
+        window: pairs per window; 0: all pairs in one.
 
     Raises:
         FastdissError: it is damaged, or was made with other tokenizers than the checkpoint's.
@@ -64,26 +64,26 @@ def dataset_input(
 
 
 def text_input(input: str, src: Tokenizer, window: int) -> Input:
-    """Return the lines of a file, or of stdin for ``-``, read as they are needed.
+    """Return the lines of a file, or of stdin for ``-``, read lazily.
 
     Args:
-        window: lines of a window; 0: `WINDOW` of a file, and of stdin what waits there.
+        window: lines per window; 0: `WINDOW` for a file, and whatever is waiting on stdin.
     """
     if input != "-":
         path = Path(input)
-        total = count_lines(path) if path.is_file() else None  # a named pipe can be read once
+        total = count_lines(path) if path.is_file() else None  # a pipe can be read only once
         if total == 0:
             logs.warn(f"{path} is empty")
         return Input(_windows(_ids(read_lines(path), src), window or WINDOW), total)
     if window:
         lines = decode_lines(sys.stdin.buffer, "stdin")
         return Input(_windows(_ids(lines, src), window))
-    coming = ComingLines(sys.stdin.buffer)
-    return Input(_as_they_come(coming, _ids(decode_lines(coming, "stdin"), src)))
+    incoming = IncomingLines(sys.stdin.buffer)
+    return Input(_as_they_arrive(incoming, _ids(decode_lines(incoming, "stdin"), src)))
 
 
 def _ids(lines: Iterable[str], src: Tokenizer) -> Iterator[Pair]:
-    """Yield the ids of each line; at the end, warn of tokens that the model does not know."""
+    """Yield the ids of each line; at the end, warn of tokens that are unknown to the model."""
     tokens = unknown = 0
     for line in lines:
         ids = src.encode(line)
@@ -93,7 +93,7 @@ def _ids(lines: Iterable[str], src: Tokenizer) -> Iterator[Pair]:
     if unknown:
         logs.warn(
             f"{unknown:,} of {tokens:,} source tokens are unknown to the model: "
-            "prepare the input as its training text was"
+            "preprocess the input like its training text"
         )
 
 
@@ -101,18 +101,18 @@ def _windows(pairs: Iterator[Pair], size: int) -> Iterator[list[Pair]]:
     return iter(lambda: list(islice(pairs, size)), [])
 
 
-def _as_they_come(coming: ComingLines, pairs: Iterator[Pair]) -> Iterator[list[Pair]]:
-    """Yield what waits, but at most twice as many pairs as last time, and a single one at first.
+def _as_they_arrive(incoming: IncomingLines, pairs: Iterator[Pair]) -> Iterator[list[Pair]]:
+    """Yield the waiting pairs: one at first, then at most twice as many as last time.
 
-    So a line is answered at once, a pipe full of lines is decoded in large batches soon, and the
-    first of them do not wait for all.
+    So a single line is answered at once, and a full pipe is soon decoded in large batches, while
+    its first lines do not wait for the last.
     """
     most = 1
     for pair in pairs:
         window = [pair]
         try:
-            window.extend(islice(pairs, min(coming.waiting, most - 1)))
-        except FastdissError:  # in a line that is no text: those before it have their answers
+            window.extend(islice(pairs, min(incoming.waiting, most - 1)))
+        except FastdissError:  # a line is invalid: answer those before it first
             yield window
             raise
         yield window
@@ -120,27 +120,28 @@ def _as_they_come(coming: ComingLines, pairs: Iterator[Pair]) -> Iterator[list[P
 
 
 def check_direction(languages: tuple[str, str], dataset: BinarizedDataset) -> None:
-    """Refuse a dataset in the other direction, which a joined tokenizer cannot tell.
+    """Refuse a dataset in the opposite direction, which a joined tokenizer does not reveal.
 
-    Of other languages a warning is enough: names differ, as in en and en-GB.
+    For other languages a warning is enough: their names may differ, as in en and en-GB.
     """
     source, target = languages
     theirs = dataset.summary["source"], dataset.summary["target"]
     if source != target and theirs == (target, source):
         raise FastdissError(
-            f"the checkpoint goes from {source} to {target}, {dataset.folder} from {target} to "
-            f"{source}: give -s {source} -t {target} (a dataset of fairseq), or preprocess again"
+            f"the checkpoint translates from {source} to {target}, {dataset.folder} goes from "
+            f"{target} to {source}: give -s {source} -t {target} (for a dataset of fairseq), or "
+            "preprocess again"
         )
     if source and theirs != languages:
         logs.warn(
-            f"the checkpoint was trained to go from {source} to {target}, "
-            f"and {dataset.folder} goes from {theirs[0]} to {theirs[1]}"
+            f"the checkpoint translates from {source} to {target}, "
+            f"but {dataset.folder} goes from {theirs[0]} to {theirs[1]}"
         )
 
 
 @dataclass
 class Output:
-    """Where the lines of one run go: stdout, or a file that takes its name when it is complete."""
+    """Where the lines of a run go: stdout, or a file that gets its final name once complete."""
 
     file: TextIO
     path: Path | None = None
@@ -149,7 +150,7 @@ class Output:
         """Write and flush.
 
         Raises:
-            FastdissError: the file cannot take it.
+            FastdissError: the file cannot be written.
         """
         try:
             self.file.write(text)
@@ -160,7 +161,7 @@ class Output:
             raise FastdissError(f"{self.path}: cannot write: {error.strerror}") from None
 
     def keep(self) -> Path:
-        """Keep the lines of a run that a signal has ended, and return where."""
+        """Keep the lines of an unfinished run in a ``.part`` file, and return its path."""
         assert self.path is not None
         part = self.path.with_name(f"{self.path.name}.part")
         os.replace(self.file.name, part)
@@ -175,36 +176,36 @@ class Output:
 
 
 def open_outputs(stack: ExitStack, runs: list[Run], folder: Path | None, name: str) -> list[Output]:
-    """Open a file for each run in a folder, or stdout where there is none."""
+    """Open one file per run in a folder, or stdout if there is no folder."""
     if folder is None:
         return [Output(sys.stdout)]
     if folder.is_file():
         raise FastdissError(f"--results-path {folder} is a file")
     folder.mkdir(parents=True, exist_ok=True)
     if not os.access(folder, os.W_OK):
-        raise FastdissError(f"--results-path {folder} cannot be written: see its permissions")
+        raise FastdissError(f"--results-path {folder} is not writable: check its permissions")
     outputs = []
     for run in runs:
         steps = f".steps{run.options.steps}" if len(runs) > 1 else ""
         path = folder / f"generate-{name}{steps}.txt"
         if path.exists():
-            logs.warn(f"{path} is there already, and will be replaced")
-        aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        stack.callback(aside.unlink, missing_ok=True)
-        file = stack.enter_context(aside.open("w", encoding="utf-8", newline="\n"))
+            logs.warn(f"{path} already exists, and will be replaced")
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        stack.callback(temporary.unlink, missing_ok=True)
+        file = stack.enter_context(temporary.open("w", encoding="utf-8", newline="\n"))
         outputs.append(Output(file, path))
     return outputs
 
 
 @dataclass
 class Translation:
-    """What became of a corpus.
+    """The translation of a corpus.
 
     Attributes:
         texts: the hypotheses of each run, if they are kept.
         references: the target side, if there is one and texts are kept.
-        sentences: how many are done.
-        signal: what came before all were done, or 0.
+        sentences: the number of translated sentences.
+        signal: the signal that stopped it early, or 0.
     """
 
     texts: list[list[str]]
@@ -228,19 +229,19 @@ def translate(
 ) -> Translation:
     """Decode a corpus window by window, writing the lines of each run in corpus order.
 
-    The first rank reads and writes; all of them decode. Memory is that of a window, unless the
-    texts are kept.
+    The first rank reads and writes; all ranks decode. Only one window is in memory, unless texts
+    are kept.
 
     Args:
         generator, runs: as in `SequenceGenerator.decode`.
-        tokenizers: of the source and the target.
-        corpus: what is decoded.
-        outputs: of the runs, on the first rank; nothing on the others.
-        gold: tell the model the right answers.
-        keep: keep texts and references, for scores; the first rank does.
-        plain: write the text of the hypotheses alone.
-        processes: this process among the others.
-        stop: after a signal the batch at hand is the last.
+        tokenizers: those of the source and the target.
+        corpus: the text to translate.
+        outputs: one per run on the first rank; empty on the others.
+        gold: give the references to the model.
+        keep: keep texts and references for scoring, on the first rank.
+        plain: write only the text of the hypotheses.
+        processes: the process group.
+        stop: after a signal, the current batch is the last one.
     """
     src, tgt = tokenizers
     first_rank = processes.rank == 0
@@ -250,32 +251,32 @@ def translate(
     gapless = plain or any(output.path is None for output in outputs)
     so_far = Translation([[] for _ in runs])
     with (
-        _kept_if_it_fails(so_far, outputs),
+        _keeping_on_failure(so_far, outputs),
         logs.progress("generating", corpus.total, hidden=to_terminal) as bar,
     ):
         while not so_far.signal:
             window: list[Pair] = []
-            with processes.attempt("reading") as tried:
+            with processes.attempt("reading") as attempt:
                 if first_rank:
                     window = _read(corpus, stop)
-            so_far.signal = processes.agree(tried, stop)
+            so_far.signal = processes.agree(attempt, stop)
             pairs = processes.gather(window)
             if not pairs:
                 break
             sources, targets = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
             first = so_far.sentences
             answers = targets if gold else None
-            if first == 0 and len(pairs) > 1:  # thread and memory pools fill outside the clock
+            if first == 0 and len(pairs) > 1:  # warm up thread and memory pools, untimed
                 options = runs[0].options
                 quick = replace(options, steps=1) if hasattr(options, "steps") else options
-                with processes.attempt("decoding") as tried:
+                with processes.attempt("decoding") as attempt:
                     generator.decode(sources[:16], [Run(quick)], 0, answers)
-                processes.agree(tried, stop)
+                processes.agree(attempt, stop)
             so_far.signal = generator.decode_together(
                 sources, runs, processes, stop, first, answers, done=bar.advance
             )
             answered = _answered(runs[0].best, gapless)
-            with processes.attempt("writing") as tried:
+            with processes.attempt("writing") as attempt:
                 lines: list[list[str]] = [[] for _ in outputs]
                 for i in answered if first_rank else ():
                     source, target = pairs[i]
@@ -294,38 +295,38 @@ def translate(
                             lines[n].append(format_lines(*shown))
                 for output, written in zip(outputs, lines, strict=True):
                     output.write("".join(written))
-            so_far.signal = processes.agree(tried, stop)
+            so_far.signal = processes.agree(attempt, stop)
             so_far.sentences += len(answered)
     return so_far
 
 
 def _answered(best: list[Hypothesis | None], gapless: bool) -> list[int]:
-    """Return the numbers of the sentences of a window that have an answer.
+    """Return the indices of the sentences of a window that have an answer.
 
-    Where a signal came it is not all of them, and of a window the longest are decoded first.
+    After a signal some have none, anywhere in the window: the longest are decoded first.
 
     Args:
-        gapless: only those before the first that has none.
+        gapless: return only those before the first one without an answer.
     """
     found = [i for i, hypothesis in enumerate(best) if hypothesis is not None]
     return [i for place, i in enumerate(found) if i == place] if gapless else found
 
 
 @contextmanager
-def _kept_if_it_fails(so_far: Translation, outputs: list[Output]) -> Iterator[None]:
-    """Keep the lines that are written where what comes behind them fails, and say where."""
+def _keeping_on_failure(so_far: Translation, outputs: list[Output]) -> Iterator[None]:
+    """Keep the lines written so far if a later step fails, and log where they are."""
     try:
         yield
     except Exception:
         kept = [str(output.keep()) for output in outputs if output.path and so_far.sentences]
         if kept:
             done = logs.counted(so_far.sentences, "sentence")
-            logs.warn(f"what was done before, {done}, is in {', '.join(kept)}")
+            logs.warn(f"the lines written before the failure ({done}) are in {', '.join(kept)}")
         raise
 
 
 def _read(corpus: Input, stop: Stop) -> list[Pair]:
-    """Return the next window; nothing where the corpus ends or a signal comes."""
+    """Return the next window; an empty one at the end of the corpus or after a signal."""
     stop.waiting = True
     try:
         return [] if stop.signal else next(corpus.windows, [])

@@ -1,4 +1,4 @@
-"""The metrics of `score`, by name. To add one, write its class and name it here."""
+"""The metrics of `score`, by name. To add one, write a class and register it here."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def bleu(tokenize: str = "13a", lowercase: bool = False) -> BLEU:
         tokenize: the name of a tokenizer that sacreBLEU knows.
 
     Raises:
-        OptionError: it knows none of this name.
-        FastdissError: what the tokenizer needs is not there.
+        OptionError: sacreBLEU has no such tokenizer.
+        FastdissError: the tokenizer needs a package or a model that is missing.
     """
     if tokenize not in BLEU.TOKENIZERS:
         known = f"{', '.join(BLEU.TOKENIZERS)}, not {tokenize!r}"
@@ -34,7 +34,7 @@ def bleu(tokenize: str = "13a", lowercase: bool = False) -> BLEU:
         return BLEU(tokenize=tokenize, lowercase=lowercase)
     except OSError as error:
         reason = f"its model cannot be downloaded ({error})"
-    except (RuntimeError, ImportError) as error:  # that a package is missing
+    except (RuntimeError, ImportError) as error:  # a missing package
         reason = " ".join(str(error).split())
     raise FastdissError(f"--tokenize {tokenize}: {reason}")
 
@@ -51,7 +51,7 @@ METRICS: dict[str, Callable[..., Metric]] = {
     "repetition": Repetition,
 }
 LOWER_IS_BETTER = {"ter", "wer", "ser", "repetition"}
-# among a system's own answers
+# computed from a system's own answers
 DIVERSITY: dict[str, Callable[[], Diversity]] = {
     "distinct1": lambda: Distinct(1),
     "distinct2": lambda: Distinct(2),
@@ -64,9 +64,9 @@ class Tested(NamedTuple):
     """A paired test by one metric.
 
     Attributes:
-        results: of each system, the baseline first: ``score``; ``p_value``, 1 where the score is
-            the baseline's, None for the baseline itself; and of the bootstrap ``mean`` and ``ci``,
-            half the width of the 95 % interval.
+        results: one per system, the baseline first, with ``score``; ``p_value``, 1 if the score
+            equals the baseline's, None for the baseline itself; and, of the bootstrap, ``mean``
+            and ``ci``, half the width of the 95 % interval.
     """
 
     name: str
@@ -80,24 +80,24 @@ def paired_test(
     metrics: dict[str, Metric],
     test: str = "bs",
 ) -> list[Tested]:
-    """Compare systems with the first of them, on the same sentences.
+    """Compare systems with the first one, on the same sentences.
 
     Args:
         systems: the hypotheses of each; the first is the baseline.
         streams: sacreBLEU's reference streams.
-        metrics: by name, such as those of `METRICS`.
+        metrics: by name, as in `METRICS`.
         test: ``bs`` (paired bootstrap, Koehn 2004) or ``ar`` (approximate randomisation).
     """
     try:
         from sacrebleu.significance import PairedTest  # numpy is slow to import
     except ValueError:
-        raise FastdissError("SACREBLEU_SEED must be a number: set it right, or unset it") from None
+        raise FastdissError("SACREBLEU_SEED must be a number: correct it, or unset it") from None
 
     named = [(str(number), hypotheses) for number, hypotheses in enumerate(systems)]
     signatures, scores = PairedTest(named, metrics, streams, test_type=test)()
     for baseline, *others in (scores[name] for name in signatures):
         for result in others:
             if result.score == baseline.score:
-                # here sacreBLEU finds that chance cannot explain their difference
+                # sacreBLEU would report a significant difference
                 result.p_value = 1.0
     return [Tested(name, str(signature), scores[name]) for name, signature in signatures.items()]

@@ -1,6 +1,6 @@
-"""How different a system's answers are: of one sentence, of a corpus, of the candidates.
+"""Diversity of a system's answers: within sentences, a corpus, or the candidates.
 
-These look at no reference. They are figures of a whole file, so there is no paired test of them.
+These metrics use no references. They are defined on a whole file, so they have no paired test.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from fastdiss_cli.metrics.ratio import with_fields
 
 
 class Diversity(ABC):
-    """A figure in percent over the candidates of each sentence, the chosen one first."""
+    """A percentage, computed from the candidates of each sentence, the chosen one first."""
 
     name: str
 
     @abstractmethod
     def signature_fields(self) -> dict[str, str | None]:
-        """Return what the signature says besides our version."""
+        """Return the fields of the signature, besides our version."""
 
     @abstractmethod
     def measure(self, candidates: Sequence[Sequence[str]]) -> float:
-        """Return the figure as a share."""
+        """Return the value as a fraction."""
 
     def corpus_score(self, candidates: Sequence[Sequence[str]]) -> Score:
         return Score(self.name, 100 * self.measure(candidates))
@@ -36,7 +36,7 @@ class Diversity(ABC):
 
 
 class Distinct(Diversity):
-    """Different n-grams over all n-grams of the chosen hypotheses; words end at blanks.
+    """Distinct n-grams over all n-grams of the chosen hypotheses; words are split at blanks.
 
     Source: Li et al. 2016, "A Diversity-Promoting Objective Function for Neural Conversation
     Models".
@@ -54,9 +54,9 @@ class Distinct(Diversity):
 
 
 class SentenceDistinct(Diversity):
-    """Different words over all words of a chosen hypothesis, the mean over sentences.
+    """Distinct words over all words of a chosen hypothesis, averaged over sentences.
 
-    This is what DiffuSeq and those who compare with it call dist-1 (Gong et al. 2023).
+    DiffuSeq (Gong et al. 2023) and papers that compare with it call this dist-1.
     """
 
     name = "sentence-distinct"
@@ -70,7 +70,7 @@ class SentenceDistinct(Diversity):
 
 
 class SelfBLEU(Diversity):
-    """Sentence BLEU of each candidate against each other one, the mean over pairs and sentences.
+    """Sentence BLEU of each candidate against each other one, averaged over pairs and sentences.
 
     As in DiffuSeq (Gong et al. 2023), but with sacreBLEU's sentence BLEU.
     """
@@ -83,10 +83,10 @@ class SelfBLEU(Diversity):
     def measure(self, candidates: Sequence[Sequence[str]]) -> float:
         from fastdiss_cli.decoding.mbr import expected_utilities  # numpy is slow to import
 
-        rows = [row for row in candidates if list(row) != [""]]  # that of an empty source is alone
+        rows = [row for row in candidates if list(row) != [""]]  # an empty source has one only
         if not rows or any(len(row) == 1 for row in rows):
             raise FastdissError(
-                "self-bleu needs several candidates of each sentence: "
+                "self-bleu needs several candidates per sentence: "
                 "`fastdiss generate --noise-beam 5 --nbest 5` writes five"
             )
         return fmean(values.mean() for values in expected_utilities(rows)) / 100

@@ -1,4 +1,4 @@
-"""Shares of wrong words, wrong sentences and doubled words; lower is better."""
+"""Rates of wrong words, wrong sentences and repeated words; lower is better."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from itertools import pairwise
 
 from fastdiss_cli.metrics.ratio import RatioMetric
 
-_OF_WORDS: dict[str, str | None] = {"case": "mixed", "tok": "none"}  # they end at blanks
+_OF_WORDS: dict[str, str | None] = {"case": "mixed", "tok": "none"}  # split at blanks
 
 
 class WER(RatioMetric):
-    """Edits (insert, delete, replace a word) to the nearest reference, over its words.
+    """Edits (insert, delete, replace a word) to the nearest reference, over its length in words.
 
-    Where the words are phonemes this is the phoneme error rate.
+    If the words are phonemes, this is the phoneme error rate.
     """
 
     name = "WER"
@@ -28,7 +28,7 @@ class WER(RatioMetric):
 class SER(RatioMetric):
     """Sentences that equal none of their references, over all sentences.
 
-    Where a sentence is the pronunciation of a word this is the word error rate.
+    If each sentence is the pronunciation of a word, this is the word error rate.
     """
 
     name = "SER"
@@ -42,12 +42,12 @@ class SER(RatioMetric):
 
 
 class Repetition(RatioMetric):
-    """Words that equal the word before them, over all pairs of neighbours."""
+    """Words that equal the previous word, over all pairs of adjacent words."""
 
     name = "repetition"
 
     def signature_fields(self) -> dict[str, str | None]:
-        return {**_OF_WORDS, "nrefs": None}  # it looks at none
+        return {**_OF_WORDS, "nrefs": None}  # it uses none
 
     def measure(self, hypothesis: str, references: list[str]) -> tuple[int, int]:
         words = hypothesis.split()
@@ -55,7 +55,7 @@ class Repetition(RatioMetric):
 
 
 def edit_distance(a: list[str], b: list[str]) -> int:
-    """Return the fewest insertions, deletions and replacements that turn a into b."""
+    """Return the minimum number of insertions, deletions and replacements that turn a into b."""
     row = list(range(len(b) + 1))
     for i, word in enumerate(a, start=1):
         diagonal, row[0] = row[0], i

@@ -1,7 +1,7 @@
-"""The base of our own metrics: a sum over another sum, as a sacreBLEU metric.
+"""The base of our own metrics: a ratio of two sums, as a sacreBLEU metric.
 
-So they have all that sacreBLEU's have: any number of references, a signature, and the paired
-significance tests, which draw from the sums of each sentence.
+So they support all that sacreBLEU's do: any number of references, a signature, and the paired
+significance tests, which resample the contributions of single sentences.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ def with_fields(signature: Signature, fields: dict[str, str | None]) -> Signatur
 
 
 class RatioMetric(Metric):
-    """100 times a sum over all sentences, over another; a mean where the other counts sentences.
+    """100 times the ratio of two sums over sentences; a mean if the second sum counts sentences.
 
     Attributes:
-        name: under which the score is shown.
+        name: the name that the score is shown with.
     """
 
     name: str
 
     def signature_fields(self) -> dict[str, str | None]:
-        """Return what the signature says besides the number of references and our version."""
+        """Return the fields of the signature, besides the number of references and our version."""
         return {}
 
     @abstractmethod
     def measure(self, hypothesis: str, references: list[str]) -> tuple[float, float]:
-        """Return what a sentence adds to both sums."""
+        """Return the contributions of a sentence to both sums."""
 
     def measure_all(
         self, hypotheses: Sequence[str], references: list[list[str]]
@@ -48,7 +48,7 @@ class RatioMetric(Metric):
     def get_signature(self) -> Signature:
         return with_fields(super().get_signature(), self.signature_fields())
 
-    # what sacreBLEU asks of a metric
+    # sacreBLEU's interface
 
     def _preprocess_segment(self, sent: str) -> str:
         return sent

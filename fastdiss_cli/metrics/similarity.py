@@ -18,8 +18,8 @@ BERTSCORE_MODEL = "roberta-large"  # bert-score's own choice for English
 class ROUGE(RatioMetric):
     """F1 of n-grams or of the longest common subsequence with the nearest reference.
 
-    Without stemming. rouge-score's tokens are runs of a-z and 0-9 in lower case: other alphabets
-    leave nothing to compare.
+    Without stemming. rouge-score's tokens are runs of a-z and 0-9 in lower case: text in other
+    alphabets has no tokens.
 
     Args:
         kind: ``1``, ``2`` (n-grams) or ``L`` (longest common subsequence of a sentence).
@@ -50,11 +50,11 @@ class BERTScore(RatioMetric):
     """F1 of contextual embeddings with the nearest reference, neither weighted nor rescaled.
 
     Args:
-        model: a name that bert-score knows, or a folder with such a model that is called after it.
+        model: a name that bert-score knows, or a folder of that name that holds the model.
 
     Raises:
-        FastdissError: the package bert-score is not installed, it does not know the model, or
-            the model is not there.
+        FastdissError: the package bert-score is not installed or does not know the model, or the
+            model cannot be loaded.
 
     Source: Zhang et al. 2020, "BERTScore: Evaluating Text Generation with BERT".
     """
@@ -65,7 +65,7 @@ class BERTScore(RatioMetric):
         super().__init__()
         self._model = Path(model).name
         self._scorer = _load_model(model)
-        self._known: dict[Hashable, list[tuple[float, float]]] = {}
+        self._cache: dict[Hashable, list[tuple[float, float]]] = {}
 
     def signature_fields(self) -> dict[str, str]:
         layer = str(self._scorer.num_layers)
@@ -77,17 +77,17 @@ class BERTScore(RatioMetric):
     def measure_all(
         self, hypotheses: Sequence[str], references: list[list[str]]
     ) -> list[tuple[float, float]]:
-        key = (*hypotheses, *map(tuple, references))  # a paired test asks for them once more
-        if key not in self._known:
+        key = (*hypotheses, *map(tuple, references))  # a paired test computes them again
+        if key not in self._cache:
             f1 = self._scorer.score(list(hypotheses), references)[2]
-            self._known[key] = [(value, 1) for value in f1.tolist()]
-        return self._known[key]
+            self._cache[key] = [(value, 1) for value in f1.tolist()]
+        return self._cache[key]
 
 
 def _load_model(model: str) -> Any:
     package = load_extra("bert_score", "bertscore", "bertscore")
     layers = package.utils.model2layers
-    # a folder may be called after the model, or after its owner and the model
+    # a folder may be named MODEL or OWNER/MODEL
     names = [model, Path(model).name, "/".join(Path(model).parts[-2:])]
     layer = next((layers[name] for name in names if name in layers), None)
     if layer is None:
@@ -106,7 +106,7 @@ def _load_model(model: str) -> Any:
             f"bertscore: cannot load {model}: {reason} (offline, put the model "
             f"in a folder and pass --bertscore-model FOLDER/{Path(model).name})"
         ) from None
-    # some tokenizers know no limit, and say 10^30, where bert-score truncates to what they say
+    # bert-score truncates to the tokenizer's limit; some have none and report 10^30
     limit = scorer._model.config.max_position_embeddings
     scorer._tokenizer.model_max_length = min(scorer._tokenizer.model_max_length, limit)
     return scorer

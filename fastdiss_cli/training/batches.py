@@ -1,4 +1,4 @@
-"""The batches of a split, shared out over the ranks."""
+"""The batches of a split, distributed over the ranks."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from fastdiss_cli.distributed import Processes
 def make_batcher(
     dataset: BinarizedDataset, split: str, config: TrainConfig, processes: Processes
 ) -> TokenBatcher:
-    """Return the batcher of a split for this rank; say what is too long for it.
+    """Return this rank's batcher for a split; warn of sentences that are too long.
 
     Args:
-        dataset: one that has the split.
+        dataset: the data, which must have the split.
         split: train or valid.
-        config: seed and sizes.
-        processes: this process among the others.
+        config: the seed and the sizes of batches.
+        processes: the process group.
     """
     files = dataset[split]
     batcher = TokenBatcher(
@@ -41,6 +41,6 @@ def make_batcher(
     if large:
         logs.warn(
             f"{split}: {logs.counted(large, 'sentence pair')} longer than --max-tokens = "
-            f"{config.max_tokens}: each is a batch of its own, and larger than that"
+            f"{config.max_tokens}: each becomes a larger batch of its own"
         )
     return batcher

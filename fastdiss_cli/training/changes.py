@@ -1,4 +1,4 @@
-"""What may not change before a training is resumed, and what a change makes void."""
+"""Which settings must not change when a training is resumed, and what a change invalidates."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fastdiss_cli.config import TrainConfig, build_saved, idle
 from fastdiss_cli.errors import FastdissError
 from fastdiss_cli.models.registry import Architecture
 
-# what may differ: it changes how long or how a training runs, not what an update computes
+# these may differ: they change how long or how a training runs, not what an update computes
 HARMLESS = (
     "max_update", "max_epoch", "patience", "keep_last", "log_interval", "save_interval_updates",
     "max_skipped", "tensorboard", "compile", "shard",
@@ -28,10 +28,10 @@ def changes(
     dataset_hash: str,
     world_size: int,
 ) -> dict[str, tuple[Any, Any]]:
-    """Return what was and what is now, by name, as far as it differs and changes the result.
+    """Return (old, new) by name for all settings that differ and affect the result.
 
-    An option that the checkpoint does not know yet has what was done before there was one; those
-    that need another that is off do not differ.
+    An option that is newer than the checkpoint has its ``before`` value (see `option`); options
+    without effect, because another one is off, are ignored.
     """
 
     def options(of_arch: str, model: Any, train: Any, dataset: str, processes: int) -> dict:
@@ -61,45 +61,45 @@ def changes(
 
 
 def forget_changed(progress: Progress, differing: dict[str, tuple[Any, Any]]) -> None:
-    """Forget what belongs to a validation or to batches that are others now.
+    """Reset the progress that a change of validation or of batches invalidates.
 
     Args:
-        progress: of the checkpoint; it is changed.
-        differing: as `changes` returns it.
+        progress: that of the checkpoint; changed in place.
+        differing: as returned by `changes`.
     """
     names = differing.keys()
     batches = {"dataset", "processes", "train.max_tokens", "train.max_positions", "train.seed"}
     scores = {"dataset", "train.valid_sentences", "train.valid_steps"}
-    if not progress.best_is_bleu:  # a loss is another with other noise or another weight of a part
+    if not progress.best_is_bleu:  # the loss also depends on its noise and on the model's options
         scores |= batches | {name for name in names if name.startswith("model.")}
     if names & scores:
         progress.best, progress.bad_validations = None, 0
     if names & batches and progress.batch:
         progress.epoch, progress.batch = progress.epoch + 1, 0
-        logs.info(f"the batches are others than before: epoch {progress.epoch} begins")
+        logs.info(f"the batches have changed: starting epoch {progress.epoch}")
 
 
 def describe_changes(differing: dict[str, tuple[Any, Any]]) -> str:
-    """Say what differs, or the first few of it."""
-    if "arch" in differing:  # then all options may differ, which says nothing
+    """Describe the differences, or the first few of them."""
+    if "arch" in differing:  # then all options may differ, which is uninformative
         differing = {"arch": differing["arch"]}
-    said = [f"{name} was {was} and is now {now}" for name, (was, now) in differing.items()]
-    named = "; ".join(said[:4])
-    if len(said) > 4:
-        named += f"; and {len(said) - 4} more (a forgotten --config?)"
-    return named
+    parts = [f"{name} was {was} and is now {now}" for name, (was, now) in differing.items()]
+    description = "; ".join(parts[:4])
+    if len(parts) > 4:
+        description += f"; and {len(parts) - 4} more (a forgotten --config?)"
+    return description
 
 
 def refuse_changes(path: Path, differing: dict[str, tuple[Any, Any]]) -> None:
     """Refuse to resume.
 
     Raises:
-        FastdissError: what differs.
+        FastdissError: always, with the differences.
     """
-    named = describe_changes(differing)
+    description = describe_changes(differing)
     if "train.max_update" in list(differing)[:4]:
-        named += " (where the cosine ends, so that all learning rates differ)"
+        description += " (where the cosine ends, so that all learning rates differ)"
     raise FastdissError(
-        f"{path} was trained with different settings: {named}. Train into another --save-dir, or "
-        "resume anyway with --accept-changes"
+        f"{path} was trained with different settings: {description}. Train into another "
+        "--save-dir, or resume anyway with --accept-changes"
     )

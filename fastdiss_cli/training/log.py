@@ -1,4 +1,4 @@
-"""The figures of training: means over a window of updates, and their logs."""
+"""The figures of a training run: means over a window of updates, and the files they go to."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Window:
     """Means and speed over the updates since the last line of the log.
 
     Args:
-        state: `state` of the window that a resumed run goes on with.
+        state: the `state` of the window that a resumed run continues.
     """
 
     def __init__(self, state: dict[str, Any] | None = None) -> None:
@@ -38,12 +38,12 @@ class Window:
         self.updates, self.tokens = self.updates + 1, self.tokens + tokens
 
     def restart_clock(self) -> None:
-        """Do not count the time since the last update."""
+        """Exclude the time since the last update."""
         self._since = time.monotonic()
 
     @property
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps, so that a resumed run logs what an unbroken one does."""
+        """What a checkpoint stores so that a resumed run logs the same as an uninterrupted one."""
         return {"sums": self.sums, "updates": self.updates}
 
     @property
@@ -65,10 +65,10 @@ class MetricsFile:
 
     Args:
         path: the file.
-        after: lines of later updates, which a resumed run will do again, are removed. None: a new
-            training; a file that is already there belongs to another one, and is renamed.
-        validation_due: a validation after that very update will be done again, too.
-        active: whether this process writes; only one of a distributed run does.
+        after: the update to resume after; lines of later updates, which will be repeated, are
+            removed. None: a new training; an existing file belongs to another one, and is renamed.
+        validation_due: whether a validation after that very update will be repeated, too.
+        active: whether this process writes; only the first rank does.
     """
 
     def __init__(self, path: Path, after: int | None, validation_due: bool, active: bool) -> None:
@@ -76,37 +76,37 @@ class MetricsFile:
         self._unwritten = ""
         if active and path.exists() and after is None:
             names = (f".old{n or ''}.jsonl" for n in count())
-            before = next(p for name in names if not (p := path.with_suffix(name)).exists())
-            logs.warn(f"{path} is of another training, and becomes {before}")
-            os.replace(path, before)
+            backup = next(p for name in names if not (p := path.with_suffix(name)).exists())
+            logs.warn(f"{path} belongs to another training, and is renamed to {backup}")
+            os.replace(path, backup)
         elif active and path.exists():
             lines = path.read_text("utf-8", "replace").splitlines()
             kept = [line for line in lines if _keep(line, after, validation_due)]
-            aside = path.with_name(f".{path.name}.tmp")
-            aside.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-            os.replace(aside, path)
+            temporary = path.with_name(f".{path.name}.tmp")
+            temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+            os.replace(temporary, path)
 
     def write(self, figures: dict[str, Any]) -> None:
-        """Append a line; what cannot be written now is written along with the next line.
+        """Append a line; a line that cannot be written now is retried with the next one.
 
-        A figure that is not finite, for which JSON has no number, is null.
+        Non-finite figures, which JSON has no numbers for, become null.
         """
         if not self.active:
             return
-        known = {n: None if _is_broken(value) else value for n, value in figures.items()}
-        self._unwritten += json.dumps(known, allow_nan=False) + "\n"
+        row = {n: None if _is_non_finite(value) else value for n, value in figures.items()}
+        self._unwritten += json.dumps(row, allow_nan=False) + "\n"
         size = None
         try:
             with open(self.path, "ab", buffering=0) as file:
                 size = file.tell()
                 rest = self._unwritten.encode()
-                while rest:  # a disk that fills up takes a part, and refuses the next
+                while rest:  # a disk that is nearly full writes a part, then fails
                     rest = rest[file.write(rest) :]
         except OSError as error:
             if size is not None:
                 with suppress(OSError):
-                    os.truncate(self.path, size)  # no half line for the next to be glued to
-            logs.warn(f"{self.path}: cannot write: {error.strerror}; trying again with the next")
+                    os.truncate(self.path, size)  # leave no partial line behind
+            logs.warn(f"{self.path}: cannot write: {error.strerror}; retrying with the next line")
         else:
             self._unwritten = ""
 
@@ -116,7 +116,7 @@ class Events:
 
     Args:
         folder: where they go.
-        after: events of later updates, which a resumed run will do again, are not shown.
+        after: the update to resume after; events of later ones, which will be repeated, are hidden.
 
     Raises:
         FastdissError: the package is not installed.
@@ -128,7 +128,7 @@ class Events:
         self._writer = module.SummaryWriter(str(folder), purge_step=after + 1)
 
     def write(self, update: int, figures: dict[str, Any]) -> None:
-        """Add the figures of an update; they are lost, with a warning, where the disk is full."""
+        """Add the figures of an update; if the disk is full they are lost, with a warning."""
         split, *curves = figures.items()
         try:
             for name, value in curves:
@@ -138,15 +138,15 @@ class Events:
             logs.warn(f"{self.folder}: cannot write: {error.strerror}")
 
 
-def _is_broken(value: Any) -> bool:
+def _is_non_finite(value: Any) -> bool:
     return isinstance(value, float) and not math.isfinite(value)
 
 
 def _keep(line: str, after: int, validation_due: bool) -> bool:
-    """Tell whether a line stays in a resumed run; one that a kill left half written does not."""
+    """Return whether a resumed run keeps a line; it drops one that a kill left half written."""
     try:
         figures = json.loads(line)
-        again = validation_due and figures["split"] == "valid"
-        return figures["update"] < after + (not again)
+        repeated = validation_due and figures["split"] == "valid"
+        return figures["update"] < after + (not repeated)
     except (ValueError, KeyError, TypeError, RecursionError):
         return False

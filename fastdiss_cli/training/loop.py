@@ -46,17 +46,17 @@ from fastdiss_cli.training.validation import (
 
 
 class Training:
-    """One training run: model, optimizer, average and progress, resumed where they were left.
+    """One training run: model, optimizer, average and progress, resumed if there is a checkpoint.
 
     Args:
         arch: the architecture.
-        model_config: options of the model, as `Architecture.config` returns them.
-        config: everything else.
-        dataset: with splits ``train`` and, for validation, ``valid``.
-        save_dir: where the checkpoints and ``metrics.jsonl`` are.
-        processes: this process among the others.
-        accept_changes: resume although something differs that changes the result.
-        begin_with: a checkpoint whose weights a new run begins with; a resumed one has its own.
+        model_config: the options of the model, as returned by `Architecture.config`.
+        config: all other options.
+        dataset: with the splits ``train`` and, for validation, ``valid``.
+        save_dir: the folder of the checkpoints and of ``metrics.jsonl``.
+        processes: the process group.
+        accept_changes: resume even if settings differ that affect the result.
+        begin_with: a checkpoint whose weights a new run starts from; ignored when resuming.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class Training:
     ) -> None:
         self.dataset, self.save_dir, self.processes = dataset, save_dir, processes
         self.dtype = pick_dtype(config.dtype, processes.device)
-        resolved = str(self.dtype).removeprefix("torch.")  # what `auto` means differs by machine
+        resolved = str(self.dtype).removeprefix("torch.")  # `auto` depends on the machine
         self.config = config = dataclasses.replace(config, dtype=resolved)
         resumed = (save_dir / LAST).exists()
         if not resumed:
@@ -88,10 +88,10 @@ class Training:
         self.validator = None
         if "valid" in dataset.splits:
             batcher = make_batcher(dataset, "valid", config, processes)
-            how = (processes, self.stop, self.dtype, self._show_validation)
-            self.validator = Validator(config, dataset, batcher, *how)
+            shared = (processes, self.stop, self.dtype, self._show_validation)
+            self.validator = Validator(config, dataset, batcher, *shared)
             if config.valid_sentences:
-                quick_decoding(self.model, config.valid_steps)  # refuses now, not hours later
+                quick_decoding(self.model, config.valid_steps)  # fail now, not hours later
         if misfits := self.model.misfits(*self.batcher.sizes):
             logs.warn(f"train: {misfits}")
         self._schedule: tuple[int, list[list[np.ndarray]]] | None = None
@@ -105,8 +105,8 @@ class Training:
         later = [path for path in numbered(save_dir) if number_of(path) > progress.update]
         if later:
             logs.warn(
-                f"{', '.join(map(str, later))}: of later updates than {LAST}; they stay "
-                "until training is as far, and `fastdiss average --last` takes them for the newest"
+                f"{', '.join(map(str, later))}: newer than {LAST}; they stay until training "
+                "catches up, and `fastdiss average --last` counts them as the newest"
             )
         self.events = None
         if config.tensorboard and processes.rank == 0:
@@ -115,7 +115,8 @@ class Training:
         copies = 3 + (self.state.ema is not None)  # weights, moments of AdamW, average
         warn_of_little_space(save_dir, 4 * copies * self.model.num_parameters())
         if config.compile:
-            # with and without padding, gradient, training: more kinds of batches than torch allows
+            # batches with and without padding, gradient and dropout are more variants than torch
+            # allows by default
             torch._dynamo.config.cache_size_limit = 64
             self.model.encoder.compile(dynamic=True)
             self.model.decoder.compile(dynamic=True)
@@ -124,14 +125,14 @@ class Training:
         """Train until a limit is reached, validating and saving on the way.
 
         Returns:
-            0, or the number of the signal that stopped the training early (with all saved).
+            0, or the number of the signal that stopped the training early.
         """
         config, progress = self.config, self.progress
-        after = self.processes.gather([progress.update])
-        if len(set(after)) > 1:
+        starts = self.processes.gather([progress.update])
+        if len(set(starts)) > 1:
             raise CommonError(
-                f"--save-dir {self.save_dir}: one process goes on after update {max(after):,} and "
-                f"one after {min(after):,}: it must be one folder that all of them see"
+                f"--save-dir {self.save_dir}: one process resumes after update {max(starts):,} and "
+                f"one after {min(starts):,}: it must be a folder that all processes share"
             )
         with (
             stop_on_signal(self.stop, "saving after this update"),
@@ -172,13 +173,13 @@ class Training:
         return stopped
 
     def _next_batches(self) -> tuple[list[Batch], int]:
-        """Return this rank's batches of the next update, and how many target tokens all have."""
+        """Return this rank's batches of the next update, and the target tokens of all ranks."""
         progress, batcher = self.progress, self.batcher
         if self._epoch_is_done():
             progress.epoch, progress.batch = progress.epoch + 1, 0
         rounds = self._epoch_rounds()[progress.batch : progress.batch + self.config.update_freq]
         progress.batch += len(rounds)
-        # every rank knows the batches of the others, and need not ask them
+        # every rank knows the batches of the others, without communication
         tokens = sum(map(batcher.num_tgt_tokens, chain.from_iterable(rounds)))
         return [batcher.collate(batches[batcher.rank]) for batches in rounds], tokens
 
@@ -186,13 +187,13 @@ class Training:
         return self.progress.batch >= len(self._epoch_rounds())
 
     def _epoch_rounds(self) -> list[list[np.ndarray]]:
-        """The batches of the present epoch, by rank, computed once per epoch."""
+        """Return the batches of the current epoch, by rank; they are computed once per epoch."""
         if self._schedule is None or self._schedule[0] != self.progress.epoch:
             self._schedule = self.progress.epoch, self.batcher.rounds(self.progress.epoch)
         return self._schedule[1]
 
     def _expected_end(self) -> int:
-        """Return the last update, of an epoch limit by what this epoch has."""
+        """Return the expected last update; an epoch limit is extrapolated from this epoch."""
         config, progress = self.config, self.progress
         if not config.max_epoch:
             return config.max_update
@@ -216,9 +217,9 @@ class Training:
         return regular or self._finished()
 
     def _is_suspect(self) -> bool:
-        """Whether the last update was not finite: its weights are neither saved nor validated.
+        """Return whether the last update was not finite, so that its weights are not saved.
 
-        At the end of the training they are validated all the same, to know what they are.
+        Nor are they validated, except at the end of the training, to learn if they are usable.
         """
         is_judged = self._finished() and self.validator is not None
         return self.progress.skipped_in_a_row > 0 and not is_judged
@@ -232,34 +233,38 @@ class Training:
     def _try_largest_batch(self) -> int:
         """Compute the gradient of this epoch's largest batch and discard it.
 
-        So memory runs out in the first minute or, as far as batches decide it, not at all. No
+        So if batches are too large, memory runs out in the first minute and not hours later. No
         result changes, because every update seeds its own random draws.
 
         Returns:
-            The signal that has stopped the training meanwhile, or 0.
+            The signal that was received meanwhile, or 0.
         """
         config = self.config
         self.model.train()
         own = [batches[self.batcher.rank] for batches in self._epoch_rounds()]
         batch = self.batcher.collate(max(own, key=self.batcher.padded_size))
-        with update_attempt(self.processes, config) as tried:
-            # what later updates hold besides: Adam's moments, earlier gradients, the message
+        with update_attempt(self.processes, config) as attempt:
+            # later updates also hold Adam's moments, accumulated gradients, the all-reduce buffer
             copies = (0 if self.state.optimizer.state else 2) + (config.update_freq > 1)
             copies += self.processes.world_size > 1
             reserve = [torch.empty_like(p) for p in self.model.parameters() for _ in range(copies)]
             seed_everything(config.seed, "try", self.progress.epoch, self.processes.rank)
             update = self.progress.update + 1
-            tried.what = describe_batch(update, batch)
+            attempt.what = describe_batch(update, batch)
             add_gradient(self.model, batch, update, 1.0, self.dtype)
             del reserve
         self.state.optimizer.zero_grad(set_to_none=True)
-        return self.processes.agree(tried, self.stop)
+        return self.processes.agree(attempt, self.stop)
 
     def _update(self, micro_batches: list[Batch], all_tokens: int) -> tuple[dict[str, float], int]:
-        """Do one optimizer update over micro-batches that hold ``all_tokens`` over all ranks.
+        """Do one optimizer update.
+
+        Args:
+            micro_batches: those of this rank.
+            all_tokens: the target tokens of the micro-batches of all ranks.
 
         Returns:
-            Its figures, and the signal that any rank has received, or 0.
+            The figures of the update, and the signal that any rank received, or 0.
         """
         config, progress = self.config, self.progress
         optimizer, ema = self.state.optimizer, self.state.ema
@@ -267,16 +272,16 @@ class Training:
         self.model.train()
         optimizer.zero_grad(set_to_none=True)
         sums: dict[str, torch.Tensor] = {}
-        with update_attempt(self.processes, config) as tried:
+        with update_attempt(self.processes, config) as attempt:
             for micro_step, batch in enumerate(micro_batches):
                 seed_everything(config.seed, "train", update, self.processes.rank, micro_step)
                 share = batch.num_tgt_tokens / all_tokens
-                tried.what = describe_batch(update, batch)
+                attempt.what = describe_batch(update, batch)
                 losses = add_gradient(self.model, batch, update, share, self.dtype)
                 for name, value in losses.items():
                     sums[name] = sums.get(name, 0) + value
-        grad_norm = sum_and_clip(self.model, config, self.processes, tried)
-        # here the host waits for the device; of several processes it is their one message, too
+        grad_norm = sum_and_clip(self.model, config, self.processes, attempt)
+        # here the host waits for the device; the signals travel with the figures
         means = self.processes.sum([*torch.stack([*sums.values()]).tolist(), *self.stop.votes])
         figures = dict(zip(sums, means, strict=False)) | {"grad_norm": float(grad_norm)}
         if all(map(math.isfinite, figures.values())):
@@ -302,22 +307,22 @@ class Training:
             )
 
     def _validate_and_save(self) -> int:
-        """Validate, unless a signal comes meanwhile, and save; return the signal, or 0."""
+        """Validate and save; return the signal that interrupted the validation, or 0."""
         before = dataclasses.replace(self.progress)
         try:
             if self.validator is not None:
                 self._validate(self.validator)
-        except Stopped as stopped:  # it stays due, and a resumed run begins with it
+        except Stopped as stopped:  # it stays due, and a resumed run starts with it
             self._save_stopped()
             return stopped.signal
         self.progress.validation_due = False
         if not self._save(numbered=True, final=self._finished()):
-            for name in ("best", "best_loss", "best_is_bleu", "best_update"):  # what is on the disk
+            for name in ("best", "best_loss", "best_is_bleu", "best_update"):  # as on the disk
                 setattr(self.progress, name, getattr(before, name))
         return 0
 
-    def _show_validation(self, far: str) -> None:
-        self.bar.advance(0, validating=far)
+    def _show_validation(self, position: str) -> None:
+        self.bar.advance(0, validating=position)
 
     def _validate(self, validator: Validator) -> None:
         """Score the averaged weights on the validation split.
@@ -326,7 +331,7 @@ class Training:
             CommonError: the loss is not finite, and neither was the last update.
         """
         config, progress = self.config, self.progress
-        # decoding, whose caches grow with every position, would be compiled at every length
+        # the caches of decoding grow with every position: each length would be compiled anew
         eager = torch.compiler.set_stance("force_eager") if config.compile else nullcontext()
         with self.state.averaged() as model, eager:
             figures = validator.loss(model, progress.update)
@@ -343,18 +348,18 @@ class Training:
         )
 
     def _record(self, figures: dict[str, Any]) -> None:
-        """Append figures, the split first, to ``metrics.jsonl``."""
+        """Append figures, with ``split`` first, to ``metrics.jsonl``."""
         progress = self.progress
         self.metrics.write({"update": progress.update, "epoch": progress.epoch, **figures})
         if self.events:
             self.events.write(progress.update, figures)
 
     def _save_stopped(self) -> None:
-        """Save because a signal came, unless the weights may be broken: then the file stays."""
+        """Save after a signal, unless the weights may be broken: then the last file stays."""
         if not self.progress.skipped_in_a_row:
             self._save(final=True)
 
     def _save(self, numbered: bool = False, final: bool = False) -> bool:
-        """Save, with the line of the log that is not full yet (see `TrainState.save`)."""
+        """Save, including the unfinished window of the log; see `TrainState.save`."""
         self.progress.window = self.window.state
         return self.state.save(self.save_dir, numbered, final)

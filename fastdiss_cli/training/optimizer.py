@@ -26,7 +26,7 @@ def learning_rate(update: int, config: TrainConfig) -> float:
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """Return AdamW over a model's parameters; only matrices decay."""
+    """Return AdamW over a model's parameters, with weight decay on matrices only."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
@@ -38,7 +38,7 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
 class EMA:
     """An exponential moving average of the weights.
 
-    Early on, when there is little to average over, the decay is lower: (1 + n) / (10 + n) after n
+    Early on, when there is little to average, the decay is lower: (1 + n) / (10 + n) after n
     updates, as in TensorFlow's ExponentialMovingAverage.
     """
 
@@ -80,5 +80,5 @@ def unpack_optimizer(
     own = dict(model.named_parameters())
     for key, value in packed.items():
         name, kind = key.rsplit("/", 1)
-        # the step counters of fused AdamW live where its parameters do
+        # fused AdamW keeps its step counters on the device of the parameters
         optimizer.state[own[name]][kind] = value.clone().to(own[name].device)

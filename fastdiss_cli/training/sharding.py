@@ -1,11 +1,11 @@
 """Sharding: weights, gradients, moments and average divided among the ranks, by torch's FSDP2.
 
-A rank owns a part of every tensor, cut along its first dimension. A group of weights is gathered
-where a batch first needs it, and given back as soon as its gradient is known, which goes to the
-ranks that own it. Weights stay gathered in between, although FSDP could drop them after each use:
-self-conditioning lets ranks pass through the network different numbers of times, and who gathers
-oftener than the others would wait for ever. So the weights must fit as a whole into one process,
-as they must for `generate`, and nothing else must.
+A rank owns a slice of every tensor along its first dimension. A group of weights is gathered when
+a batch first needs it, and freed as soon as its gradient is known and reduced to its owners.
+Weights stay gathered in between, although FSDP could free them after each use: with
+self-conditioning, ranks run the network different numbers of times, and a rank that gathers more
+often than the others would wait forever. So only the weights must fit into each process as a
+whole, as they must for `generate`.
 """
 
 from __future__ import annotations
@@ -28,45 +28,47 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def shard(model: nn.Module, processes: Processes) -> None:
-    """Divide a model's weights among the ranks; its only use from then on is ``loss``.
+    """Shard a model's weights across the ranks; only its ``loss`` can be used from then on.
 
     Args:
         model: the same on all ranks; changed in place.
-        processes: this process among the others; with one there is nothing to divide.
+        processes: the process group; with one process there is nothing to shard.
 
     Raises:
         FastdissError: this torch or this model cannot be sharded.
     """
     if processes.world_size == 1:
-        logs.warn("train.shard divides a model among processes, and there is one: see torchrun")
+        logs.warn("train.shard has no effect in a single process: start several with torchrun")
         return
     if processes.device.type == "cpu" and not hasattr(torch.cpu.Stream, "record_event"):
         raise FastdissError(f"train.shard on a CPU needs a newer torch than {torch.__version__}")
     layers = [module for module in model.modules() if isinstance(module, Layer)]
     if not layers:
         raise FastdissError(
-            "train.shard divides the layers of fastdiss_cli.models.layers, and this model has none"
+            "train.shard needs layers of fastdiss_cli.models.layers, and this model has none"
         )
     for name, p in model.named_parameters():
         if p.dim() == 0:
-            raise FastdissError(f"train.shard cannot divide {name}, which has no dimension")
-    # keys and values are projected before the layers that they belong to are called
+            raise FastdissError(f"train.shard cannot divide {name}, which is a scalar")
+    # cross-attention projects keys and values before its layer is called
     early = [m.key_value for m in model.modules() if isinstance(m, CrossAttention)]
-    with processes.naming_the_lost():
+    with processes.reporting_lost_peers():
         mesh = init_device_mesh(processes.device.type, (processes.world_size,))
         model.gradient_factor = _gradient_factor(mesh)
     for module in [*early, *layers, model]:
-        # a weight goes to the first module given that contains it, so inner modules come first
+        # FSDP assigns a weight to the first module that contains it, so inner modules come first
         fully_shard(module, mesh=mesh, reshard_after_forward=False)
     register_fsdp_forward_method(model, "loss")
 
 
 def _gradient_factor(mesh: DeviceMesh) -> float:
-    """Return what makes FSDP's gradients the sum over the ranks.
+    """Return the factor that turns FSDP's gradients into the sum over the ranks.
 
-    It means to leave the mean, but gloo in torch 2.7 takes a mean for a sum: so it is tried out.
+    FSDP averages, but gloo in torch 2.7 sums where it is asked for a mean: so the factor is
+    measured.
     """
-    probe = nn.Linear(1, mesh.size(), bias=False, device=mesh.device_type)  # a weight for each
+    # one weight per rank
+    probe = nn.Linear(1, mesh.size(), bias=False, device=mesh.device_type)
     fully_shard(probe, mesh=mesh)
     probe(torch.ones(1, 1, device=mesh.device_type)).sum().backward()
     return mesh.size() / float(probe.weight.grad.to_local())
@@ -74,15 +76,15 @@ def _gradient_factor(mesh: DeviceMesh) -> float:
 
 @torch.no_grad()
 def sum_and_clip(model: nn.Module, max_norm: float, processes: Processes) -> Tensor:
-    """Turn what FSDP has left of the ranks' gradients into their sum, and clip it.
+    """Turn FSDP's gradients into the sum over the ranks, and clip it.
 
     Args:
-        model: a sharded one, after its backward passes.
-        max_norm: to which the gradient is clipped.
-        processes: this process among the others.
+        model: a sharded model, after its backward passes.
+        max_norm: the norm that the gradient is clipped to.
+        processes: the process group.
 
     Returns:
-        The norm before clipping, of the gradient as a whole.
+        The norm of the whole gradient before clipping.
     """
     parameters = [p for p in model.parameters() if p.grad is not None]
     own = [p.grad.to_local() for p in parameters]
@@ -94,11 +96,11 @@ def sum_and_clip(model: nn.Module, max_norm: float, processes: Processes) -> Ten
 
 
 def divide(tensors: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Cut the tensors of a checkpoint as the weights that they belong to are cut.
+    """Shard the tensors of a checkpoint like the weights that they belong to.
 
     Args:
-        tensors: by the names that `Checkpoint` gives them; those of no weight stay whole.
-        model: where it is not sharded they all stay as they are.
+        tensors: by their names in `Checkpoint`; those that belong to no weight stay whole.
+        model: if it is not sharded, all tensors stay whole.
     """
     weights = dict(model.named_parameters())
 
@@ -117,9 +119,9 @@ def divide(tensors: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def gather(tensors: dict[str, Tensor], processes: Processes) -> dict[str, Tensor]:
-    """Put tensors together that are divided: on the first rank, in its host's memory.
+    """Gather sharded tensors on the first rank, in CPU memory; the other ranks get nothing.
 
-    The other ranks help, with one whole tensor at a time in memory, and get nothing.
+    Those only take part, with one whole tensor at a time in memory.
     """
     gathered = {}
     for name, tensor in tensors.items():
@@ -131,7 +133,7 @@ def gather(tensors: dict[str, Tensor], processes: Processes) -> dict[str, Tensor
 
 @torch.no_grad()
 def gather_into(model: M, weights: dict[str, Tensor], processes: Processes) -> M:
-    """Copy divided weights, by name, into a model that every rank holds as a whole; return it."""
+    """Copy sharded weights, by name, into a model that every rank holds whole; return it."""
     for name, p in model.named_parameters():
         p.copy_(_whole(weights[name], processes))
     return model
@@ -140,10 +142,10 @@ def gather_into(model: M, weights: dict[str, Tensor], processes: Processes) -> M
 def _whole(tensor: Tensor, processes: Processes) -> Tensor:
     if not isinstance(tensor, DTensor):
         return tensor
-    with processes.naming_the_lost():
+    with processes.reporting_lost_peers():
         return tensor.full_tensor()
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Tell whether `shard` has divided a model."""
+    """Return whether `shard` has sharded a model."""
     return isinstance(model, FSDPModule)

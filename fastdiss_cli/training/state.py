@@ -1,4 +1,4 @@
-"""The state of a training: what a checkpoint holds, made anew, resumed and saved."""
+"""The state of a training run, which is created, saved and resumed."""
 
 from __future__ import annotations
 
@@ -45,11 +45,11 @@ class TrainState:
 
     Args:
         arch: the architecture.
-        model_config: options of the model, as `Architecture.config` returns them.
-        config: everything else.
-        dataset: whose tokenizers the model has.
-        processes: this process among the others.
-        begin_with: a checkpoint whose weights to begin with, not with random ones.
+        model_config: the options of the model, as returned by `Architecture.config`.
+        config: all other options.
+        dataset: the dataset, whose tokenizers determine the vocabularies.
+        processes: the process group.
+        begin_with: a checkpoint whose weights to start from; None: random ones.
     """
 
     def __init__(
@@ -75,16 +75,16 @@ class TrainState:
         self.saved: int | None = None  # the update of checkpoint_last
 
     def last_saved(self, folder: Path) -> str:
-        """Say, as the end of a message, which update is on the disk."""
+        """Return the end of a message that says which update is on the disk."""
         if self.saved is None:
-            return "nothing is saved"
-        return f"{folder / LAST} is of update {self.saved:,}"
+            return "nothing has been saved"
+        return f"{folder / LAST} is from update {self.saved:,}"
 
     @contextmanager
     def averaged(self) -> Iterator[Seq2SeqModel]:
         """Yield the model in evaluation mode, with the averaged weights in place of its own.
 
-        Of a sharded one it is a copy, whole on every rank: they decode each at its own pace.
+        A sharded model is copied as a whole to every rank: ranks decode at their own pace.
         """
         if sharding.is_sharded(self.model):
             weights = self.ema.weights if self.ema else dict(self.model.named_parameters())
@@ -100,26 +100,26 @@ class TrainState:
                 self.ema.swap(self.model)
 
     def save(self, folder: Path, numbered: bool, final: bool) -> bool:
-        """Write ``checkpoint_last`` and, where they are due, its other names.
+        """Write ``checkpoint_last`` and, if they are due, the best and a numbered checkpoint.
 
-        They are separate files, so that damage to one does not reach the others.
+        ``checkpoint_last`` shares its bytes with no other file, so that damage to it leaves the
+        others intact. A save that fails leaves the older files intact.
 
         Args:
-            folder: where they are.
-            numbered: keep it under a numbered name, too, and ``keep_last`` of these.
-            final: whether no later save will follow.
+            folder: the folder of the checkpoints.
+            numbered: also write a numbered checkpoint, and keep ``keep_last`` of them.
+            final: whether this is the last save.
 
         Returns:
-            False if the present weights are the best, but could not be saved as such. However a
-            save fails, older files are intact.
+            False if the current weights are the best, but could not be saved as such.
 
         Raises:
-            FastdissError: the final one failed.
+            FastdissError: the last save failed.
         """
         first, progress = self.processes.rank == 0, self.progress
         lost = first and progress.is_best
         checkpoint = self._checkpoint()
-        with self.processes.attempt("saving") as tried:
+        with self.processes.attempt("saving") as attempt:
             if first:
                 checkpoint.save(folder / LAST)
                 self.saved = progress.update
@@ -133,25 +133,25 @@ class TrainState:
                     else:
                         copy_checkpoint(folder / LAST, folder / name)
                     prune_numbered(folder, self.config.keep_last, progress.update)
-        failed, lost = self.processes.sum([float(tried.failure is not None), float(lost)])
+        failed, lost = self.processes.sum([float(attempt.failure is not None), float(lost)])
         if final:
-            self.processes.fail_together(tried, failed)
+            self.processes.fail_together(attempt, failed)
         if failed:
-            logs.warn(f"{tried.failure}; training goes on until the next save")
+            logs.warn(f"{attempt.failure}; training continues until the next save")
         return not lost
 
     def resume(self, folder: Path, accept_changes: bool) -> None:
-        """Go on from ``checkpoint_last`` of a folder.
+        """Resume from the ``checkpoint_last`` of a folder.
 
         Raises:
             FastdissError: see `Checkpoint.load`; or it is a release, has other tokenizers, or was
-                trained with options that change the result, unless changes are accepted.
+                trained with settings that differ, unless ``accept_changes`` is set.
         """
         path = folder / LAST
         checkpoint = Checkpoint.load(path)
         if checkpoint.card is not None:
             raise FastdissError(
-                f"{path} is a release without optimizer state, which no training can go on from: "
+                f"{path} is a release without optimizer state, and cannot be resumed: "
                 "train into another --save-dir"
             )
         self._check_tokenizers(
@@ -171,7 +171,7 @@ class TrainState:
             logs.warn(f"resuming although {describe_changes(differing)}")
         checkpoint.tensors = sharding.divide(checkpoint.tensors, self.model)
         load_weights(self.model, checkpoint.group("model"), path)
-        if self.ema:  # one that is switched on now begins with the weights
+        if self.ema:  # an average that is new in this run starts from the weights
             for name, value in (checkpoint.group("ema") or checkpoint.group("model")).items():
                 self.ema.weights[name].copy_(value)
         unpack_optimizer(self.model, self.optimizer, checkpoint.group("optimizer"))
@@ -179,7 +179,7 @@ class TrainState:
         forget_changed(self.progress, differing)
         if self.progress.is_best and self.processes.rank == 0:
             best = folder / BEST
-            if update_of(best) != self.progress.update:  # a kill came in between
+            if update_of(best) != self.progress.update:  # killed in between
                 copy_checkpoint(path, best)
         logs.info(f"resuming {path} after update {self.progress.update:,}")
 
@@ -189,13 +189,13 @@ class TrainState:
         return model.to(self.processes.device)
 
     def _begin_with(self, path: Path) -> None:
-        """Take the weights that another training, or a release, has left.
+        """Start from the weights of another training run or of a release.
 
         Args:
-            path: the checkpoint; of a folder its ``checkpoint_best``.
+            path: the checkpoint; a folder stands for its ``checkpoint_best``.
 
         Raises:
-            FastdissError: see `Checkpoint.load`; or it has other tokenizers, whose ids mean others.
+            FastdissError: see `Checkpoint.load`; or it has other tokenizers or weights.
         """
         path = best_of(path)
         checkpoint = Checkpoint.load(path)
@@ -217,7 +217,7 @@ class TrainState:
                 f"give --arch {checkpoint.arch}"
             ) from error
         logs.info(
-            f"beginning with the weights of {path}"
+            f"starting from the weights of {path}"
             + (f"; model options that differ: {', '.join(differing)}" if differing else "")
         )
 

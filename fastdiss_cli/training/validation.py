@@ -1,4 +1,4 @@
-"""Validation: the loss and sacreBLEU of a split, shared out over the ranks."""
+"""Validation: the loss and sacreBLEU of a split, distributed over the ranks."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ from fastdiss_cli.models.registry import Seq2SeqModel
 from fastdiss_cli.randomness import seed_everything
 from fastdiss_cli.signals import Stop, Stopped
 
-CHUNK = 64  # sentences, about, that a rank decodes before it asks whether to stop
+CHUNK = 64  # about how many sentences a rank decodes between two checks for signals
 
 
 @dataclass
 class Validator:
-    """Validates a model as the training that it belongs to is told to.
+    """Validates a model with the settings of its training run.
 
     Attributes:
-        config: of the training.
-        dataset, batcher: the data, whose split ``valid`` is used.
-        processes: this process among the others, who share the work.
-        stop: asked between two batches.
-        dtype: in which the model computes.
-        show: told how far it is.
+        config: the options of the training run.
+        dataset, batcher: the data; the split ``valid`` is used.
+        processes: the process group, which shares the work.
+        stop: checked between two batches.
+        dtype: float32, or bfloat16 for autocast.
+        show: called with the progress, as text.
     """
 
     config: TrainConfig
@@ -48,7 +48,7 @@ class Validator:
 
     @torch.no_grad()
     def loss(self, model: Seq2SeqModel, update: int) -> dict[str, float]:
-        """Return the mean loss of a token and its parts; every call draws the same noise.
+        """Return the mean loss per token and its parts; every call draws the same noise.
 
         Raises:
             Stopped: a signal came to any rank.
@@ -59,20 +59,21 @@ class Validator:
         for number, batch in enumerate(map(self.batcher.collate, batches)):
             self.show(f"{number:,}/{len(batches):,} batches")
             seed_everything(self.config.seed, "valid", processes.rank, number)
-            with processes.attempt(f"the validation of {len(batch.src_tokens)} sentences") as tried:
+            what = f"the validation of {len(batch.src_tokens)} sentences"
+            with processes.attempt(what) as attempt:
                 with autocast(processes.device, self.dtype):
                     loss = model.loss(batch.to(processes.device), update)
                 means = {"loss": loss.total, **loss.parts}
                 for name, mean in zip(means, torch.stack([*means.values()]).tolist(), strict=True):
                     sums[name] = sums.get(name, 0.0) + mean * batch.num_tgt_tokens
                 tokens += batch.num_tgt_tokens
-            if signal := processes.agree(tried, self.stop):
+            if signal := processes.agree(attempt, self.stop):
                 raise Stopped(signal)
         *totals, tokens_everywhere = processes.sum([*sums.values(), tokens])
         return {name: total / tokens_everywhere for name, total in zip(sums, totals, strict=True)}
 
     def bleu(self, model: Seq2SeqModel) -> float:
-        """Return sacreBLEU of the first ``valid_sentences`` sentences, decoded without beams.
+        """Return sacreBLEU of the first ``valid_sentences`` sentences, decoded without a beam.
 
         Raises:
             Stopped: a signal came to any rank.
@@ -86,7 +87,7 @@ class Validator:
             self.show(f"{first:,}/{count:,} sentences")
             end = min(first + CHUNK * ranks, count)
             sources = [split["src"][i].tolist() for i in range(first, end)]
-            # a batch for each rank
+            # one batch per rank
             max_tokens = min(config.max_tokens, CHUNK * max(map(len, sources)))
             generator = SequenceGenerator(model, by_score, max_tokens, self.dtype)
             if signal := generator.decode_together(
@@ -102,16 +103,16 @@ class Validator:
 
 
 def quick_decoding(model: Seq2SeqModel, steps: int) -> object:
-    """Return a family's decoding options for one candidate, at a step count if it has steps."""
+    """Return a model's decoding options for one candidate, with a step count if it has steps."""
     known = {field.name for field in dataclasses.fields(model.Decoding)}
     wanted = {"steps": steps, "beam": 1}
     return model.Decoding(**{k: v for k, v in wanted.items() if k in known})
 
 
 def judge(progress: Progress, figures: dict[str, float]) -> None:
-    """Note whether a validation is the best so far: by BLEU, or by loss where there is none.
+    """Record whether a validation is the best so far: by BLEU, or by loss if there is no BLEU.
 
-    Of equal BLEU the lower loss is the better.
+    Ties in BLEU are broken by the lower loss.
     """
     loss, by_bleu = figures["loss"], "bleu" in figures
     score = figures["bleu"] if by_bleu else -loss
