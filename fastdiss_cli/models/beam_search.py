@@ -66,7 +66,7 @@ def beam_search(
         totals, flat = totals.flatten(1).topk(min(2 * K, K * width))
         parents, best = flat // width, found.view(B, -1).gather(1, flat)
         ends = best == eos
-        # the only wait for a GPU at a position where nothing ends
+        # the only synchronisation with a GPU at positions where nothing ends
         b, rank = (ends[:, :K] & totals[:, :K].isfinite()).nonzero().unbind(1)
         if len(b):
             parent, total = parents[b, rank], totals[b, rank]
@@ -78,14 +78,14 @@ def beam_search(
                     score /= (position + 1) ** options.lenpen
                     ended.append(Hypothesis(ids, score, parts, nfe=0))
 
-        # the K best that go on: false sorts before true, and the sort keeps the order of scores
+        # the K best unfinished ones: false sorts before true, and the sort is stable
         go_on = torch.sort(ends.int(), dim=1, stable=True).indices[:, :K]
         parents, best, totals = (x.gather(1, go_on) for x in (parents, best, totals))
         kept = []
         for place, (sentence, is_last) in enumerate(zip(sentences, at_limit, strict=True)):
             if is_last or len(answers[sentence]) == K:
                 for answer in answers[sentence]:
-                    answer.nfe = position + 1  # of the search, however short the answer
+                    answer.nfe = position + 1  # the cost of the search, however short the answer
             else:
                 kept.append(place)
         if len(kept) < B:
@@ -96,7 +96,7 @@ def beam_search(
             rows = torch.arange(B, device=device)
         tokens = torch.cat([tokens[rows[:, None], parents], best[..., None]], dim=2)
         running = torch.cat([running[rows[:, None], parents], totals[..., None]], dim=2)
-        if K > 1 or len(kept) < B:  # of greedy search each row goes on from itself
+        if K > 1 or len(kept) < B:  # in greedy search each row continues itself
             order = (rows[:, None] * K + parents).flatten()
             for cache in caches:
                 cache.select(order)

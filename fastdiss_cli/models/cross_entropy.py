@@ -1,4 +1,4 @@
-"""The output layer and its cross-entropy in one, without all of its logits at a time."""
+"""The output layer fused with its cross-entropy, without holding all logits at once."""
 # P tokens of a batch, D inputs of the output layer, V vocabulary
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# logits of a chunk: on a CPU about what its cache holds, on a GPU so many that launches are few
+# logits per chunk: on a CPU as many as fit its cache, on a GPU enough to keep launches few
 _CHUNK = {"cpu": 2**21, "cuda": 2**26}
 
 
@@ -18,9 +18,9 @@ def linear_cross_entropy(
 ) -> tuple[Tensor, Tensor]:
     """Return the mean cross-entropy of ``softmax(x weight^T + bias)`` with smoothed labels.
 
-    It is ``F.cross_entropy`` of ``F.linear``, but the gradient is made along with the value, a
-    chunk of tokens at a time, so that [P, V] is never in memory as a whole and is read and written
-    less often (as in Hsu et al. 2024, Liger kernel).
+    It equals ``F.cross_entropy`` of ``F.linear``, but computes the gradient along with the value,
+    one chunk of tokens at a time, so that [P, V] is never in memory as a whole and is read and
+    written less often (as in Hsu et al. 2024, Liger kernel).
 
     Args:
         x: float [P, D].
@@ -29,9 +29,9 @@ def linear_cross_entropy(
         label_smoothing: the probability mass that is spread over all V, in [0, 1).
 
     Returns:
-        The loss, and without gradient that of the labels as they are (0-d both).
+        The loss, and the loss without smoothing, which has no gradient (both 0-d).
     """
-    if not torch.is_grad_enabled():  # a parameter would ask for its gradient all the same
+    if not torch.is_grad_enabled():  # parameters would still require a gradient
         x, weight = x.detach(), weight.detach()
         bias = None if bias is None else bias.detach()
     return _LinearCrossEntropy.apply(x, weight, bias, targets, label_smoothing)

@@ -1,4 +1,4 @@
-"""A diffusion network at work on one batch: with its sources, its layout, its candidates."""
+"""A diffusion network bound to one batch: its sources, its layout, its candidates."""
 # B sentences, N rows (B x candidates), T target length, D latent
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from fastdiss_cli.randomness import counter_normal
 if TYPE_CHECKING:
     from fastdiss_cli.models.difformer import Difformer
 
-# how many numbers of noise are drawn in one call: on a CPU as many as fit in a core's cache
+# random numbers that are drawn in one call: on a CPU as many as fit in a core's cache
 _CPU_NUMBERS, _GPU_NUMBERS = 2**17, 2**22
 
 
 @dataclass
 class Denoiser:
-    """The network for one batch: with its sources, and the layout of its targets.
+    """The network bound to the sources of a batch and the layout of its targets.
 
     Attributes:
         model: the network.
@@ -51,18 +51,18 @@ class Denoiser:
 
 @dataclass
 class Candidates:
-    """The candidates that are being sampled; those of a sentence are neighbours.
+    """The candidates that are being sampled, grouped by sentence.
 
     Attributes:
-        denoiser: the network, with the memory of B sentences and the layout of N candidates;
-            it changes with them.
-        places: int64 [N], the number of each among all candidates.
-        seeds, numbers: int64 [N], the seed of the sentence and the number within it, of which the
-            noise is made.
+        denoiser: the network, with the memory of B sentences and the layout of N candidates; both
+            shrink when sentences are dropped.
+        places: int64 [N], the index of each among the candidates of the batch.
+        seeds, numbers: int64 [N], the seed of its sentence and its number within the sentence, from
+            which its noise is drawn.
         keys: int64 [10, 2, K], of the draws of noise of a run: see `randomness.draw_keys`.
         before: int64 [N, T] and bool [N]: the best tokens of the step before, and whether the
             network was sure of them, for an early exit.
-        drawn: float [N, T, D], the draws that are made and not yet taken, by their number.
+        drawn: draws that are made but not used yet, float [N, T, D], by their number.
     """
 
     denoiser: Denoiser
@@ -76,7 +76,7 @@ class Candidates:
     def noise(self, dim: int, draw: int) -> Tensor:
         """Return the k-th standard normal draw of every candidate, float [N, T, dim].
 
-        Each is taken once. For few candidates several draws are made in one call, because a call
+        Each is used once. For few candidates several draws are made in one call, because a call
         takes 150 operations however few the numbers are.
         """
         if draw not in self.drawn:
@@ -89,11 +89,11 @@ class Candidates:
         return self.drawn.pop(draw)
 
     def drop_settled(self, tokens: Tensor, sure: Tensor) -> Tensor | None:
-        """Drop each sentence whose candidates all have the tokens of the step before, sure twice.
+        """Drop the sentences whose candidates are sure of the same tokens for a second step.
 
         Args:
-            tokens: int64 [N, T], the best of this step.
-            sure: bool [N], whether the network is sure of them.
+            tokens: int64 [N, T], the best tokens of this step.
+            sure: bool [N], whether the network is sure of all of them.
 
         Returns:
             The rows that are kept, int64 indices into N, or None: all.

@@ -64,7 +64,7 @@ class DiffusionConfig(NetworkConfig):
         one_of(self, "noise_schedule", tuple(ABAR))
         one_of(self, "self_cond_form", FORMS)
         one_of(self, "logit_scale", LOGIT_SCALES)
-        # normalised embeddings of one coordinate are all the same
+        # with a single coordinate all normalised embeddings are equal
         require(self, "latent_dim", self.latent_dim >= 2, "at least 2")
         require(self, "noise_factor", self.noise_factor > 0, "above 0")
         require(self, "self_cond_rate", 0 <= self.self_cond_rate <= 1, "in [0, 1]")
@@ -162,7 +162,7 @@ class Difformer(SampledModel):
         noise = torch.randn_like(z_0)
         with torch.no_grad():
             given = self.condition(denoiser, z_0, noise, batch.tgt_tokens, update)
-        # before torch 2.10 autocast would go on with casts of the weights that carry no gradient
+        # before torch 2.10 autocast would reuse the weights it cast without gradient
         torch.clear_autocast_cache()
         z_t = given.z_t(self.schedule, z_0, noise)
         z0_hat = denoiser(z_t, given.network_t, given.self_cond)

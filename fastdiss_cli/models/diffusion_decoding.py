@@ -1,4 +1,4 @@
-"""How a diffusion model decodes: lengths, candidates, sampling, and the answers read off them."""
+"""Decoding with a diffusion model: length prediction, candidates, sampling, reading off answers."""
 # B sentences, N rows (B x candidates), S source length, T target length, P tokens of a batch,
 # D latent, V vocabulary
 
@@ -30,7 +30,7 @@ from fastdiss_cli.models.registry import HistoryStep, Hypothesis, Seq2SeqModel, 
 from fastdiss_cli.randomness import draw_keys
 
 TEMPERATURE = 0.25  # of ddpm: see docs/method.md
-EXIT_PROBABILITY = 0.5  # of each token of a sentence that an early exit stops: see docs/method.md
+EXIT_PROBABILITY = 0.5  # an early exit needs more for every token: see docs/method.md
 # on a GPU, batches of up to REPLAYED positions on either side and runs of up to REPLAYED_STEPS are
 # captured as graphs; both sides are padded to a multiple of WIDEN, so that shapes come again
 REPLAYED, REPLAYED_STEPS, WIDEN = 1024, 32, 8
@@ -80,12 +80,12 @@ class DiffusionDecoding:
 
 
 class SampledModel(Seq2SeqModel):
-    """One half of `Difformer`; its network and training are the other.
+    """The decoding half of `Difformer`, which adds the network and its training.
 
     Attributes:
         schedule: the noise levels.
         embedding: the target embeddings.
-        graphs: what a GPU has been captured doing; None elsewhere, and until it is frozen.
+        graphs: the captured CUDA graphs; None on a CPU, and before the model is frozen.
     """
 
     Decoding = DiffusionDecoding
@@ -98,7 +98,7 @@ class SampledModel(Seq2SeqModel):
         self.graphs: GraphCache | None = None
 
     def freeze(self, dtype: torch.dtype) -> None:
-        """Prepare for decoding: on a GPU, batches of a shape that comes again are replayed."""
+        """Prepare for decoding: on a GPU, batches of a repeated shape are replayed as graphs."""
         if next(self.parameters()).device.type == "cuda":
             self.graphs = GraphCache()
 
@@ -124,7 +124,7 @@ class SampledModel(Seq2SeqModel):
             lengths = torch.tensor([len(tokens) for tokens in gold], device=device)[:, None]
         else:
             lengths = self._length_candidates(memory, options.length_beam)
-        # rows of one sentence are neighbours: its lengths, and for each length its noise draws
+        # rows are grouped by sentence, then by length, then by noise draw
         per_sentence = lengths.shape[1] * options.noise_beam
         lengths = lengths.repeat_interleave(options.noise_beam, dim=1).flatten()
         longest = int(lengths.max())
@@ -169,8 +169,8 @@ class SampledModel(Seq2SeqModel):
             seeds: int64 [B], of the noise of each sentence.
             keys: see `Candidates`.
             options: how.
-            gold_z0: the true embeddings, float [N, T, D], where the options ask for them.
-            history: of each candidate, where the options ask for it.
+            gold_z0: the true embeddings, float [N, T, D], if the options ask for them.
+            history: that of each candidate, filled if the options ask for it.
 
         Returns:
             Log-probability and id of the best token at every position, both [N, T], and how many
@@ -229,14 +229,14 @@ class SampledModel(Seq2SeqModel):
         keys: Tensor,
         options: DiffusionDecoding,
     ) -> tuple[Tensor, ...] | None:
-        """Do what `_sample` does in one launch, or return None where that does not pay.
+        """Replay `_sample` in one launch, or return None where that does not pay.
 
-        It pays for a small batch, whose operations are faster than their launches, of a shape that
-        comes again, for which both sides are widened.
+        It pays for a small batch, whose operations take less time than their launches, and whose
+        shape is repeated; to that end both sides are padded to a multiple of `WIDEN`.
         """
         assert self.graphs is not None
         S, T = (-(-length // WIDEN) * WIDEN for length in (memory.hidden.shape[1], longest))
-        how = replace(options, seed=0)  # the keys of the noise are an input
+        how = replace(options, seed=0)  # the seed enters by the keys, which are an input
         key = len(seeds), S, len(lengths), T, how
         small = max(len(seeds) * S, len(lengths) * T) <= REPLAYED
         if not small or options.steps > REPLAYED_STEPS or not self.graphs.has_seen(key):
@@ -264,7 +264,7 @@ class SampledModel(Seq2SeqModel):
         """Return the most likely target lengths of each sentence, int64 [B, beam], all >= 1.
 
         Raises:
-            FastdissError: a source of one token has not as many.
+            FastdissError: a source of one token has fewer possible lengths.
         """
         limit = self.config.max_length_offset
         src_lengths = memory.layout.lengths[:, None]
@@ -285,7 +285,7 @@ class SampledModel(Seq2SeqModel):
         return layout.padded(best - logits.logsumexp(dim=-1)), layout.padded(tokens)
 
     def _logits(self, z0_hat: Tensor, layout: Layout) -> Tensor:
-        """Score all tokens that an answer may have for estimates [N, T, D]; float32 [P, V]."""
+        """Score all tokens that an answer may contain, from estimates [N, T, D]; float32 [P, V]."""
         logits = self.embedding.logits(layout.flat(z0_hat))
         logits[:, self.tgt.bos] = logits[:, self.tgt.pad] = float("-inf")
         return logits
@@ -293,7 +293,7 @@ class SampledModel(Seq2SeqModel):
     def _history(
         self, time: float, z0_hat: Tensor, fresh: Tensor | None, layout: Layout
     ) -> list[HistoryStep]:
-        """Return what each row looks like at one step; means are over its own positions."""
+        """Return the history of each row at one step; means are over non-padding positions."""
         scores, tokens = self._read(z0_hat, layout)
         own = ~layout.pad_mask
         lengths = own.sum(1)
@@ -310,6 +310,6 @@ class SampledModel(Seq2SeqModel):
         ]
 
     def _trim(self, tokens: list[int], values: list[float]) -> tuple[list[int], list[float]]:
-        """Cut a row at its first eos; the values keep that of the eos."""
+        """Truncate a row before its first eos; the values keep the one of the eos."""
         end = tokens.index(self.tgt.eos) if self.tgt.eos in tokens else len(tokens)
         return tokens[:end], values[: min(end + 1, len(tokens))]

@@ -21,15 +21,15 @@ class LatentEmbedding(nn.Module):
     Every embedding has norm sqrt(D), so that a schedule means the same for all tokens; with a
     learned scale, a common multiple of it. The logit of a perfect estimate is D times the logit
     scale, that of another token about 0, and the anchor loss with label smoothing e asks for a
-    difference of log(1 + V (1 - e) / e). ``matched`` makes these equal. A larger scale holds z0_hat
-    to a fraction of the embeddings' norm, and what the solver then makes of it is no z_t that
-    training has seen; a smaller one blurs the softmax, the more the larger the vocabulary is.
+    difference of log(1 + V (1 - e) / e). ``matched`` makes these equal. A larger scale keeps z0_hat
+    at a fraction of the embeddings' norm, from which the solver makes a z_t unlike any in training;
+    a smaller one blurs the softmax, the more so the larger the vocabulary is.
 
     Args:
         size, dim: V and D.
         logit_scale: ``matched``; ``rsqrt``: 1/sqrt(D); ``learned``: from there on; ``one``.
-        label_smoothing: of the anchor loss; below 0.01 as 0.01.
-        learn_scale: learn the common multiple.
+        label_smoothing: that of the anchor loss; values below 0.01 count as 0.01 here.
+        learn_scale: learn a common scale of all embeddings.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class LatentEmbedding(nn.Module):
         return z0_hat
 
     def freeze(self, dtype: torch.dtype) -> None:
-        """Normalise the table once for all."""
+        """Normalise the table once."""
         self._frozen = self.rows().detach().to(dtype)
 
     def _expected(self, z0_hat: Tensor) -> Tensor:
@@ -92,8 +92,8 @@ class LatentEmbedding(nn.Module):
         with torch.autocast(kind, enabled=False):
             if dtype == torch.bfloat16:
                 return (F.linear(query, rows, bias).softmax(-1) @ rows).float()
-            # it is attention to the table; this way [P, V] is never in memory as a whole
-            # (a mask that asks for its gradient would keep torch from it)
+            # as attention over the table, so that [P, V] is never in memory as a whole
+            # (with a mask that requires a gradient torch would not do so)
             attn_mask = bias.detach().expand(1, 1, len(query), len(rows))
             rows = rows[None, None]
             return F.scaled_dot_product_attention(

@@ -1,4 +1,4 @@
-"""Make a trained model ready for decoding: its weights are laid out once for the machine."""
+"""Prepare a trained model for decoding: lay out its weights once for the machine."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ class PackedLinear(nn.Module):
     """A linear layer for inference on a CPU, its weights reordered once in oneDNN's own layout.
 
     In float32 torch would call a matrix product that is slower on many CPUs, and in bfloat16 it
-    would reorder the weights in every call. The operators are those of torch's compiler.
+    would reorder the weights in every call. The operators are those that torch.compile uses.
 
     Args:
         linear: the trained layer.
-        dtype: in which it computes, and what it returns.
+        dtype: the type that it computes in and returns.
     """
 
     def __init__(self, linear: nn.Linear, dtype: torch.dtype) -> None:
@@ -35,9 +35,9 @@ class PackedLinear(nn.Module):
 
 @cache
 def can_pack(dtype: torch.dtype) -> bool:
-    """Try whether this torch and this processor have what `PackedLinear` needs."""
+    """Return whether this torch and this processor support `PackedLinear`, by trying it."""
     try:
-        probe = nn.utils.skip_init(nn.Linear, 16, 16)  # draws nothing from the generators
+        probe = nn.utils.skip_init(nn.Linear, 16, 16)  # leaves the random generators alone
         PackedLinear(probe, dtype)(torch.zeros(1, 16))
     except (RuntimeError, AttributeError):  # no oneDNN, no such operator, or none for the type
         return False
@@ -48,12 +48,12 @@ def freeze(model: nn.Module, dtype: torch.dtype) -> None:
     """Prepare a model for decoding; it cannot be trained any more.
 
     A module may define ``freeze(dtype)`` for its own preparation. Linear layers are packed on a
-    CPU that can; elsewhere they keep their weights in ``dtype``, which autocast would make anew
-    for every batch.
+    CPU that supports it; elsewhere their weights are cast to ``dtype`` once, which autocast would
+    do for every batch.
 
     Args:
         model: in evaluation mode; changed in place.
-        dtype: float32 or bfloat16, in which it is to compute.
+        dtype: float32 or bfloat16, the type to compute in.
     """
     on_cpu = next(model.parameters()).device.type == "cpu"
     for module in list(model.modules()):
@@ -65,5 +65,5 @@ def freeze(model: nn.Module, dtype: torch.dtype) -> None:
             if on_cpu and can_pack(dtype):
                 setattr(module, name, PackedLinear(child, dtype))
             elif not on_cpu and child.weight.dtype != dtype:
-                # a copy: an embedding may share its weights, and keeps them as they are
+                # a copy: an embedding may share the weights, and must keep them
                 setattr(module, name, copy.deepcopy(child).to(dtype))

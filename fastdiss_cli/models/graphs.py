@@ -1,4 +1,4 @@
-"""Replay on a GPU what it has done before: one launch in place of hundreds."""
+"""CUDA graphs: replay a batch of a known shape with one launch instead of hundreds."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ from threading import Lock
 import torch
 from torch import Tensor
 
-_MOST = 64  # graphs that are kept, each with its input and its results
+_MOST = 64  # graphs that are kept, each with its inputs and results
 _CAPTURING = Lock()  # torch captures one graph at a time in a process
 
 
 class GraphCache:
-    """Captures a function as a CUDA graph for each shape of its inputs that comes again.
+    """Capture a function as a CUDA graph for every input shape that is seen more than once.
 
-    A GPU is done with an operation on a small batch before the next one is launched. The first time
-    a shape is not captured, because that takes as long as running the function twice.
+    On a small batch a GPU finishes an operation before the next one is launched. A shape is not
+    captured the first time, because capturing takes as long as running the function twice.
     """
 
     def __init__(self) -> None:
         self._graphs: OrderedDict[Hashable, _Graph | None] = OrderedDict()
-        self._memory: tuple[object, torch.cuda.Stream] | None = None  # that all graphs share
+        self._memory: tuple[object, torch.cuda.Stream] | None = None  # shared by all graphs
         self._lock = Lock()
 
     @property
     def captured(self) -> int:
-        """How many graphs there are."""
+        """The number of captured graphs."""
         return sum(graph is not None for graph in self._graphs.values())
 
     def has_seen(self, key: Hashable) -> bool:
@@ -43,12 +43,12 @@ class GraphCache:
     def run(
         self, key: Hashable, function: Callable[..., tuple[Tensor, ...]], inputs: Sequence[Tensor]
     ) -> tuple[Tensor, ...]:
-        """Return ``function(*inputs)``; one thread at a time, because the inputs have one place.
+        """Return ``function(*inputs)``, one thread at a time: graphs read fixed input buffers.
 
         Args:
-            key: what the function depends on besides, and the shapes of the inputs.
-            function: of tensors on the GPU, without waiting for it, under inference mode.
-            inputs: copied.
+            key: the shapes of the inputs, and whatever else the function depends on.
+            function: works on GPU tensors without synchronising, in inference mode.
+            inputs: copied into the buffers.
         """
         with self._lock:
             graph = self._graphs.get(key)
@@ -70,17 +70,17 @@ class _Graph:
     ) -> None:
         self.inputs = [x.clone() for x in inputs]
         kind = "cuda"
-        # what autocast keeps would be freed before the next replay
+        # casts in autocast's cache would be freed before the next replay
         uncached = torch.autocast(
             kind,
             torch.get_autocast_dtype(kind),
             enabled=torch.is_autocast_enabled(kind),
             cache_enabled=False,
         )
-        # torch takes the current device, which need not be that of the model
+        # torch captures on the current device, which need not be the model's
         with _CAPTURING, torch.cuda.device(inputs[0].device), uncached:
             stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):  # a first run, in which libraries allocate
+            with torch.cuda.stream(stream):  # a warm-up run, in which libraries allocate
                 function(*self.inputs)
             torch.cuda.current_stream().wait_stream(stream)
             self.graph = torch.cuda.CUDAGraph()

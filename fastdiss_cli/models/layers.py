@@ -1,4 +1,4 @@
-"""The Transformer layers that all systems share: pre-norm, fused projections, cached memory."""
+"""The Transformer layers shared by all systems: pre-norm, fused projections, cached memory."""
 # B sentences, N rows (B x candidates), S source length, T target length, P tokens (without
 # padding) of a batch, H model, h heads
 
@@ -38,7 +38,7 @@ class NetworkConfig:
 
 @dataclass
 class Memory:
-    """The encoded sources, with every decoder layer's keys and values computed once.
+    """The encoded sources, with the cross-attention keys and values of every decoder layer.
 
     Attributes:
         hidden: float [B, S, H], zeros as padding.
@@ -51,7 +51,7 @@ class Memory:
     keys_values: list[tuple[Tensor, Tensor]]
 
     def widened(self, length: int) -> Memory:
-        """Return the same with S = ``length`` positions, at least as many as now."""
+        """Return the same memory, padded from S to ``length`` positions."""
         more = length - self.hidden.shape[1]
 
         def wide(x: Tensor) -> Tensor:
@@ -71,7 +71,7 @@ class Memory:
 
 
 class Cache:
-    """The self-attention keys and values of the positions so far, in memory that is reused."""
+    """The self-attention keys and values of all positions so far, in a buffer that is reused."""
 
     def __init__(self) -> None:
         self.buffer: Tensor | None = None  # [2, N, h, capacity, H/h]
@@ -125,7 +125,7 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Multi-head attention to keys and values that are computed once for all steps."""
+    """Multi-head attention to keys and values that are computed once and used in every step."""
 
     def __init__(self, dim: int, heads: int) -> None:
         super().__init__()
@@ -231,7 +231,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """The decoder layers, over an input that the model has embedded."""
+    """The decoder layers, for an input that the model has already embedded."""
 
     def __init__(self, config: NetworkConfig) -> None:
         super().__init__()
@@ -256,7 +256,7 @@ class Decoder(nn.Module):
     ) -> Tensor:
         """Decode the tokens [P, H] of N rows against a memory of B sentences.
 
-        With ``caches``, one per layer, they are the newest position of each row.
+        With ``caches``, one per layer, the tokens are the newest position of each row.
         """
         x = dropout(x, self.dropout, self.training)
         attn_mask = memory.layout.attn_mask
@@ -271,14 +271,14 @@ def attend(
 ) -> Tensor:
     """Return scaled dot-product attention, float [N, h, T, H/h].
 
-    torch's own is slow in bfloat16 on a CPU: its products and their gradient take five times as
-    long as plain ones for sentences of 15 tokens, and twice as long for 256.
+    torch's own is slow in bfloat16 on a CPU: with its gradient it takes five times as long as plain
+    matrix products for sentences of 15 tokens, and twice as long for 256.
 
     Args:
         query: float [N, h, T, H/h].
         key, value: float [N, h, S, H/h].
-        attn_mask: bool [N, 1, 1, S], true where to look; None: everywhere.
-        causal: look at no later position; T = S then.
+        attn_mask: bool [N, 1, 1, S], true at positions to attend to; None: all.
+        causal: attend to no later position; needs T = S.
     """
     if query.device.type != "cpu" or query.dtype != torch.bfloat16:
         return F.scaled_dot_product_attention(
@@ -294,10 +294,10 @@ def attend(
 
 
 def dropout(x: Tensor, rate: float, training: bool) -> Tensor:
-    """Zero a share ``rate`` of a tensor in training, and scale up the rest by 1 / (1 - rate).
+    """Zero a fraction ``rate`` of a tensor in training, and scale the rest by 1 / (1 - rate).
 
-    On a CPU torch draws a float for every number, which was a quarter of a training update; here
-    four of them share one draw of 64 bits, and the share is rounded to a multiple of 2^-16.
+    On a CPU torch draws a float for every element, which took a quarter of a training update; here
+    four elements share one draw of 64 bits, and the rate is rounded to a multiple of 2^-16.
     """
     if not training or rate == 0 or x.device.type != "cpu":
         return F.dropout(x, rate, training)

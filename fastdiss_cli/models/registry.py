@@ -32,7 +32,7 @@ from fastdiss_cli.models import FAMILIES
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What a model knows of one side's tokenizer; equal ones are the same vocabulary."""
+    """The facts about a tokenizer that a model needs; equal ones are the same vocabulary."""
 
     size: int
     bos: int
@@ -51,7 +51,7 @@ class Loss:
 
 @dataclass
 class HistoryStep:
-    """What a candidate looked like at one step of sampling.
+    """A candidate at one sampling step.
 
     Attributes:
         time: noise time of the step.
@@ -74,12 +74,12 @@ class Hypothesis:
 
     Attributes:
         tokens: ids without eos.
-        score: mean log-probability of the tokens; higher is better. Of beam search it is divided
-            by length ** lenpen, not by length.
+        score: mean log-probability of the tokens; higher is better. In beam search the sum is
+            divided by length ** lenpen instead.
         token_scores: log-probability of each token.
         nfe: decoder evaluations that it took.
-        history: the steps of sampling, where they were asked for.
-        runners_up: other candidates of the sentence, where they were asked for.
+        history: the sampling steps, if requested.
+        runners_up: other candidates of the sentence, if requested.
     """
 
     tokens: list[int]
@@ -98,11 +98,11 @@ class Seq2SeqModel(nn.Module, ABC):
         Decoding: frozen dataclass of its decoding options, with a property ``candidates``, how
             many it makes of a sentence. A flag of ``generate`` applies to a model whose
             ``Decoding`` has a field of that name.
-        default_select: how one hypothesis is chosen among candidates unless the user says.
+        default_select: the default of ``--select``.
 
     The parts that ``--compile`` compiles are named ``encoder`` and ``decoder``. All state is in
     parameters: buffers are not saved. For decoding `frozen` replaces linear layers by faster ones,
-    so a model calls them and does not reach for their weights. A model that can rerank has
+    so a model must call them and not access their weights. A model that can rerank has
     ``log_likelihood``; one whose ``Decoding`` has a field ``diagnose`` has ``losses_at`` (see
     `Difformer`).
     """
@@ -121,7 +121,7 @@ class Seq2SeqModel(nn.Module, ABC):
 
     @abstractmethod
     def encode(self, src_tokens: Tensor, layout: Layout) -> Any:
-        """Return what decoding needs of the sources; int64 [B, S], right-padded, with layout."""
+        """Return what decoding needs of the sources, int64 [B, S], right-padded as in layout."""
 
     @abstractmethod
     def decode(
@@ -137,19 +137,19 @@ class Seq2SeqModel(nn.Module, ABC):
             memory: from `encode`, for B sentences.
             seeds: int64 [B], of the noise of each sentence.
             options: a `Decoding`.
-            gold: the right answers, for options that diagnose with them.
+            gold: the references, for options that diagnose with them.
         """
 
     def misfits(self, src_lengths: np.ndarray, tgt_lengths: np.ndarray) -> str | None:
-        """Say what of the training data the model cannot represent; None: nothing.
+        """Describe training data that the model cannot represent; None: there is none.
 
         Args:
-            src_lengths, tgt_lengths: tokens of each pair, int [N].
+            src_lengths, tgt_lengths: numbers of tokens of each pair, int [N].
         """
         return None
 
     def num_parameters(self) -> int:
-        """Count what is trained; only for a model that has not been frozen."""
+        """Return the number of trained parameters; not for a frozen model."""
         return sum(p.numel() for p in self.parameters())
 
 
@@ -170,7 +170,7 @@ class Architecture:
         """Return a new model.
 
         Raises:
-            FastdissError: a family of the user's own has failed, and where.
+            FastdissError: a user-defined family failed; the message says where.
         """
         try:
             return self.family(config, src, tgt)
@@ -187,13 +187,13 @@ def register(name: str, family: type[Seq2SeqModel], description: str, **sizes: A
     """Add an architecture.
 
     Args:
-        name: what ``--arch`` is given; by custom ``family_size``.
+        name: the value of ``--arch``; by convention ``family_size``.
         family: the model class.
         description: one line for ``fastdiss models``.
         sizes: options of ``family.Config`` that differ from its defaults.
 
     Raises:
-        FastdissError: the name is taken, or a size is no option of the family.
+        FastdissError: the name is taken, or a size is not an option of the family.
     """
     if name in _ARCHITECTURES:
         raise FastdissError(f"architecture {name!r} is registered twice")
@@ -202,7 +202,7 @@ def register(name: str, family: type[Seq2SeqModel], description: str, **sizes: A
 
 
 def architectures(user_module: Path | None = None) -> dict[str, Architecture]:
-    """Return all architectures by name, those of a user's module included."""
+    """Return all architectures by name, including those of a user module."""
     for family in FAMILIES:
         importlib.import_module(f"fastdiss_cli.models.{family}")
     if user_module is not None:

@@ -1,4 +1,4 @@
-"""A first sketch of the target: the encoded source, spread along the diagonal."""
+"""The soft copy: the encoded source, spread along the diagonal as a first sketch of the target."""
 # B sentences, N rows (B x candidates), S source length, T target length, P tokens of a batch,
 # H model
 
@@ -10,15 +10,15 @@ from torch import Tensor
 from fastdiss_cli.data.layout import Layout
 from fastdiss_cli.models.layers import Memory
 
-_TOGETHER = 1024  # target positions: a very long sentence then needs memory for S, not for S^2
+_TOGETHER = 1024  # target positions at a time, so that memory grows with S and not with S^2
 
 
 def source_copy(memory: Memory, layout: Layout, width: float) -> Tensor:
     """Average, for every target position, the encoded source around its place on the diagonal.
 
     The weight of source position j for target position i is the softmax over j of
-    ``-|(j + 1/2) - (i + 1/2) S/T| / width``. At pure noise a network without it knows nothing of
-    a target position but its number, and has to find its place in the source from that.
+    ``-|(j + 1/2) - (i + 1/2) S/T| / width``. Without it, all that a network knows of a target
+    position at pure noise is its number, from which it has to find its place in the source.
 
     Args:
         memory: of B sentences.
@@ -29,7 +29,7 @@ def source_copy(memory: Memory, layout: Layout, width: float) -> Tensor:
         float [P, H].
 
     Source: soft copy, Wei et al. 2019, Imitation learning for non-autoregressive neural machine
-    translation (arXiv 1906.02041); here the diagonal ends where both sentences end.
+    translation (arXiv 1906.02041); here the diagonal ends at the end of both sentences.
     """
     B, S, _ = memory.hidden.shape
     N, T = layout.pad_mask.shape

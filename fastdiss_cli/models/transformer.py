@@ -38,7 +38,7 @@ class TransformerConfig(NetworkConfig):
     """Options of the network."""
 
     share_embeddings: bool = option(
-        True, "one table for source, target and output if their vocabularies agree"
+        True, "share one table between source, target and output if vocabularies are equal"
     )
 
 
@@ -92,7 +92,7 @@ class Transformer(Seq2SeqModel):
         return x + positions(x.shape[1], x.shape[2], x.device, start)
 
     def teach(self, memory: Memory, tgt_tokens: Tensor, layout: Layout) -> Tensor:
-        """Decode the P tokens of [N, T] that are no padding under teacher forcing; float [P, H].
+        """Decode the P non-padding tokens of [N, T] under teacher forcing; float [P, H].
 
         As in fairseq the decoder starts from eos.
         """
@@ -112,11 +112,11 @@ class Transformer(Seq2SeqModel):
         return Loss(total, {"nll": nll})
 
     def log_likelihood(self, memory: Memory, answers: Sequence[Sequence[int]]) -> Tensor:
-        """Return the mean log-probability of a token of each answer, eos included; float [N].
+        """Return the mean log-probability per token of each answer, including eos; float [N].
 
         Args:
             memory: of B sentences.
-            answers: N answers without eos, those of a sentence as neighbours; N a multiple of B.
+            answers: N answers without eos, grouped by sentence; N is a multiple of B.
         """
         rows = [[*tokens, self.tgt.eos] for tokens in answers]
         tokens, layout = (x.to(memory.hidden.device) for x in pad(rows, self.tgt.pad))
