@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
 import torch
@@ -112,9 +112,16 @@ class Score:
 
 @dataclass(repr=False)
 class Translator:
-    """A loaded model with its tokenizers."""
+    """A loaded model with its tokenizers.
+
+    Pickling it keeps only the arguments of `load`: the other process loads the file again.
+    """
 
     loaded: Loaded
+    arguments: tuple[Path, str | torch.device, str | torch.dtype, Path | None]  # those of `load`
+
+    def __reduce__(self) -> tuple[Callable[..., Translator], tuple[Any, ...]]:
+        return load, self.arguments
 
     def __repr__(self) -> str:
         source, target = self.loaded.languages
@@ -210,8 +217,11 @@ def load(
             raise FastdissError(f"{name}: give a string or a Path, not {type(given).__name__}")
     torch_device = pick_device(device)
     torch_dtype = pick_dtype(dtype, torch_device)
-    module = None if user_module is None else Path(user_module)
-    return Translator(load_model(Path(path), torch_device, module, torch_dtype))
+    # absolute, as a pickled translator may be loaded in another working directory
+    file = Path(path).absolute()
+    module = None if user_module is None else Path(user_module).absolute()
+    loaded = load_model(Path(path), torch_device, module, torch_dtype)
+    return Translator(loaded, (file, device, dtype, module))
 
 
 def score(

@@ -227,6 +227,19 @@ def test_a_notebook_is_left_as_it_was(diffusion: Path, tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
 
 
+def test_a_translator_travels_to_another_process(
+    diffusion: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(diffusion.parent)
+    translator = fastdiss_cli.load(diffusion.name, "cpu", "bfloat16")
+    pickled = pickle.dumps(translator)
+    assert len(pickled) < 1000  # not the weights
+    monkeypatch.chdir(tmp_path)
+    copy = pickle.loads(pickled)
+    assert copy.loaded.dtype == torch.bfloat16
+    assert copy.generate(SENTENCES) == translator.generate(SENTENCES)
+
+
 def test_several_threads(diffusion: Path) -> None:
     expected = fastdiss_cli.load(diffusion).generate(SENTENCES, steps=2)
     shared = fastdiss_cli.load(diffusion)
