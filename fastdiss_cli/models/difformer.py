@@ -47,17 +47,15 @@ class DiffusionConfig(NetworkConfig):
     """Options of the network and of the diffusion process."""
 
     latent_dim: int = option(128, "dimension of the target embeddings that are denoised")
-    noise_schedule: str = option("sqrt", f"signal by time: {', '.join(ABAR)}")
+    noise_schedule: str = option("sqrt", f"noise schedule: {', '.join(ABAR)}")
     noise_factor: float = option(4.0, "standard deviation of the noise at t = 1")
     self_cond_rate: float = option(0.5, "share of batches that are given an estimate")
-    self_cond_form: str = option("expected", f"its form: {', '.join(FORMS)}")
-    logit_scale: str = option("matched", f"of z0_hat . embedding: {', '.join(LOGIT_SCALES)}")
+    self_cond_form: str = option("expected", f"form of that estimate: {', '.join(FORMS)}")
+    logit_scale: str = option("matched", f"scale of z0_hat . embedding: {', '.join(LOGIT_SCALES)}")
     embedding_scale: bool = option(False, "learn a common scale of the target embeddings")
-    source_copy: float = option(
-        1.0, "width of the soft copy that denoising begins with; 0: none", before=0.0
-    )
-    length_loss: float = option(0.1, "weight of the loss of the length head")
-    max_length_offset: int = option(128, "target length - source length, at most, either way")
+    source_copy: float = option(1.0, "width of the soft copy of the source; 0: none", before=0.0)
+    length_loss: float = option(0.1, "weight of the length loss")
+    max_length_offset: int = option(128, "largest difference of target and source length")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -37,23 +37,23 @@ class FastDiSSConfig(DiffusionConfig):
 
     self_cond_rate: float = option(1.0, "share of batches with a first pass at t' > t")
     scp_offset: str = option("step-matched", f"how t' is drawn: {', '.join(SCP_OFFSETS)}")
-    scp_coupling: str = option("markov", f"of z_t' and z_t: {', '.join(SCP_COUPLINGS)}")
+    scp_coupling: str = option("markov", f"coupling of z_t' and z_t: {', '.join(SCP_COUPLINGS)}")
     scp_gap: float = option(0.2, "t' - t where scp_offset is fixed", needs=("scp_offset", "fixed"))
     scp_step_counts: tuple[int, ...] = option(
-        (2, 3, 5, 10, 20), "that step-matched draws from", needs=STEP_MATCHED
+        (2, 3, 5, 10, 20), "step counts that step-matched draws from", needs=STEP_MATCHED
     )
     scp_grid: str = option(
         "uniform", f"time grid of step-matched: {', '.join(TIME_GRIDS)}", needs=STEP_MATCHED
     )
-    scp_unroll: float = option(0.5, "share of those given an estimate whose z_t is sampling's own")
+    scp_unroll: float = option(0.5, "share of sentences with an estimate that are unrolled")
     # MANS is off: no gain was shown, see docs/method.md
-    mans_strength: float = option(0.0, "lambda: how much more noise an easy token gets; 0: no MANS")
+    mans_strength: float = option(0.0, "lambda: how much more noise easy tokens get; 0: no MANS")
     mans_confidence: str = option(
-        "distance", f"what is easy, by {' or '.join(MANS_CONFIDENCES)}", needs=MANS_ON
+        "distance", f"what makes a token easy: {', '.join(MANS_CONFIDENCES)}", needs=MANS_ON
     )
     mans_anchors: tuple[float, ...] = option(
         (),
-        "confidences [easy, hard]; empty: [0.1, 1] by distance, [0.9, 0.1] by probability",
+        "values [easy, hard]; empty: [0.1, 1] by distance, [0.9, 0.1] by probability",
         needs=MANS_ON,
     )
     mans_start_update: int = option(0, "the first update that uses MANS", needs=MANS_ON)
@@ -62,7 +62,7 @@ class FastDiSSConfig(DiffusionConfig):
     )
     mans_time: str = option(
         "sentence",
-        f"whose time the network is given: {', '.join(MANS_TIMES)}",
+        f"time that the network is given: {', '.join(MANS_TIMES)}",
         needs=MANS_ON,
         before="token",
         formerly="mans_told",

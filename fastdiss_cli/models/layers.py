@@ -25,7 +25,7 @@ class NetworkConfig:
     encoder_layers: int = option(4, "layers of the encoder")
     decoder_layers: int = option(4, "layers of the decoder")
     dropout: float = option(0.1, "dropout rate")
-    label_smoothing: float = option(0.1, "of the cross-entropy")
+    label_smoothing: float = option(0.1, "label smoothing of the cross-entropy")
 
     def __post_init__(self) -> None:
         for key in ("model_dim", "ffn_dim", "heads", "encoder_layers", "decoder_layers"):
