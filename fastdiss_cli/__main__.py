@@ -98,6 +98,11 @@ def main() -> None:
         if isinstance(stream, io.TextIOWrapper):  # text is UTF-8, whatever the locale
             # messages may quote file names that are not valid text
             stream.reconfigure(encoding="utf-8", errors="backslashreplace")
+    raw = getattr(sys.stdout, "buffer", None)
+    if isinstance(raw, io.RawIOBase):  # PYTHONUNBUFFERED: text would be lost in partial writes
+        sys.stdout = io.TextIOWrapper(
+            io.BufferedWriter(raw), "utf-8", "backslashreplace", line_buffering=True
+        )
     for word in sys.argv[1:]:
         if not word or re.fullmatch(r"--?[\w-]+=", word):
             which = word.removesuffix("=") or "an argument"

@@ -184,7 +184,7 @@ class Translator:
             raise FastdissError("self_cond='gold' needs references: use `fastdiss generate DATA`")
         run = Run(build(model.Decoding, decoding))
         if sentences:
-            sources = [self.loaded.src.encode(sentence) for sentence in sentences]
+            sources = [self.loaded.src.encode_source(sentence) for sentence in sentences]
             select = with_runners_up(select, run.options.candidates - 1)
             SequenceGenerator(model, select, max_tokens, self.loaded.dtype).decode(sources, [run])
         return list(filter(None, run.best))

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import difflib
 import os
+import sys
 import traceback
 from collections.abc import Iterable
 from pathlib import Path
+
+USER_MODULE = "fastdiss_user_module:"  # before the path: the name of a --user-module in sys.modules
 
 
 class FastdissError(Exception):
@@ -39,13 +42,19 @@ def suggest(name: str, known: Iterable[str]) -> str:
 
 
 def describe_bug(error: BaseException) -> str:
-    """Describe an unexpected exception in one line: what was raised, and where outside torch.
+    """Describe an unexpected exception in one line: what was raised, and where.
 
+    That is a line of the user's module if one was being executed, else the last one outside torch.
     If FASTDISS_TRACEBACK is set in the environment, print the full traceback first.
     """
     if os.environ.get("FASTDISS_TRACEBACK"):
         traceback.print_exception(error)
     frames = traceback.extract_tb(error.__traceback__)
-    own = [frame for frame in frames if f"{os.sep}torch{os.sep}" not in frame.filename]
-    at = f" ({Path(own[-1].filename).name}:{own[-1].lineno})" if own else ""
-    return f"{type(error).__name__}: {' '.join(str(error).split())}{at}"
+    users = [name.removeprefix(USER_MODULE) for name in sys.modules if name.startswith(USER_MODULE)]
+    own = [f for f in frames if f"{os.sep}torch{os.sep}" not in f.filename and f.filename[0] != "<"]
+    of_user = [frame for frame in own if frame.filename in users]
+    at = [f"{Path(frame.filename).name}:{frame.lineno}" for frame in (of_user or own)[-1:]]
+    if users and not of_user:
+        at.append(f"with --user-module {', '.join(users)}")
+    what = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    return what if isinstance(error, SyntaxError) else f"{what} ({', '.join(at)})"

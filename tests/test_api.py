@@ -21,6 +21,7 @@ import fastdiss_cli
 from fastdiss_cli.api import GenerateOptions, Translator
 from fastdiss_cli.errors import FastdissError, OptionError
 from fastdiss_cli.models.diffusion_decoding import DiffusionDecoding
+from fastdiss_cli.models.registry import architectures
 from fastdiss_cli.models.transformer import BeamDecoding
 
 DOCS = Path(__file__).parents[1] / "docs" / "api.md"
@@ -238,6 +239,20 @@ def test_a_translator_travels_to_another_process(
     copy = pickle.loads(pickled)
     assert copy.loaded.dtype == torch.bfloat16
     assert copy.generate(SENTENCES) == translator.generate(SENTENCES)
+
+
+def test_a_repaired_user_module_can_be_loaded(diffusion: Path, tmp_path: Path) -> None:
+    module = tmp_path / "mine.py"
+    good = (
+        "from fastdiss_cli.models.difformer import Difformer, register_sizes\n"
+        "register_sizes('repaired', Difformer, '')\n"
+    )
+    module.write_text(good + "undefined\n")
+    with pytest.raises(FastdissError, match=r"name 'undefined' is not defined \(mine.py:3\)"):
+        fastdiss_cli.load(diffusion, user_module=module)
+    module.write_text(good)
+    fastdiss_cli.load(diffusion, user_module=module)
+    assert "repaired_tiny" in architectures()
 
 
 def test_several_threads(diffusion: Path) -> None:

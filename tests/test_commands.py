@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import re
+import resource
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -355,9 +357,16 @@ def test_a_user_defined_model(
     module.write_text(USER_MODULE.replace("    pass", "    def __init__(self, *_):\n        1 / 0"))
     message = "making loud_tiny: ZeroDivisionError: division by zero (loud.py:10)"
     one_line_error(run_process(*begin), message)
+    broken = USER_MODULE.replace("    pass", "    def decode(self, *_):\n        return None")
+    module.write_text(broken)
+    message = one_line_error(run_process("generate", data_bin, *path, "--user-module", module))
+    assert "is not iterable (generation.py:" in message and message.endswith(f"{module})")
     module.write_text("\nraise RuntimeError('no')")
     message = one_line_error(run_process("models", "--user-module", module))
     assert message.endswith("loud.py: RuntimeError: no (loud.py:2)")
+    module.write_text("no python")
+    message = one_line_error(run_process("models", "--user-module", module))
+    assert message.endswith("loud.py: SyntaxError: invalid syntax (loud.py, line 1)")
     with monkeypatch.context() as patched:
         patched.setenv("FASTDISS_TRACEBACK", "1")
         assert "Traceback" in run_process("models", "--user-module", module).stderr
@@ -366,6 +375,24 @@ def test_a_user_defined_model(
     module.write_text("print('loud')")  # stdout is for data
     done = run_process("models", "--user-module", module)
     assert done.returncode == 0 and "loud" in done.stderr and "loud" not in done.stdout
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_disk_that_fills_up_is_reported(tmp_path: Path, unbuffered: str) -> None:
+    """Without a buffer, Python would take a partial write for a whole one."""
+    words = [sys.executable, "-m", "fastdiss_cli", "models"]
+    size = len(subprocess.run(words, capture_output=True).stdout)
+    limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (size - 5, size - 5))
+    with (tmp_path / "out").open("wb") as out:
+        done = subprocess.run(
+            words,
+            stdout=out,
+            stderr=subprocess.PIPE,
+            encoding="utf-8",
+            preexec_fn=limit,
+            env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
+        )
+    one_line_error(done, "File too large")
 
 
 def test_without_docstrings_commands_work() -> None:

@@ -360,7 +360,7 @@ def test_a_signal_to_any_rank_ends_generate(data_bin: Path, trained: Path) -> No
     first, second = run_ranks(2, *generate, prepare=wound)
     assert (first.returncode, second.returncode) == (138, 138), first.stderr
     assert whole.startswith(first.stdout) and first.stdout.splitlines()[-1].startswith("I-11\t")
-    assert "stopped by signal 10; 12 of 20 sentences are written" in first.stderr
+    assert "stopped by signal 10; sentences written: 12 of 20" in first.stderr
     assert second.stdout == second.stderr == ""
 
 

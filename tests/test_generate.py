@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Ranks, one_line_error, run_cli
+from conftest import Ranks, one_line_error, run_cli, run_process
 from runs import command, signalled_in_batch
 
 from fastdiss_cli.checkpoints.checkpoint import Checkpoint
@@ -116,7 +116,7 @@ def test_a_signal_leaves_the_beginning_of_the_output(
     assert whole.startswith(done.stdout) and done.stdout.splitlines()[-1].startswith("I-11\t")
     _, stopping, message = done.stderr.splitlines()
     assert stopping == "stopping: finishing this batch (again to stop at once)"
-    assert message == f"stopped by signal {number}; 12 of 20 sentences are written"
+    assert message == f"stopped by signal {number}; sentences written: 12 of 20"
 
 
 def test_a_signal_in_a_window_leaves_no_gap(data_bin: Path, checkpoints: dict[str, Path]) -> None:
@@ -129,7 +129,7 @@ def test_a_signal_in_a_window_leaves_no_gap(data_bin: Path, checkpoints: dict[st
     (done,) = Ranks(1, *more, prepare=wound).results()
     assert done.returncode == 128 + signal.SIGTERM and "stopp" not in before
     assert whole.startswith(done.stdout) and len(done.stdout) < len(whole)
-    assert "Generate" not in done.stdout and " of 20 sentences" in done.stderr
+    assert "Generate" not in done.stdout and " of 20\n" in done.stderr
 
 
 def test_a_signal_leaves_whole_files_and_what_was_done(
@@ -143,7 +143,7 @@ def test_a_signal_leaves_whole_files_and_what_was_done(
     assert done.returncode == 128 + signal.SIGTERM and done.stdout == ""
     names = [f"generate-test.steps{steps}.txt.part" for steps in (1, 2)]
     where = ", ".join(str(tmp_path / name) for name in names)
-    assert done.stderr.endswith(f"stopped by signal 15; 12 of 20 sentences are in {where}\n")
+    assert done.stderr.endswith(f"stopped by signal 15; sentences in {where}: 12 of 20\n")
     older = tmp_path / "generate-test.steps1.txt"
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([older.name, *names])
     assert older.read_text() == "older"
@@ -164,7 +164,7 @@ def test_a_signal_in_a_window_leaves_what_was_done_in_files(
     lines = part.read_text().splitlines()
     numbers = [int(line.split("\t")[0][2:]) for line in lines if line.startswith("D-")]
     assert numbers == sorted(numbers) and 0 < len(numbers) < 20 and 0 not in numbers
-    assert f"{len(numbers)} of 20 sentences are in {part}" in done.stderr
+    assert f"sentences in {part}: {len(numbers)} of 20" in done.stderr
     whole = run_cli(*more)
     assert not part.exists()  # all of it is in the complete file
     complete = set((tmp_path / "generate-test.txt").read_text().splitlines())
@@ -188,7 +188,7 @@ def test_a_signal_ends_the_wait_for_input(checkpoints: dict[str, Path]) -> None:
     (done,) = Ranks(1, *more, prepare=waiting_input).results()
     assert done.returncode == 130, done.stderr
     assert [line[:2] for line in done.stdout.splitlines()] == ["S-", "H-", "D-", "P-", "I-"]
-    assert done.stderr.endswith("\nstopped by signal 2; 1 sentences are written\n")
+    assert done.stderr.endswith("\nstopped by signal 2; sentences written: 1\n")
 
 
 def test_a_signal_between_two_batches_leaves_no_wait_for_input(
@@ -197,7 +197,7 @@ def test_a_signal_between_two_batches_leaves_no_wait_for_input(
     more = ["generate", "--path", checkpoints["fastdiss_tiny"], "--input", "-", "--device=cpu"]
     (done,) = Ranks(1, *more, prepare=signalled_in_output).results()
     assert done.returncode == 143 and done.stdout.splitlines()[-1].startswith("I-0\t"), done.stderr
-    assert done.stderr.endswith("\nstopped by signal 15; 1 sentences are written\n")
+    assert done.stderr.endswith("\nstopped by signal 15; sentences written: 1\n")
 
 
 def signalled_in_output(rank: int) -> None:
@@ -263,7 +263,7 @@ def test_what_is_written_before_a_failure_is_kept(
 @pytest.mark.parametrize("arch", ["fastdiss_tiny", "transformer_tiny"])
 def test_an_empty_line_has_an_empty_answer(checkpoints: dict[str, Path], arch: str) -> None:
     more = ["generate", "--path", checkpoints[arch], "--input=-", "--plain", "--buffer-size=9"]
-    lines = ["", "eins zwei", "", ""]
+    lines = ["", "eins zwei", "", " \t"]
     done = run_cli(*more, stdin="\n".join(lines) + "\n")
     empty, answer, *rest = done.stdout.split("\n")
     assert (empty, rest) == ("", ["", "", ""]) and answer
@@ -371,6 +371,12 @@ def test_a_user_defined_solver(checkpoints: dict[str, Path], tmp_path: Path) -> 
     assert halved.returncode == plain.returncode == 0, halved.stderr
     assert halved.stdout.splitlines()[:4] != plain.stdout.splitlines()[:4]
     assert "solver=half" in halved.stderr
+    (tmp_path / "mine.py").write_text(
+        "from fastdiss_cli.diffusion.solvers import SOLVERS\n"
+        "SOLVERS['half'] = lambda schedule: None\n"
+    )
+    refused = run_process(*line, "half", *mine)
+    one_line_error(refused, "--solver must be a subclass of diffusion.solvers.Solver", code=2)
 
 
 def test_one_candidate_leaves_nothing_to_select(checkpoints: dict[str, Path]) -> None:

@@ -13,6 +13,7 @@ from fastdiss_cli.diffusion.schedule import (
     grid_time,
     time_grid,
 )
+from fastdiss_cli.errors import FastdissError
 
 SCHEDULES = sorted(ABAR)
 
@@ -23,6 +24,14 @@ def test_starts_from_the_data_and_ends_in_pure_noise_exactly(name: str) -> None:
     zero, one = torch.tensor(0.0), torch.tensor(1.0)
     assert (schedule.alpha(zero), schedule.sigma(zero)) == (1, 0)
     assert (schedule.alpha(one), schedule.sigma(one)) == (0, 3)
+
+
+def test_a_schedule_with_other_ends_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(ABAR, "mine", lambda t: 1 - 0.9 * t)
+    with pytest.raises(FastdissError, match=r"'mine': abar\(0\) and abar\(1\) must be 1 and 0"):
+        NoiseSchedule("mine", 1.0)
+    monkeypatch.setitem(ABAR, "mine", lambda t: torch.cos(0.5 * torch.pi * t) ** 2)  # rounded
+    NoiseSchedule("mine", 1.0)
 
 
 @pytest.mark.parametrize("name", SCHEDULES)

@@ -64,7 +64,7 @@ def test_what_waits_is_decoded_together(monkeypatch: pytest.MonkeyPatch) -> None
     class Letters:
         unk = 0
 
-        def encode(self, line: str) -> list[int]:
+        def encode_source(self, line: str) -> list[int]:
             return [ord(line)]
 
     blocks = [b"".join(b"%c\n" % letter for letter in b"abcdefghij"), b"k\n", b"l\nm\nn\n"]

@@ -285,8 +285,8 @@ def generate(
         )
         if done.signal:
             kept = _keep(outputs) if done.sentences else "written"
-            count = f"{done.sentences:,}" + (f" of {corpus.total:,}" if corpus.total else "")
-            logs.info(f"stopped by signal {done.signal}; {count} sentences are {kept}")
+            of = f" of {corpus.total:,}" if corpus.total else ""
+            logs.info(f"stopped by signal {done.signal}; sentences {kept}: {done.sentences:,}{of}")
         elif processes.rank == 0:
             references = given_references or [[line] for line in done.references]
             _conclude(runs, outputs, done.texts, references, (name, arch, shown), plain)

@@ -52,6 +52,10 @@ class Tokenizer(ABC):
     def encode(self, text: str) -> list[int]:
         """Return the ids of one sentence, including ``eos``."""
 
+    def encode_source(self, text: str) -> list[int]:
+        """Return the ids of a sentence to translate; white space alone counts as an empty one."""
+        return self.encode("" if text.isspace() else text)
+
     @abstractmethod
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of ids, without bos, pad and eos."""

@@ -86,7 +86,7 @@ def _ids(lines: Iterable[str], src: Tokenizer) -> Iterator[Pair]:
     """Yield the ids of each line; at the end, warn of tokens that are unknown to the model."""
     tokens = unknown = 0
     for line in lines:
-        ids = src.encode(line)
+        ids = src.encode_source(line)
         tokens += len(ids) - 1
         unknown += ids.count(src.unk)
         yield ids, None

@@ -17,6 +17,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from fastdiss_cli.errors import FastdissError
+
 ABAR: dict[str, Callable[[Tensor], Tensor]] = {
     "sqrt": lambda t: 1 - torch.sqrt(t),  # Li et al. 2022, Diffusion-LM, without its offset
     "linear": lambda t: 1 - t,
@@ -35,6 +37,14 @@ class NoiseSchedule:
 
     name: str
     factor: float
+
+    def __post_init__(self) -> None:
+        start, end = ABAR[self.name](torch.tensor([0.0, 1.0])).tolist()
+        if not (abs(start - 1) < 1e-6 and abs(end) < 1e-6):
+            raise FastdissError(
+                f"noise schedule {self.name!r}: abar(0) and abar(1) must be 1 and 0, not "
+                f"{start:g} and {end:g}"
+            )
 
     # in float64: near t = 0, 1 - abar is too small for float32
 

@@ -58,7 +58,8 @@ class DiffusionDecoding:
         require(self, "length_beam", 1 <= self.length_beam <= 1000, "from 1 to 1000")
         require(self, "noise_beam", 1 <= self.noise_beam <= 1000, "from 1 to 1000")
         one_of(self, "solver", tuple(SOLVERS))
-        adds_noise = SOLVERS[self.solver].adds_noise
+        adds_noise = getattr(SOLVERS[self.solver], "adds_noise", None)
+        require(self, "solver", adds_noise is not None, "a subclass of diffusion.solvers.Solver")
         if self.temperature is None:
             object.__setattr__(self, "temperature", TEMPERATURE if adds_noise else 0.0)
         require(self, "temperature", 0 <= self.temperature <= 1, "in [0, 1]")

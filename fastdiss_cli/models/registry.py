@@ -26,7 +26,13 @@ from fastdiss_cli.config import build
 from fastdiss_cli.data.batching import Batch
 from fastdiss_cli.data.layout import Layout
 from fastdiss_cli.device import out_of_memory
-from fastdiss_cli.errors import FastdissError, OptionError, describe_bug, suggest
+from fastdiss_cli.errors import (
+    USER_MODULE,
+    FastdissError,
+    OptionError,
+    describe_bug,
+    suggest,
+)
 from fastdiss_cli.models import FAMILIES
 
 
@@ -228,9 +234,10 @@ def architecture(name: str, user_module: Path | None = None) -> Architecture:
 
 
 def _import_user_module(path: Path) -> None:
-    name = f"fastdiss_user_module:{path.resolve()}"
+    name = f"{USER_MODULE}{path.resolve()}"
     if name in sys.modules:
         return
+    before = set(_ARCHITECTURES)
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None or not path.is_file():
         raise FastdissError(f"--user-module {path}: no such Python file")
@@ -240,7 +247,8 @@ def _import_user_module(path: Path) -> None:
         with redirect_stdout(sys.stderr):  # stdout is for data
             spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
-        del sys.modules[name]
-        if isinstance(error, FastdissError):
-            raise
-        raise FastdissError(f"--user-module {path}: {describe_bug(error)}") from error
+        reason = error if isinstance(error, FastdissError) else describe_bug(error)
+        del sys.modules[name]  # a notebook may try again
+        for added in set(_ARCHITECTURES) - before:
+            del _ARCHITECTURES[added]
+        raise FastdissError(f"--user-module {path}: {reason}") from error
