@@ -76,7 +76,7 @@ class TrainConfig:
     max_epoch: int = option(0, "epochs before training stops; 0: no limit")
     patience: int = option(20, "validations without a new best before training stops; 0: no limit")
     lr: float = option(5e-4, "peak learning rate of AdamW")
-    lr_scheduler: str = option("inverse_sqrt", "inverse_sqrt, or cosine down to 0")
+    lr_scheduler: str = option("inverse_sqrt", "schedule of it: inverse_sqrt, or cosine to 0")
     warmup_updates: int = option(4000, "updates over which the learning rate rises from 0")
     adam_betas: tuple[float, float] = option((0.9, 0.98), "betas of AdamW")
     weight_decay: float = option(0.01, "weight decay of AdamW, matrices only")
@@ -90,7 +90,7 @@ class TrainConfig:
     keep_last: int = option(1, "numbered checkpoints kept, one per validation; 0: none")
     log_interval: int = option(50, "updates between lines of metrics.jsonl")
     tensorboard: bool = option(False, "also write TensorBoard event files beside the checkpoints")
-    dtype: str = option("auto", "auto, float32 or bfloat16 (autocast)")
+    dtype: str = option("auto", "type of matrix products: auto, float32 or bfloat16 (autocast)")
     compile: bool = option(False, "use torch.compile")
     shard: bool = option(False, "shard weights, moments and average across the processes")
 

@@ -364,6 +364,13 @@ def test_a_user_defined_model(
     module.write_text("\nraise RuntimeError('no')")
     message = one_line_error(run_process("models", "--user-module", module))
     assert message.endswith("loud.py: RuntimeError: no (loud.py:2)")
+    module.write_text(
+        "from torch import nn\n"
+        "from fastdiss_cli.models.registry import register\n"
+        "register('linear', nn.Linear, 'not a model')\n"
+    )
+    message = one_line_error(run_process("models", "--user-module", module))
+    assert message.endswith("has no attribute 'Config' (loud.py:3)")
     module.write_text("no python")
     message = one_line_error(run_process("models", "--user-module", module))
     assert message.endswith("loud.py: SyntaxError: invalid syntax (loud.py, line 1)")

@@ -437,6 +437,16 @@ def test_a_run_within_the_folder_of_another_has_a_name(tmp_path: Path) -> None:
     assert ">sub<" in out.read_text()
 
 
+def test_tokenized_text_is_reported(tmp_path: Path) -> None:
+    text = tmp_path / "text"
+    text.write_text("one two .\n" * 100)
+    done = run_cli("score", "--sys", text, "--ref", text, "--metrics", "bleu")
+    (warning,) = done.stderr.splitlines()
+    assert f"{text}: 100 lines end in a tokenized full stop" in warning
+    more = ["--ref", text, "--metrics", "bleu", "--tokenize", "none"]  # it is meant to be
+    assert not run_cli("score", "--sys", text, *more).stderr
+
+
 def test_a_truncated_generate_file_is_reported(tmp_path: Path) -> None:
     whole = generated(tmp_path / "whole", POOR, summary("fastdiss_tiny", 8, steps=5))
     assert "may be truncated" not in run_cli("score", whole).stderr

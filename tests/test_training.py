@@ -85,6 +85,9 @@ def test_resuming_otherwise_is_refused_with_the_difference(data_bin: Path, tmp_p
     with pytest.raises(FastdissError, match=r"train.seed was 1 and is now 2") as refused:
         start(data_bin, tmp_path, seed=2)
     assert "--accept-changes" in str(refused.value)
+    with pytest.raises(FastdissError, match=r"was trained with different settings") as refused:
+        start(data_bin, tmp_path, model={"ffn_dim": 24})  # whose weights have other shapes
+    assert str(refused.value).endswith("Train into another --save-dir")
     start(data_bin, tmp_path, max_update=2).run()  # training longer changes no update
 
 

@@ -181,6 +181,8 @@ def score(
                 f"{path} has {len(system.candidates):,} sentences and {paths[0]} "
                 f"{len(read[0].candidates):,}: give systems on the same text"
             )
+        if "bleu" in wanted and tokenize != "none":
+            _warn_of_tokenized(path, system)
     needed = any(name in AGAINST_REFERENCES and name not in SELF_CONTAINED for name in wanted)
     if ref and not needed:
         raise typer.BadParameter(f"--metrics {metrics} uses no references: leave out --ref")
@@ -190,6 +192,16 @@ def score(
     _print(paths, rows, test, as_json)
     if plot is not None:
         _plot(plot, paths, read, [results[0] for results in rows], wanted[0])
+
+
+def _warn_of_tokenized(path: Path, system: Generated) -> None:
+    """Warn of text that looks tokenized, in the cases where sacreBLEU does."""
+    count = sum(text.endswith(" .") for text in system.hypotheses)
+    if count >= 100:
+        logs.warn(
+            f"{path}: {count:,} lines end in a tokenized full stop (' .'): detokenize the text, or "
+            "BLEU is not comparable with that of others"
+        )
 
 
 def _files(path: Path) -> list[Path]:

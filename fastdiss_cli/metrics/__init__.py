@@ -31,7 +31,8 @@ def bleu(tokenize: str = "13a", lowercase: bool = False) -> BLEU:
         known = f"{', '.join(BLEU.TOKENIZERS)}, not {tokenize!r}"
         raise OptionError("tokenize", f"must be one of {known}{suggest(tokenize, BLEU.TOKENIZERS)}")
     try:
-        return BLEU(tokenize=tokenize, lowercase=lowercase)
+        # forced: no advice on tokenized text, which belongs to sacreBLEU's own command line
+        return BLEU(tokenize=tokenize, lowercase=lowercase, force=True)
     except OSError as error:
         reason = f"its model cannot be downloaded ({error})"
     except (RuntimeError, ImportError) as error:  # a missing package

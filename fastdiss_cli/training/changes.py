@@ -90,8 +90,13 @@ def describe_changes(differing: dict[str, tuple[Any, Any]]) -> str:
     return description
 
 
-def refuse_changes(path: Path, differing: dict[str, tuple[Any, Any]]) -> None:
+def refuse_changes(path: Path, differing: dict[str, tuple[Any, Any]], fits: bool) -> None:
     """Refuse to resume.
+
+    Args:
+        path: the checkpoint.
+        differing: as returned by `changes`.
+        fits: whether its weights have the shapes of the model, so that it could be resumed.
 
     Raises:
         FastdissError: always, with the differences.
@@ -100,6 +105,6 @@ def refuse_changes(path: Path, differing: dict[str, tuple[Any, Any]]) -> None:
     if "train.max_update" in list(differing)[:4]:
         description += " (where the cosine ends, so that all learning rates differ)"
     raise FastdissError(
-        f"{path} was trained with different settings: {description}. Train into another "
-        "--save-dir, or resume anyway with --accept-changes"
+        f"{path} was trained with different settings: {description}. Train into another --save-dir"
+        + (", or resume anyway with --accept-changes" if fits else "")
     )

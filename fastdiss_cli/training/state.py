@@ -166,7 +166,9 @@ class TrainState:
             self.processes.world_size,
         )
         if differing and not accept_changes:
-            refuse_changes(path, differing)
+            saved = {name: weight.shape for name, weight in checkpoint.group("model").items()}
+            own = {name: p.shape for name, p in self.model.named_parameters()}
+            refuse_changes(path, differing, fits=saved == own)
         if differing:
             logs.warn(f"resuming although {describe_changes(differing)}")
         checkpoint.tensors = sharding.divide(checkpoint.tensors, self.model)
