@@ -16,7 +16,7 @@ import typer
 
 from fastdiss_cli import __version__, logs
 from fastdiss_cli.commands.fairseq_flags import rewrite_flags
-from fastdiss_cli.errors import FastdissError, OptionError
+from fastdiss_cli.errors import USER_MODULE, FastdissError, OptionError, describe_bug
 from fastdiss_cli.signals import BROKEN_PIPE
 
 # command -> module of fastdiss_cli.commands; the module defines a function of its own name
@@ -81,6 +81,15 @@ def options(
     """Few-step diffusion text generation: FastDiSS and the systems it is compared with."""
 
 
+def _flush() -> None:
+    """Flush stdout; an error says where it came from."""
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        error.filename = error.filename or "stdout"
+        raise
+
+
 def _drop_output() -> None:
     """Flush stdout, or discard its buffer if it cannot be written."""
     try:
@@ -116,7 +125,7 @@ def main() -> None:
             if code == 130:  # typer has caught it already
                 raise KeyboardInterrupt
         finally:
-            sys.stdout.flush()  # report a full disk here, not at interpreter shutdown
+            _flush()  # report a full disk here, not at interpreter shutdown
     except (KeyboardInterrupt, typer.Abort):  # Abort is a RuntimeError
         logs.error("interrupted")
         sys.exit(130)
@@ -141,13 +150,16 @@ def main() -> None:
         where = error.filename or "input/output"
         logs.error(str(FastdissError(f"{where}: {error.strerror or error}")))
         sys.exit(1)
-    except (RuntimeError, MemoryError) as error:
+    except Exception as error:
         from fastdiss_cli.device import out_of_memory
 
-        if not out_of_memory(error):
+        if out_of_memory(error):
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            logs.error(f"out of memory: lower --max-tokens or choose a smaller model ({reason})")
+        elif any(name.startswith(USER_MODULE) for name in sys.modules):
+            logs.error(describe_bug(error))
+        else:
             raise
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        logs.error(f"out of memory: lower --max-tokens or choose a smaller model ({reason})")
         sys.exit(1)
     sys.exit(code)
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
@@ -74,6 +76,10 @@ class GenerateOptions(TypedDict, total=False):
     reranker: Translator
     max_tokens: int
 
+
+if hasattr(os, "register_at_fork"):
+    # OpenMP's threads do not survive a fork: a forked child that waits for them would hang
+    os.register_at_fork(after_in_child=partial(torch.set_num_threads, 1))
 
 _OF_ALL_MODELS = ("select", "mbr_metric", "reranker", "max_tokens")
 _OBSERVING = ("history", "diagnose")  # `Decoding` fields that only record more

@@ -47,7 +47,6 @@ def option(
     meaning: str,
     needs: tuple[str, object] | None = None,
     before: Any = None,
-    formerly: str = "",
 ) -> Any:
     """Declare a configuration field; `fastdiss models ARCH` prints its meaning.
 
@@ -57,9 +56,8 @@ def option(
         needs: another field and the value that it must have for this one to have any effect; True
             stands for any true value.
         before: the value for older checkpoints, which do not have this field; None: the default.
-        formerly: its former name in older checkpoints, if any.
     """
-    metadata = {"meaning": meaning, "needs": needs, "before": before, "formerly": formerly}
+    metadata = {"meaning": meaning, "needs": needs, "before": before}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -145,13 +143,14 @@ def one_of(config: object, key: str, choices: Sequence[str]) -> None:
         raise OptionError(key, f"must be one of {', '.join(choices)}, not {value!r}{hint}")
 
 
-def build(cls: type[C], values: Mapping[str, Any], section: str = "") -> C:
+def build(cls: type[C], values: Mapping[str, Any], section: str = "", arch: str = "") -> C:
     """Build a configuration from untyped values; missing ones keep their defaults.
 
     Args:
         cls: the dataclass of the configuration.
         values: by field name.
         section: one of `SECTIONS`, to prefix option names in errors.
+        arch: the architecture that the options belong to, for errors.
 
     Raises:
         OptionError: a key is unknown, or a value has the wrong type or is out of range.
@@ -166,10 +165,10 @@ def build(cls: type[C], values: Mapping[str, Any], section: str = "") -> C:
             if section == "model" and key in TrainConfig.__dataclass_fields__:
                 hint = f"; use train.{key}"
             elif not hint and section:
-                hint = "; `fastdiss models ARCH` lists all"
+                hint = f"; `fastdiss models {arch or 'ARCH'}` lists all"
             elif not hint:
                 hint = f"; the options are {', '.join(known)}"
-            raise OptionError(f"{prefix}{key}", f"is not an option{hint}")
+            raise OptionError(f"{prefix}{key}", f"is not an option{arch and f' of {arch}'}{hint}")
         typed[key] = _convert(value, hints[key], f"{prefix}{key}")
     try:
         return cls(**typed)
@@ -182,9 +181,7 @@ def build_saved(cls: type[C], values: Mapping[str, Any], section: str = "") -> C
     fields = dataclasses.fields(cls)  # type: ignore[arg-type]
     before = {field.name: field.metadata.get("before") for field in fields}
     then = {name: value for name, value in before.items() if value is not None}
-    now = {field.metadata.get("formerly") or field.name: field.name for field in fields}
-    renamed = {now.get(key, key): value for key, value in values.items()}
-    return build(cls, {**then, **renamed}, section)
+    return build(cls, {**then, **values}, section)
 
 
 def read_recipe(path: Path | None) -> dict[str, dict[str, Any]]:
@@ -192,7 +189,7 @@ def read_recipe(path: Path | None) -> dict[str, dict[str, Any]]:
     if path is None:
         return {section: {} for section in SECTIONS}
     try:
-        recipe = _Recipe(path.read_text(encoding="utf-8")).get_single_data() or {}
+        recipe = _Recipe(path.read_text(encoding="utf-8")).get_single_data()
     except OSError as error:
         raise FastdissError(f"{path}: {error.strerror}") from None
     except _NOT_YAML as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,7 +66,8 @@ def stop_on_signal(stop: Stop, what_comes: str) -> Iterator[None]:
         stop.signal = number
         if stop.waiting:
             raise Stopped(number)
-        logs.info(f"stopping: {what_comes} (again to stop at once)")
+        with suppress(RuntimeError):  # the signal interrupted the writing of another line
+            logs.info(f"stopping: {what_comes} (again to stop at once)")
 
     before = [signal.signal(number, handle) for number in CAUGHT]
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import re
 import shutil
@@ -239,6 +240,22 @@ def test_a_translator_travels_to_another_process(
     copy = pickle.loads(pickled)
     assert copy.loaded.dtype == torch.bfloat16
     assert copy.generate(SENTENCES) == translator.generate(SENTENCES)
+
+
+def test_a_forked_process_does_not_hang(diffusion: Path) -> None:
+    """With several threads, which a fork does not copy."""
+    script = (
+        "import os, sys, fastdiss_cli\n"
+        "translator = fastdiss_cli.load(sys.argv[1], 'cpu')\n"
+        "wanted = translator.generate(['drei vier'])\n"
+        "child = os.fork()\n"
+        "if child == 0:\n"
+        "    os._exit(translator.generate(['drei vier']) != wanted)\n"
+        "sys.exit(os.waitpid(child, 0)[1])\n"
+    )
+    line = [sys.executable, "-c", script, str(diffusion)]
+    done = subprocess.run(line, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "2"})
+    assert done.returncode == 0
 
 
 def test_a_repaired_user_module_can_be_loaded(diffusion: Path, tmp_path: Path) -> None:

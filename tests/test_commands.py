@@ -281,7 +281,10 @@ def test_train_names_what_it_does_not_know(data_bin: Path, tmp_path: Path) -> No
     assert "did you mean 'fastdiss_tiny'" in error_of("--arch", "fastdiss_tny", code=2)
     assert "'gpu' is not one of auto, cpu, cuda and cuda:N" in error_of("--device", "gpu", code=2)
     for wrong, message in (  # errors on the command line are usage errors
-        (["--set", "model.nois_factor=2"], "--set model.nois_factor is not an option; did"),
+        (
+            ["--set", "model.nois_factor=2"],
+            "model.nois_factor is not an option of fastdiss_small; did",
+        ),
         (["--set", "train.lr=fast"], "--set train.lr must be a number, not 'fast'"),
         (["--set", "train.lr="], "--set train.lr must be a number, not empty"),
         (["--set", "train.heads=2"], "--set train.heads is not an option; use model.heads"),
@@ -361,6 +364,14 @@ def test_a_user_defined_model(
     module.write_text(broken)
     message = one_line_error(run_process("generate", data_bin, *path, "--user-module", module))
     assert "is not iterable (generation.py:" in message and message.endswith(f"{module})")
+    broken = "    def loss(self, batch, update):\n        return super().loss(None, update)"
+    module.write_text(USER_MODULE.replace("    pass", broken))
+    message = one_line_error(run_process(*begin))
+    assert "has no attribute 'src_tokens'" in message and message.endswith("(loud.py:10)")
+    broken = USER_MODULE.replace("    pass", "    def misfits(self, *_):\n        return self.no")
+    module.write_text(broken)
+    message = one_line_error(run_process(*begin))
+    assert "has no attribute 'no'" in message and message.endswith("(loud.py:10)")
     module.write_text("\nraise RuntimeError('no')")
     message = one_line_error(run_process("models", "--user-module", module))
     assert message.endswith("loud.py: RuntimeError: no (loud.py:2)")
@@ -370,7 +381,7 @@ def test_a_user_defined_model(
         "register('linear', nn.Linear, 'not a model')\n"
     )
     message = one_line_error(run_process("models", "--user-module", module))
-    assert message.endswith("has no attribute 'Config' (loud.py:3)")
+    assert message.endswith("architecture 'linear': Linear has no dataclass Config")
     module.write_text("no python")
     message = one_line_error(run_process("models", "--user-module", module))
     assert message.endswith("loud.py: SyntaxError: invalid syntax (loud.py, line 1)")
@@ -379,7 +390,8 @@ def test_a_user_defined_model(
         assert "Traceback" in run_process("models", "--user-module", module).stderr
     module.write_text("raise SystemExit(0)")  # it terminates nothing but itself
     one_line_error(run_process("models", "--user-module", module), "loud.py: SystemExit: 0")
-    module.write_text("print('loud')")  # stdout is for data
+    (tmp_path / "neighbour.py").write_text("print('loud')")  # stdout is for data
+    module.write_text("import neighbour")
     done = run_process("models", "--user-module", module)
     assert done.returncode == 0 and "loud" in done.stderr and "loud" not in done.stdout
 
@@ -399,7 +411,7 @@ def test_a_disk_that_fills_up_is_reported(tmp_path: Path, unbuffered: str) -> No
             preexec_fn=limit,
             env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
         )
-    one_line_error(done, "File too large")
+    one_line_error(done, "stdout: File too large")
 
 
 def test_without_docstrings_commands_work() -> None:

@@ -15,10 +15,13 @@ import torch
 from conftest import Ranks, one_line_error, run_cli, run_process
 from runs import command, signalled_in_batch
 
+from fastdiss_cli import logs
 from fastdiss_cli.checkpoints.checkpoint import Checkpoint
 from fastdiss_cli.checkpoints.loading import load_model
+from fastdiss_cli.diffusion.solvers import SOLVERS
 from fastdiss_cli.errors import FastdissError
 from fastdiss_cli.models.transformer import BeamDecoding
+from fastdiss_cli.signals import Stop, stop_on_signal
 
 TYPES = ["transformer_tiny", "difformer_tiny", "fastdiss_tiny"]
 
@@ -181,6 +184,17 @@ def test_a_second_signal_ends_generate_at_once(
     (done,) = Ranks(1, *more, prepare=wound).results()
     assert done.returncode == 130 and "Traceback" not in done.stderr
     assert "stopped" not in done.stderr and not list(tmp_path.iterdir())
+
+
+def test_a_signal_may_interrupt_a_line_of_the_log(monkeypatch: pytest.MonkeyPatch) -> None:
+    def reentrant(message: str) -> None:
+        raise RuntimeError("reentrant call inside <_io.BufferedWriter name='<stderr>'>")
+
+    monkeypatch.setattr(logs, "info", reentrant)
+    stop = Stop()
+    with stop_on_signal(stop, "saving"):
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert stop.signal == signal.SIGTERM
 
 
 def test_a_signal_ends_the_wait_for_input(checkpoints: dict[str, Path]) -> None:
@@ -357,7 +371,10 @@ def test_options_that_could_not_count_are_wrong_usage(
     one_line_error(done, message, code=2)
 
 
-def test_a_user_defined_solver(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+def test_a_user_defined_solver(
+    checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(SOLVERS, "half", None)  # and without it afterwards
     (tmp_path / "mine.py").write_text(
         "from fastdiss_cli.diffusion.solvers import SOLVERS, Deterministic\n"
         "class Half(Deterministic):\n"

@@ -158,7 +158,8 @@ def test_no_line_shifts_from_raw_text(checkpoint: Path, tmp_path: Path, way: str
     for kind in "SHDPI":
         numbers = [row[0][2:] for row in lines_of(done.stdout, kind)]
         assert numbers == [f"{number}" for number in range(len(HOSTILE))]
-    assert ["\t".join(row[1:]) for row in lines_of(done.stdout, "S")] == [*map(stored, HOSTILE)]
+    sources = ["" if line.isspace() else stored(line) for line in HOSTILE]
+    assert ["\t".join(row[1:]) for row in lines_of(done.stdout, "S")] == sources
 
 
 @settings(max_examples=60, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
@@ -382,7 +383,7 @@ def test_aliases_of_aliases_are_not_written_out(data_bin: Path, tmp_path: Path) 
     indented = "".join(f"  {line}\n" for line in ALIASES.splitlines())
     recipe.write_text(f"train:\n  seed: *j\nmodel:\n{indented}".replace("seed: *j", "lr: 1"))
     message = one_line_error("train", data_bin, "--config", recipe)
-    assert f"{recipe}: model.a is not an option" in message
+    assert f"{recipe}: model.a is not an option of" in message
     eight = ", ".join(["*{0}"] * 8)
     nested = (
         "[&a [x, x], "

@@ -12,7 +12,9 @@ from sacrebleu import BLEU, CHRF
 
 from fastdiss_cli.decoding import mbr
 from fastdiss_cli.decoding.mbr import TOGETHER, expected_utilities, pairwise_utilities
+from fastdiss_cli.decoding.selection import by_mbr
 from fastdiss_cli.errors import FastdissError
+from fastdiss_cli.models.registry import Hypothesis
 
 SCORERS = {"bleu": BLEU(effective_order=True), "chrf": CHRF()}
 
@@ -98,6 +100,21 @@ def test_expected_utility_averages_over_the_others(metric: str) -> None:
     assert found.dtype == np.float64
     np.testing.assert_allclose(found, matrix.sum(axis=1) / 6, rtol=0, atol=1e-9)
     assert found[0] == found[2] == found[4]
+
+
+def test_ties_go_to_the_better_score() -> None:
+    """Two groups of equal texts, in an order that rounds their sums differently."""
+
+    class Words:
+        def decode(self, ids: list[int]) -> str:
+            return " ".join(f"w{i}" for i in ids)
+
+    one, other = [1, 2, 3, 4, 5, 6, 7], [1, 2, 3, 8, 5, 6, 7]
+    rows = [[Hypothesis(ids, -i, [], 1) for i, ids in enumerate(order)] for order in (
+        [one, other] * 3, [other, one] * 3, [one, other, other, one, other, one],
+    )]  # fmt: skip
+    chosen = by_mbr(Words(), "bleu")([[0]] * len(rows), rows)
+    assert [h.tokens for h in chosen] == [row[0].tokens for row in rows]
 
 
 def test_duplicates_outvote_a_single_candidate() -> None:

@@ -254,9 +254,15 @@ def test_an_unknown_architecture_suggests_the_closest() -> None:
 
 def test_an_unknown_option_suggests_the_closest() -> None:
     with pytest.raises(
-        FastdissError, match=r"model.nois_factor is not an option; did you mean 'noise_factor'"
+        FastdissError,
+        match=r"model.nois_factor is not an option of difformer_tiny; did you mean 'noise_factor'",
     ):
         architecture("difformer_tiny").config({"nois_factor": 3})
+    with pytest.raises(
+        FastdissError,
+        match=r"noise_factor is not an option of transformer_tiny; `fastdiss models transformer_",
+    ):
+        architecture("transformer_tiny").config({"noise_factor": 3})
 
 
 def test_options_are_checked() -> None:
@@ -443,6 +449,18 @@ def test_a_frozen_model_decodes_as_the_trained_one(family: str) -> None:
     freeze(model, torch.float32)
     assert not any(isinstance(m, torch.nn.Linear) for m in model.modules())
     assert answers(model, sources, 200) == wanted
+
+
+def test_a_linear_layer_of_ones_own_stays() -> None:
+    class Doubled(torch.nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return 2 * super().forward(x)
+
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), Doubled(4, 4)).eval()
+    x = torch.randn(3, 4)
+    wanted = model(x)
+    freeze(model, torch.float32)
+    torch.testing.assert_close(model(x), wanted)
 
 
 def test_a_module_prepares_itself_for_decoding() -> None:

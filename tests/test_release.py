@@ -62,6 +62,15 @@ def test_a_checkpoint_of_format_2_is_read(files: list[Path], tmp_path: Path) -> 
     assert old.progress == new.progress and old.model_config == new.model_config
 
 
+def test_an_option_that_was_renamed_is_read(files: list[Path], tmp_path: Path) -> None:
+    checkpoint = Checkpoint.load(files[0])
+    checkpoint.model_config |= {"mans_told": "token"}
+    checkpoint.model_config.pop("mans_time", None)
+    checkpoint.save(tmp_path / "old.safetensors")
+    config = Checkpoint.load(tmp_path / "old.safetensors").model_config
+    assert config["mans_time"] == "token" and "mans_told" not in config
+
+
 def test_a_release_generates_what_the_checkpoint_does(files: list[Path], tmp_path: Path) -> None:
     """And it holds only the weights that it generates with, and the tokenizers."""
     done = run_cli("export", files[1], "--output", tmp_path / "model.safetensors")

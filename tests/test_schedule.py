@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -26,10 +28,18 @@ def test_starts_from_the_data_and_ends_in_pure_noise_exactly(name: str) -> None:
     assert (schedule.alpha(one), schedule.sigma(one)) == (0, 3)
 
 
-def test_a_schedule_with_other_ends_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(ABAR, "mine", lambda t: 1 - 0.9 * t)
-    with pytest.raises(FastdissError, match=r"'mine': abar\(0\) and abar\(1\) must be 1 and 0"):
-        NoiseSchedule("mine", 1.0)
+def test_a_schedule_that_does_not_fall_from_1_to_0_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for wrong in (
+        lambda t: 1 - 0.9 * t,
+        lambda t: t,
+        lambda t: t + math.nan,
+        lambda t: 1 - t.round(),
+    ):
+        monkeypatch.setitem(ABAR, "mine", wrong)
+        with pytest.raises(FastdissError, match="'mine': abar must fall from 1 at t = 0 to 0"):
+            NoiseSchedule("mine", 1.0)
     monkeypatch.setitem(ABAR, "mine", lambda t: torch.cos(0.5 * torch.pi * t) ** 2)  # rounded
     NoiseSchedule("mine", 1.0)
 

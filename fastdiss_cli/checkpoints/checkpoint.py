@@ -26,6 +26,7 @@ from fastdiss_cli.data.tokenizer import Tokenizer, make_tokenizer
 from fastdiss_cli.errors import FastdissError
 
 FORMAT_VERSION = "3"
+_RENAMED = {"mans_told": "mans_time"}  # model options, from their names in older checkpoints
 
 
 @dataclass
@@ -160,7 +161,7 @@ class Checkpoint:
             facts = json.loads(about["facts"])
             return cls(
                 arch=str(facts["arch"]),
-                model_config=dict(facts["model"]),
+                model_config={_RENAMED.get(k, k): v for k, v in dict(facts["model"]).items()},
                 train_config=dict(facts["train"]),
                 progress=Progress(**facts["progress"]),
                 dataset_hash=str(facts["dataset_hash"]),

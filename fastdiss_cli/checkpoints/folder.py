@@ -40,7 +40,8 @@ def elsewhere(folder: Path) -> str:
     """Return the end of a message that names checkpoints in a folder or in its subfolders."""
     here = sorted(file.name for file in folder.glob("[!.]*.safetensors"))
     if here:
-        no_best = "" if BEST in here else "; the best is known after a validation"
+        unvalidated = LAST in here and BEST not in here
+        no_best = "; the best is known after a validation" if unvalidated else ""
         where = "this folder" if folder == Path() else folder
         return f"; {where} has {', '.join(here[:4])}{no_best}"
     below = sorted({str(file.parent) for file in folder.glob(f"*/{LAST}")})

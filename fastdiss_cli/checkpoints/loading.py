@@ -85,12 +85,12 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor], path: Path) -> No
     if different:
         name = min(different)
         raise FastdissError(
-            f"{path}: the weights do not fit the model: {name} has shape {_shape(weights, name)} "
-            f"in the file and {_shape(own, name)} in the model"
+            f"{path}: the weights do not fit the model: {name} {_shape(weights, name)} in the file "
+            f"and {_shape(own, name)} in the model"
         )
     for name, p in own.items():
         p.copy_(weights[name])
 
 
-def _shape(tensors: dict[str, Any], name: str) -> list[int] | None:
-    return list(tensors[name].shape) if name in tensors else None
+def _shape(tensors: dict[str, Any], name: str) -> str:
+    return f"has shape {list(tensors[name].shape)}" if name in tensors else "is missing"

@@ -177,7 +177,7 @@ def generate(
         str | None,
         choice(
             ("score", "mbr", "rerank"),
-            "{}. (default: mbr; score after beam search)",
+            "{}. (default: mbr; score after beam search; rerank with --rerank-path)",
             SELECTION,
         ),
     ] = None,

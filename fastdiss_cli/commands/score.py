@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from sacrebleu.significance import Result as SignificanceResult
 
     from fastdiss_cli.decoding.output import Generated
+    from fastdiss_cli.decoding.report import Figures
 
 # listed here, because --help must not wait for sacreBLEU's import
 AGAINST_REFERENCES = ("bleu", "chrf", "ter", "rouge1", "rouge2", "rougeL", "bertscore")
@@ -187,11 +188,13 @@ def score(
     if ref and not needed:
         raise typer.BadParameter(f"--metrics {metrics} uses no references: leave out --ref")
     streams = _streams(paths, read, ref) if needed else [[""] * len(read[0].hypotheses)]
+    if plot is not None:
+        figures = [_figures(path, system) for path, system in zip(paths, read, strict=True)]
     with _gc_paused():
         rows = _score(read, streams, wanted, options, test)
     _print(paths, rows, test, as_json)
     if plot is not None:
-        _plot(plot, paths, read, [results[0] for results in rows], wanted[0])
+        _plot(plot, paths, figures, [results[0] for results in rows], wanted[0])
 
 
 def _warn_of_tokenized(path: Path, system: Generated) -> None:
@@ -367,22 +370,27 @@ def _table(paths: list[Path], rows: list[list[Result]], test: str | None) -> str
     return "\n".join(lines)
 
 
-def _plot(
-    plot: Path, paths: list[Path], systems: list[Generated], results: list[Result], metric: str
-) -> None:
+def _figures(path: Path, system: Generated) -> Figures:
+    """Return what `_plot` needs of a system besides its score."""
     from fastdiss_cli.decoding.report import parse_summary
+
+    figures = parse_summary(system.summary)
+    if figures is None:
+        raise FastdissError(
+            f"{path} does not end with the summary of `fastdiss generate`, from which --plot "
+            "takes steps and sentences/s"
+        )
+    return figures
+
+
+def _plot(
+    plot: Path, paths: list[Path], figures: list[Figures], results: list[Result], metric: str
+) -> None:
     from fastdiss_cli.metrics import LOWER_IS_BETTER
     from fastdiss_cli.plots import Point, plot_quality
 
-    points = []
-    for path, system, result in zip(paths, systems, results, strict=True):
-        figures = parse_summary(system.summary)
-        if figures is None:
-            raise FastdissError(
-                f"{path} does not end with the summary of `fastdiss generate`, from which --plot "
-                "takes steps and sentences/s"
-            )
-        points.append(Point(path, figures, result.score))
+    scores = [result.score for result in results]
+    points = [Point(*of_system) for of_system in zip(paths, figures, scores, strict=True)]
     label = results[0].name + (" (lower is better)" if metric in LOWER_IS_BETTER else "")
     plot_quality(plot, points, label)
     logs.info(f"wrote {plot}")

@@ -94,6 +94,8 @@ def by_score(
 def by_mbr(tokenizer: Tokenizer, metric: str) -> Select:
     """Choose the candidate with the highest mean utility against the others.
 
+    Ties, up to rounding, go to the candidate with the best score, which is the first.
+
     Args:
         tokenizer: of the target side.
         metric: a sentence metric of `mbr.METRICS`.
@@ -106,7 +108,8 @@ def by_mbr(tokenizer: Tokenizer, metric: str) -> Select:
     ) -> list[Hypothesis]:
         several = [row for row in candidates if len(row) > 1]
         texts = [[tokenizer.decode(h.tokens) for h in row] for row in several]
-        best = iter([int(np.argmax(values)) for values in expected_utilities(texts, metric)])
+        utilities = expected_utilities(texts, metric)
+        best = iter([int(np.argmax(np.round(values, 9))) for values in utilities])
         return [row[next(best)] if len(row) > 1 else row[0] for row in candidates]
 
     return select

@@ -151,14 +151,16 @@ class Output:
 
         Raises:
             FastdissError: the file cannot be written.
+            BrokenPipeError: the reader of stdout is gone.
         """
         try:
             self.file.write(text)
             self.file.flush()
+        except BrokenPipeError:
+            raise
         except OSError as error:
-            if self.path is None:
-                raise
-            raise FastdissError(f"{self.path}: cannot write: {error.strerror}") from None
+            where = self.path or "stdout"
+            raise FastdissError(f"{where}: cannot write: {error.strerror}") from None
 
     def keep(self) -> Path:
         """Keep the lines of an unfinished run in a ``.part`` file, and return its path."""

@@ -134,8 +134,8 @@ class MANS:
             pass, but then the noise gives away which of the estimates in ``self_cond`` are right;
             in sampling nothing does.
         time: whether the network is given the time t of the ``sentence`` or t_i of each ``token``.
-            The times t_i give away which tokens it gets right. In sampling all of them are equal,
-            which a network trained with t_i reads as: every token is wrong.
+            The times t_i reveal which tokens it gets right. In sampling all of them are equal,
+            which a network trained with t_i takes to mean that every token is wrong.
     """
 
     strength: float

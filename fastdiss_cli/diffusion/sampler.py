@@ -36,8 +36,8 @@ def sample(
     Args:
         denoise: (z [N, T, D], t [], self_cond [N, T, D]) -> z0_hat [N, T, D].
         schedule: the one that the network was trained with.
-        noise: returns the k-th standard normal draw, float [N, T, D]; draw 0 is the start. Each is
-            asked for once, and at temperature 0 only the start is.
+        noise: returns the k-th standard normal draw, float [N, T, D]. Draw 0 is the start. Each is
+            requested at most once; at temperature 0, only draw 0 is.
         steps: N, at least 1.
         solver: a key of `SOLVERS`.
         self_cond: the estimate that the network is conditioned on. ``reuse``: that of the previous

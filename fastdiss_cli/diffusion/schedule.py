@@ -39,11 +39,12 @@ class NoiseSchedule:
     factor: float
 
     def __post_init__(self) -> None:
-        start, end = ABAR[self.name](torch.tensor([0.0, 1.0])).tolist()
-        if not (abs(start - 1) < 1e-6 and abs(end) < 1e-6):
+        abar = ABAR[self.name](torch.linspace(0, 1, 101, dtype=torch.float64))
+        start, end = float(abar[0]), float(abar[-1])
+        if not (abs(start - 1) < 1e-6 and abs(end) < 1e-6 and (abar.diff() < 0).all()):
             raise FastdissError(
-                f"noise schedule {self.name!r}: abar(0) and abar(1) must be 1 and 0, not "
-                f"{start:g} and {end:g}"
+                f"noise schedule {self.name!r}: abar must fall from 1 at t = 0 to 0 at t = 1; here "
+                f"it goes from {start:g} to {end:g}"
             )
 
     # in float64: near t = 0, 1 - abar is too small for float32

@@ -1,6 +1,6 @@
 """Solvers: from z at time t and the estimate of z_0 to z at an earlier time s.
 
-A solver is made anew for each run (it may remember earlier estimates) and called once per step.
+Each run makes its own solver, which may remember earlier estimates, and calls it once per step.
 To add one, write its class and name it in `SOLVERS`.
 """
 # N rows, T target length, D latent
@@ -20,7 +20,7 @@ class Solver(Protocol):
     """The contract: ``noise`` draws a standard normal [N, T, D]; t >= s > 0 broadcast with z.
 
     In sampling t and s are 0-d and on the CPU, wherever z is, and what ``noise`` draws is scaled by
-    the temperature. ``adds_noise``: it is drawn at all.
+    the temperature. ``adds_noise``: whether it draws noise.
     """
 
     adds_noise: bool

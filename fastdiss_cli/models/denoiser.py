@@ -77,7 +77,7 @@ class Candidates:
         """Return the k-th standard normal draw of every candidate, float [N, T, dim].
 
         Each is used once. For few candidates several draws are made in one call, because a call
-        takes 150 operations however few the numbers are.
+        costs 150 operations even for a few numbers.
         """
         if draw not in self.drawn:
             length = self.denoiser.layout.pad_mask.shape[1]

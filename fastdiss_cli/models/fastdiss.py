@@ -65,7 +65,6 @@ class FastDiSSConfig(DiffusionConfig):
         f"time that the network is given: {', '.join(MANS_TIMES)}",
         needs=MANS_ON,
         before="token",
-        formerly="mans_told",
     )
 
     def __post_init__(self) -> None:

@@ -15,7 +15,7 @@ import sys
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import redirect_stdout
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, is_dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -170,7 +170,7 @@ class Architecture:
 
     def config(self, overrides: dict[str, Any]) -> Any:
         """Return the model configuration: the family's defaults < sizes < overrides."""
-        return build(self.family.Config, {**self.sizes, **overrides}, "model")
+        return build(self.family.Config, {**self.sizes, **overrides}, "model", self.name)
 
     def model(self, config: Any, src: Vocabulary, tgt: Vocabulary) -> Seq2SeqModel:
         """Return a new model.
@@ -199,12 +199,17 @@ def register(name: str, family: type[Seq2SeqModel], description: str, **sizes: A
         sizes: options of ``family.Config`` that differ from its defaults.
 
     Raises:
-        FastdissError: the name is taken, or a size is not an option of the family.
+        FastdissError: the name is taken, a size is not an option of the family, or the family has
+            no options.
     """
     if name in _ARCHITECTURES:
         raise FastdissError(f"architecture {name!r} is registered twice")
-    _ARCHITECTURES[name] = Architecture(name, family, description, sizes)
-    _ARCHITECTURES[name].config({})
+    for part in ("Config", "Decoding"):
+        if not is_dataclass(getattr(family, part, None)):
+            raise FastdissError(f"architecture {name!r}: {family.__name__} has no dataclass {part}")
+    made = Architecture(name, family, description, sizes)
+    made.config({})
+    _ARCHITECTURES[name] = made
 
 
 def architectures(user_module: Path | None = None) -> dict[str, Architecture]:
@@ -240,9 +245,12 @@ def _import_user_module(path: Path) -> None:
     before = set(_ARCHITECTURES)
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None or not path.is_file():
-        raise FastdissError(f"--user-module {path}: no such Python file")
+        reason = "must be a .py file" if path.is_file() else "no such file"
+        raise FastdissError(f"--user-module {path}: {reason}")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
+    folder = str(path.resolve().parent)
+    sys.path.insert(0, folder)  # it may import its neighbours
     try:
         with redirect_stdout(sys.stderr):  # stdout is for data
             spec.loader.exec_module(module)
@@ -252,3 +260,5 @@ def _import_user_module(path: Path) -> None:
         for added in set(_ARCHITECTURES) - before:
             del _ARCHITECTURES[added]
         raise FastdissError(f"--user-module {path}: {reason}") from error
+    finally:
+        sys.path.remove(folder)
