@@ -103,18 +103,19 @@ def test_expected_utility_averages_over_the_others(metric: str) -> None:
 
 
 def test_ties_go_to_the_better_score() -> None:
-    """Two groups of equal texts, in an order that rounds their sums differently."""
+    """Rounding makes the sums of these two groups of three differ in the last digits."""
+    one, other = [3, 2, 1, 2, 2, 1, 2], [2, 0, 2, 1, 1, 2, 3]
+    row = [[0, 2, 2, 3, 2, 2, 3], one, one, other, other, other, one]
+    texts = [" ".join("abcd"[i] for i in ids) for ids in row]
+    (utilities,) = expected_utilities([texts])
+    assert int(np.argmax(utilities)) == 3 and utilities[3] - utilities[1] < 1e-9
 
-    class Words:
+    class Letters:
         def decode(self, ids: list[int]) -> str:
-            return " ".join(f"w{i}" for i in ids)
+            return " ".join("abcd"[i] for i in ids)
 
-    one, other = [1, 2, 3, 4, 5, 6, 7], [1, 2, 3, 8, 5, 6, 7]
-    rows = [[Hypothesis(ids, -i, [], 1) for i, ids in enumerate(order)] for order in (
-        [one, other] * 3, [other, one] * 3, [one, other, other, one, other, one],
-    )]  # fmt: skip
-    chosen = by_mbr(Words(), "bleu")([[0]] * len(rows), rows)
-    assert [h.tokens for h in chosen] == [row[0].tokens for row in rows]
+    candidates = [Hypothesis(ids, -i, [], 1) for i, ids in enumerate(row)]
+    assert by_mbr(Letters(), "bleu")([[0]], [candidates]) == [candidates[1]]
 
 
 def test_duplicates_outvote_a_single_candidate() -> None:
