@@ -242,6 +242,15 @@ def test_a_translator_travels_to_another_process(
     assert copy.generate(SENTENCES) == translator.generate(SENTENCES)
 
 
+def test_the_default_type_of_the_caller_changes_nothing(diffusion: Path) -> None:
+    wanted = fastdiss_cli.load(diffusion, "cpu").generate(SENTENCES)
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert fastdiss_cli.load(diffusion, "cpu").generate(SENTENCES) == wanted
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_a_forked_process_does_not_hang(diffusion: Path) -> None:
     """With several threads, which a fork does not copy."""
     script = (

@@ -61,7 +61,7 @@ def load_model(
     with torch.random.fork_rng(devices=[]):  # initial weights are drawn, then replaced
         model = arch.model(config, vocabulary(src), vocabulary(tgt))
     load_weights(model, checkpoint.averaged(), path)
-    model = model.to(device).eval()
+    model = model.to(device, torch.float32).eval()
     freeze(model, dtype)
     source, target = (checkpoint.dataset.get(side, "") for side in ("source", "target"))
     return Loaded(model, src, tgt, arch, (source, target), dtype)
