@@ -22,7 +22,6 @@ import fastdiss_cli
 from fastdiss_cli.api import GenerateOptions, Translator
 from fastdiss_cli.errors import FastdissError, OptionError
 from fastdiss_cli.models.diffusion_decoding import DiffusionDecoding
-from fastdiss_cli.models.registry import architectures
 from fastdiss_cli.models.transformer import BeamDecoding
 
 DOCS = Path(__file__).parents[1] / "docs" / "api.md"
@@ -265,20 +264,6 @@ def test_a_forked_process_does_not_hang(diffusion: Path) -> None:
     line = [sys.executable, "-c", script, str(diffusion)]
     done = subprocess.run(line, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "2"})
     assert done.returncode == 0
-
-
-def test_a_repaired_user_module_can_be_loaded(diffusion: Path, tmp_path: Path) -> None:
-    module = tmp_path / "mine.py"
-    good = (
-        "from fastdiss_cli.models.difformer import Difformer, register_sizes\n"
-        "register_sizes('repaired', Difformer, '')\n"
-    )
-    module.write_text(good + "undefined\n")
-    with pytest.raises(FastdissError, match=r"name 'undefined' is not defined \(mine.py:3\)"):
-        fastdiss_cli.load(diffusion, user_module=module)
-    module.write_text(good)
-    fastdiss_cli.load(diffusion, user_module=module)
-    assert "repaired_tiny" in architectures()
 
 
 def test_several_threads(diffusion: Path) -> None:

@@ -12,13 +12,12 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Ranks, one_line_error, run_cli, run_process
+from conftest import Ranks, one_line_error, run_cli
 from runs import command, signalled_in_batch
 
 from fastdiss_cli import logs
 from fastdiss_cli.checkpoints.checkpoint import Checkpoint
 from fastdiss_cli.checkpoints.loading import load_model
-from fastdiss_cli.diffusion.solvers import SOLVERS
 from fastdiss_cli.errors import FastdissError
 from fastdiss_cli.models.transformer import BeamDecoding
 from fastdiss_cli.signals import Stop, stop_on_signal
@@ -369,31 +368,6 @@ def test_options_that_could_not_count_are_wrong_usage(
 ) -> None:
     done = run_cli("generate", "--path", checkpoints["fastdiss_tiny"], *more, stdin="eins\n")
     one_line_error(done, message, code=2)
-
-
-def test_a_user_defined_solver(
-    checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(SOLVERS, "half", None)  # and without it afterwards
-    (tmp_path / "mine.py").write_text(
-        "from fastdiss_cli.diffusion.solvers import SOLVERS, Deterministic\n"
-        "class Half(Deterministic):\n"
-        "    def __call__(self, *args): return super().__call__(*args) / 2\n"
-        "SOLVERS['half'] = Half\n"
-    )
-    line = ["generate", "--path", checkpoints["fastdiss_tiny"], "--input=-", "--solver"]
-    mine = ["--user-module", tmp_path / "mine.py"]
-    halved = run_cli(*line, "half", *mine, stdin="eins zwei drei\n")
-    plain = run_cli(*line, "ddim", *mine, stdin="eins zwei drei\n")
-    assert halved.returncode == plain.returncode == 0, halved.stderr
-    assert halved.stdout.splitlines()[:4] != plain.stdout.splitlines()[:4]
-    assert "solver=half" in halved.stderr
-    (tmp_path / "mine.py").write_text(
-        "from fastdiss_cli.diffusion.solvers import SOLVERS\n"
-        "SOLVERS['half'] = lambda schedule: None\n"
-    )
-    refused = run_process(*line, "half", *mine)
-    one_line_error(refused, "--solver must be a subclass of diffusion.solvers.Solver", code=2)
 
 
 def test_one_candidate_leaves_nothing_to_select(checkpoints: dict[str, Path]) -> None:
