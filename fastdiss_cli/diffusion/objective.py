@@ -89,26 +89,26 @@ class SCP:
         u = u + 1 / counts[torch.randint(len(counts), t.shape, device=t.device)]
         return torch.where(u > 1, 1 + u, grid_time(u.clamp(max=1), self.grid, schedule))
 
-    def token_stale_times(self, token_t: Tensor, t: Tensor, stale: Tensor) -> Tensor:
+    def token_stale_times(self, token_t: Tensor, t: Tensor, stale_t: Tensor) -> Tensor:
         """Return t'_i for tokens that MANS moved from t [B] to t_i, both [B, 1] or [B, T].
 
         A token keeps the gap of its sentence (``uniform``: its share of what is left up to 1).
         """
-        gap = (stale - t)[:, None]
+        gap = (stale_t - t)[:, None]
         if self.offset == "uniform":
             gap = gap * ((1 - token_t) / (1 - t)[:, None])
         return (token_t + gap).clamp(max=1)
 
-    def later_noise(
-        self, schedule: NoiseSchedule, z_0: Tensor, noise: Tensor, t: Tensor, later: Tensor
+    def stale_z(
+        self, schedule: NoiseSchedule, z_0: Tensor, noise: Tensor, t: Tensor, stale_t: Tensor
     ) -> Tensor:
         """Return z_t', float [B, T, D], where z_0 and ``noise`` make z_t at time t."""
         if self.coupling == "shared":
-            return schedule.add_noise(z_0, later, noise)
+            return schedule.add_noise(z_0, stale_t, noise)
         fresh = torch.randn_like(z_0)
         if self.coupling == "independent":
-            return schedule.add_noise(z_0, later, fresh)
-        return schedule.add_more_noise(schedule.add_noise(z_0, t, noise), t, later, fresh)
+            return schedule.add_noise(z_0, stale_t, fresh)
+        return schedule.add_more_noise(schedule.add_noise(z_0, t, noise), t, stale_t, fresh)
 
 
 @cache
@@ -208,7 +208,7 @@ def perturbed_self_conditioning(
     Source: FastDiSS, arXiv 2604.05551, of which only a summary was read: see docs/method.md.
     """
     zeros = torch.zeros_like(z_0)
-    stale = scp.stale_time(t, schedule)
+    stale_t = scp.stale_time(t, schedule)
     without_estimate = float(torch.rand(())) >= scp.rate
     scaled = mans.active(update)
     shared = scaled and mans.shared_pass and not without_estimate
@@ -220,20 +220,20 @@ def perturbed_self_conditioning(
     if without_estimate:
         return Condition(token_t, token_t if by_token else t[:, None], zeros)
 
-    later = scp.token_stale_times(token_t, t, stale)
-    z_later = scp.later_noise(schedule, z_0, noise, token_t, later)
-    network_later = later if by_token else scp.token_stale_times(t[:, None], t, stale)
-    estimate = denoise(z_later, network_later, zeros)
+    token_stale_t = scp.token_stale_times(token_t, t, stale_t)
+    z_stale = scp.stale_z(schedule, z_0, noise, token_t, token_stale_t)
+    network_stale_t = token_stale_t if by_token else scp.token_stale_times(t[:, None], t, stale_t)
+    estimate = denoise(z_stale, network_stale_t, zeros)
     if shared:
         moved = mans.token_times(token_t, mans.ease(confidence(estimate)))
-        token_t = torch.minimum(moved, later)
-    in_first_step = (stale > 1)[:, None, None]
+        token_t = torch.minimum(moved, token_stale_t)
+    in_first_step = (stale_t > 1)[:, None, None]
     self_cond = to_self_cond(estimate)
     unrolled = None
     if scp.unroll > 0 and scp.offset != "none":  # t' = t would be no step
         chosen = torch.rand_like(in_first_step, dtype=z_0.dtype) < scp.unroll
-        times = later[..., None], token_t[..., None]
-        sampled = Ancestral(schedule)(z_later, self_cond, *times, lambda: torch.randn_like(z_0))
+        times = token_stale_t[..., None], token_t[..., None]
+        sampled = Ancestral(schedule)(z_stale, self_cond, *times, lambda: torch.randn_like(z_0))
         unrolled = sampled, chosen & ~in_first_step
     network_t = token_t if by_token else t[:, None]
     self_cond = self_cond.masked_fill(in_first_step, 0)
