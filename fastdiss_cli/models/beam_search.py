@@ -51,32 +51,25 @@ def beam_search(
         logits = step(tokens[:, :, -1].reshape(B * K, 1), position, memory)
         norm = logits.logsumexp(-1, keepdim=True)
         at_limit = [limits[sentence] <= position for sentence in sentences]
-        if any(at_limit):
-            forced = torch.tensor(at_limit, device=device).repeat_interleave(K)
-            if position < options.min_len:
-                logits[:, eos].masked_fill_(~forced, float("-inf"))
-            others = torch.arange(logits.shape[1], device=device) != eos
-            logits.masked_fill_(forced[:, None] & others, float("-inf"))
-        elif position < options.min_len:
-            logits[:, eos] = float("-inf")
+        _restrict_eos(logits, eos, at_limit, too_short=position < options.min_len)
         # the 2K best of a sentence are among the 2K best of each of its beams
-        log_probs, found = logits.topk(min(2 * K, logits.shape[1]))
+        log_probs, ids = logits.topk(min(2 * K, logits.shape[1]))
         totals = running[:, :, -1:] + (log_probs - norm).view(B, K, -1)
         width = totals.shape[2]
         totals, flat = totals.flatten(1).topk(min(2 * K, K * width))
-        parents, best = flat // width, found.view(B, -1).gather(1, flat)
+        parents, best = flat // width, ids.view(B, -1).gather(1, flat)
         ends = best == eos
         # the only synchronisation with a GPU at positions where nothing ends
         b, rank = (ends[:, :K] & totals[:, :K].isfinite()).nonzero().unbind(1)
         if len(b):
             parent, total = parents[b, rank], totals[b, rank]
             token_scores = torch.cat([running[b, parent], total[:, None]], dim=1).diff()
-            found = (b, tokens[b, parent, 1:], total, token_scores)
-            for place, ids, score, parts in zip(*(x.tolist() for x in found), strict=True):
+            columns = (b, tokens[b, parent, 1:], total, token_scores)
+            for place, answer, score, parts in zip(*(x.tolist() for x in columns), strict=True):
                 ended = answers[sentences[place]]
                 if len(ended) < K:
                     score /= (position + 1) ** options.lenpen
-                    ended.append(Hypothesis(ids, score, parts, nfe=0))
+                    ended.append(Hypothesis(answer, score, parts, nfe=0))
 
         # the K best unfinished ones: false sorts before true, and the sort is stable
         go_on = torch.sort(ends.int(), dim=1, stable=True).indices[:, :K]
@@ -103,3 +96,24 @@ def beam_search(
         sentences = [sentences[place] for place in kept]
         position += 1
     return [sorted(ended, key=lambda h: -h.score) for ended in answers]
+
+
+def _restrict_eos(logits: Tensor, eos: int, at_limit: list[bool], too_short: bool) -> None:
+    """Forbid all tokens but eos in sentences at their limit, and eos in others that are too short.
+
+    Args:
+        logits: float [N, V], changed in place.
+        eos: the id that ends a hypothesis.
+        at_limit: of B sentences, N a multiple of B.
+        too_short: whether a hypothesis that ended here would have too few tokens.
+    """
+    if any(at_limit):
+        N, V = logits.shape
+        device = logits.device
+        forced = torch.tensor(at_limit, device=device).repeat_interleave(N // len(at_limit))
+        if too_short:
+            logits[:, eos].masked_fill_(~forced, float("-inf"))
+        others = torch.arange(V, device=device) != eos
+        logits.masked_fill_(forced[:, None] & others, float("-inf"))
+    elif too_short:
+        logits[:, eos] = float("-inf")
