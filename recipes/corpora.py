@@ -188,7 +188,7 @@ CORPORA = {
             "valid": (
                 Part(("valid.article.filter.txt", "valid.title.filter.txt"), lines, 189_651),
             ),
-            "test": (Part(("input.txt", "task1_ref0.txt"), lines, 1_951),),
+            "test": (Part(("Giga/input.txt", "Giga/task1_ref0.txt"), lines, 1_951),),
         },
     ),
     "multi30k_de_en": Corpus(

@@ -128,6 +128,7 @@ def gigaword(folder: Path) -> None:
                 f"train/train.{kind}.txt.gz": text(column(side, TRAIN)),
                 f"train/valid.{kind}.filter.txt": text(column(side, HELD_OUT, 300)),
                 f"Giga/{name}.txt": text(column(side, HELD_OUT, 400)),
+                f"DUC2003/{name}.txt": text(column(side, 10, 500)),  # of the same name
             },
         )
 
