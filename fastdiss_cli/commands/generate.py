@@ -61,7 +61,7 @@ def generate(
         typer.Option(
             min=0,
             max=10**9,
-            help="Sentences decoded together; 0: all that wait on stdin, or 4096 of a file.",
+            help="Sentences decoded together, at most; 0: 4096, of stdin those that wait.",
             **INPUT,
         ),
     ] = 0,
@@ -157,7 +157,7 @@ def generate(
     ] = False,
     seed: Annotated[
         int | None,
-        typer.Option(help="Seed of the noise, along with the sentence. (default: 1)", **SAMPLING),
+        typer.Option(help="Seed of the noise, which also depends on the sentence. (default: 1)", **SAMPLING),
     ] = None,
     beam: Annotated[int | None, typer.Option(help="1: greedy search. (default: 5)", **BEAM)] = None,
     lenpen: Annotated[

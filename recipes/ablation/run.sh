@@ -2,7 +2,7 @@
 # Do SCP and MANS make five steps as good as many? Train all variants, sample, score, write the tables.
 # usage: run.sh CORPUS [TEXT] [WORK]
 #   CORPUS   embedded, cmudict_g2p, multi30k or, on a GPU, multi30k_small
-#   TEXT     the folder with the corpus; not needed for the embedded one
+#   TEXT     the folder that the corpus's prepare.sh made; not needed for the embedded one
 # When run again, it resumes where it was stopped; JOBS=2 trains two models at a time.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
@@ -25,19 +25,12 @@ if [ ! -e "$work/data-bin/manifest.json" ]; then
         python "$here/../../data/make_corpus.py" "$work/text"
         options=(-s de -t en --vocab-size 800 --model-type bpe)
         ;;
-    cmudict_g2p)  # its 2,000 validation words: the first half for model selection, the second for reporting
-        for side in src trg refs.tsv; do
-            head -n 1000 "$text/valid.$side" > "$work/text/valid.$side"
-            tail -n 1000 "$text/valid.$side" > "$work/text/test.$side"
-        done
-        cp "$text/train.src" "$text/train.trg" "$work/text"
+    cmudict_g2p)
+        cp "$text"/{train,valid,test}.* "$work/text"
         options=(--model-type word --separate --vocab-size 1000)
         ;;
     multi30k*)
-        for side in de en; do
-            cp "$text/train.$side" "$text/valid.$side" "$work/text"
-            cp "$text/test2016.$side" "$work/text/test.$side"
-        done
+        cp "$text"/{train,valid,test}.* "$work/text"
         options=(-s de -t en --vocab-size 6000)
         ;;
     *)
