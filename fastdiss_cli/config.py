@@ -74,7 +74,9 @@ class TrainConfig:
     max_epoch: int = option(0, "epochs before training stops; 0: no limit")
     patience: int = option(20, "validations without a new best before training stops; 0: no limit")
     lr: float = option(5e-4, "peak learning rate of AdamW")
-    lr_scheduler: str = option("inverse_sqrt", "learning-rate schedule: inverse_sqrt, or cosine to 0")
+    lr_scheduler: str = option(
+        "inverse_sqrt", "schedule of the learning rate: inverse_sqrt, or cosine to 0"
+    )
     warmup_updates: int = option(4000, "updates over which the learning rate rises from 0")
     adam_betas: tuple[float, float] = option((0.9, 0.98), "betas of AdamW")
     weight_decay: float = option(0.01, "weight decay of AdamW, matrices only")

@@ -157,7 +157,7 @@ def generate(
     ] = False,
     seed: Annotated[
         int | None,
-        typer.Option(help="Seed of the noise, which also depends on the sentence. (default: 1)", **SAMPLING),
+        typer.Option(help="Seed of the noise. (default: 1)", **SAMPLING),
     ] = None,
     beam: Annotated[int | None, typer.Option(help="1: greedy search. (default: 5)", **BEAM)] = None,
     lenpen: Annotated[
