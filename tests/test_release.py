@@ -16,6 +16,8 @@ from safetensors.torch import save_file
 
 import fastdiss_cli
 from fastdiss_cli.checkpoints.checkpoint import Checkpoint
+from fastdiss_cli.checkpoints.release import release
+from fastdiss_cli.errors import FastdissError
 
 RUN = {"validate_interval_updates": 4, "keep_last": 3, "lr": 1e-2, "ema_decay": 0.5}
 
@@ -69,6 +71,22 @@ def test_an_option_that_was_renamed_is_read(files: list[Path], tmp_path: Path) -
     checkpoint.save(tmp_path / "old.safetensors")
     config = Checkpoint.load(tmp_path / "old.safetensors").model_config
     assert config["mans_time"] == "token" and "mans_told" not in config
+
+
+def test_an_option_that_is_newer_than_a_checkpoint_does_not_prevent_a_mean(
+    files: list[Path], tmp_path: Path
+) -> None:
+    """As when a training was resumed with a newer version of the toolkit."""
+    for name, options in (("new", {"source_copy": 0.0}), ("other", {"source_copy": 2.0})):
+        checkpoint = Checkpoint.load(files[0])
+        checkpoint.model_config |= options
+        checkpoint.save(tmp_path / f"{name}.safetensors")
+    del checkpoint.model_config["source_copy"]  # means 0, the only network there was
+    checkpoint.save(tmp_path / "old.safetensors")
+    old, new, other = (tmp_path / f"{name}.safetensors" for name in ("old", "new", "other"))
+    assert release([new, old], None, None).model_config["source_copy"] == 0
+    with pytest.raises(FastdissError, match=r"model\.source_copy differs"):
+        release([other, old], None, None)
 
 
 def test_a_release_generates_what_the_checkpoint_does(files: list[Path], tmp_path: Path) -> None:

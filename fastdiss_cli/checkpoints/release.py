@@ -17,7 +17,9 @@ from torch import Tensor
 from fastdiss_cli import __version__, logs
 from fastdiss_cli.checkpoints.checkpoint import Checkpoint
 from fastdiss_cli.checkpoints.folder import best_of, numbered
-from fastdiss_cli.errors import FastdissError
+from fastdiss_cli.config import build_saved
+from fastdiss_cli.errors import FastdissError, OptionError
+from fastdiss_cli.models.registry import architecture
 
 _FACTS = (
     "architecture", "license", "source", "target", "parameters", "vocabulary", "model", "training",
@@ -141,16 +143,24 @@ def _check_same(first: Checkpoint, other: Checkpoint, path: Path, other_path: Pa
     if first.arch != other.arch:
         differs = f"the architectures differ ({first.arch} and {other.arch})"
     elif first.model_config != other.model_config:
-        keys = first.model_config.keys() | other.model_config.keys()
-        found = (k for k in keys if first.model_config.get(k) != other.model_config.get(k))
-        differs = f"model.{min(found)} differs"
-    else:
-        for side in ("src", "tgt"):
-            one, two = (c.tokenizer(side).hash[:16] for c in (first, other))
-            if one != two:
-                differs = differs or f"the {side} tokenizers differ ({one} and {two})"
+        one, two = _options(first), _options(other)
+        found = [name for name in one.keys() | two.keys() if one.get(name) != two.get(name)]
+        differs = f"model.{min(found)} differs" if found else ""
+    for side in ("src", "tgt"):
+        hashes = [c.tokenizer(side).hash[:16] for c in (first, other)]
+        if hashes[0] != hashes[1]:
+            differs = differs or f"the {side} tokenizers differ ({' and '.join(hashes)})"
     shapes = [{name: w.shape for name, w in c.averaged().items()} for c in (first, other)]
     if not differs and shapes[0] != shapes[1]:
         differs = "the weights differ in names or shapes"
     if differs:
         raise FastdissError(f"{path} and {other_path} cannot be averaged: {differs}")
+
+
+def _options(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return the model's options, including those that are newer than the checkpoint."""
+    try:
+        family = architecture(checkpoint.arch).family
+    except OptionError:  # of a user module
+        return checkpoint.model_config
+    return dataclasses.asdict(build_saved(family.Config, checkpoint.model_config, "model"))
