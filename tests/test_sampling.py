@@ -289,7 +289,7 @@ def test_an_early_exit_waits_until_the_network_is_sure(probability: float, cost:
     model, sources = make_model("difformer"), random_sentences(5)
     model.latent_out.weight.zero_()
     model.latent_out.bias.zero_()  # all estimates are 0, so that only the bias tells tokens apart
-    others = VOCAB.size - 3  # neither bos nor pad is an answer
+    others = VOCAB.size - 1
     model.embedding.bias.zero_()
     model.embedding.bias[7] = math.log(others * probability / (1 - probability))
     memory = model.encode(*pad(sources, VOCAB.pad))
@@ -308,11 +308,13 @@ def test_a_sentence_is_settled_when_all_its_candidates_are() -> None:
     denoiser = Denoiser(make_model("difformer"), memory, Layout.of(torch.zeros(10, 3) > 0))
     rows = torch.arange(10)
     running = Candidates(denoiser, rows, rows // 2, rows % 2, torch.zeros(10, 2, 0))
-    assert running.drop_settled(before, sure_before) is None
-    assert running.drop_settled(tokens, sure).tolist() == [2, 3, 4, 5, 6, 7]
+    running.best = before, sure_before
+    assert running.drop_settled() is None
+    running.best = tokens, sure
+    assert running.drop_settled().tolist() == [2, 3, 4, 5, 6, 7]
     assert running.places.tolist() == [2, 3, 4, 5, 6, 7] and len(denoiser.memory.hidden) == 3
-    everything = torch.ones(6).bool()
-    assert running.drop_settled(tokens[2:8], everything).tolist() == [4, 5]  # was not sure before
+    running.best = tokens[2:8], torch.ones(6).bool()
+    assert running.drop_settled().tolist() == [4, 5]  # was not sure before
 
 
 @pytest.mark.parametrize("solver", ["ddim", "dpm-solver++"])

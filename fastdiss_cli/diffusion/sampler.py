@@ -29,7 +29,7 @@ def sample(
     to_self_cond: ToSelfCond = lambda z0_hat: z0_hat,
     clamp: Callable[[Tensor], Tensor] | None = None,
     watch: Callable[[Tensor, Tensor, Tensor], None] | None = None,
-    drop: Callable[[Tensor], Tensor | None] | None = None,
+    drop: Callable[[], Tensor | None] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Sample with exactly ``steps`` steps.
 
@@ -51,8 +51,9 @@ def sample(
         to_self_cond: maps an estimate z0_hat to the ``self_cond`` of the next evaluation.
         clamp: maps an estimate to what the solver takes for z_0; None: ``to_self_cond``.
         watch: called at every step with its t (0-d), z and z0_hat.
-        drop: called between steps with z0_hat; returns the rows that go on (int64 indices into N),
-            or None: all. From then on N is their number, for all of these functions.
+        drop: called between steps, after ``to_self_cond``; returns the rows that go on (int64
+            indices into N), or None: all. From then on N is their number, for all of these
+            functions.
 
     Returns:
         The last z0_hat of each row, float [N, T, D], and its number of denoiser evaluations [N].
@@ -85,14 +86,14 @@ def sample(
         if k + 1 == steps:
             answer[rows] = z0_hat
             break
-        kept = drop(z0_hat) if drop else None
+        estimate = to_self_cond(z0_hat)
+        kept = drop() if drop else None
         if kept is not None:
             answer[rows] = z0_hat
-            rows, z, z0_hat = rows[kept], z[kept], z0_hat[kept]
+            rows, z, z0_hat, estimate = rows[kept], z[kept], z0_hat[kept], estimate[kept]
             move.select(kept)
             if not len(rows):
                 break
-        estimate = to_self_cond(z0_hat)
         earlier = estimate if self_cond == "reuse" else torch.zeros_like(z)
         z = move(
             z,

@@ -15,6 +15,7 @@ from fastdiss_cli.randomness import counter_normal
 if TYPE_CHECKING:
     from fastdiss_cli.models.difformer import Difformer
 
+EXIT_PROBABILITY = 0.5  # an early exit needs more for every token: see docs/method.md
 # random numbers that are drawn in one call: on a CPU as many as fit in a core's cache
 _CPU_NUMBERS, _GPU_NUMBERS = 2**17, 2**22
 
@@ -60,8 +61,8 @@ class Candidates:
         seeds, numbers: int64 [N], the seed of its sentence and its number within the sentence, from
             which its noise is drawn.
         keys: int64 [10, 2, K], of the draws of noise of a run: see `randomness.draw_keys`.
-        before: int64 [N, T] and bool [N]: the best tokens of the step before, and whether the
-            network was sure of them, for an early exit.
+        best, before: int64 [N, T] and bool [N]: the best tokens of this step and of the step
+            before, and whether the network is sure of all of them, for an early exit.
         drawn: draws that are made but not used yet, float [N, T, D], by their number.
     """
 
@@ -70,6 +71,7 @@ class Candidates:
     seeds: Tensor
     numbers: Tensor
     keys: Tensor
+    best: tuple[Tensor, Tensor] | None = None
     before: tuple[Tensor, Tensor] | None = None
     drawn: dict[int, Tensor] = field(default_factory=dict)
 
@@ -88,17 +90,26 @@ class Candidates:
             self.drawn = dict(enumerate(noise, draw))
         return self.drawn.pop(draw)
 
-    def drop_settled(self, tokens: Tensor, sure: Tensor) -> Tensor | None:
-        """Drop the sentences whose candidates are sure of the same tokens for a second step.
+    def to_self_cond(self, z0_hat: Tensor) -> Tensor:
+        """Return what `Denoiser.to_self_cond` does, and take note of the best tokens."""
+        model, layout = self.denoiser.model, self.denoiser.layout
+        estimate, probabilities, tokens = map(
+            layout.padded,
+            model.embedding.project_and_read(layout.flat(z0_hat), model.config.self_cond_form),
+        )
+        sure = (probabilities > EXIT_PROBABILITY) | layout.pad_mask
+        self.best = tokens, sure.all(1)
+        return estimate
 
-        Args:
-            tokens: int64 [N, T], the best tokens of this step.
-            sure: bool [N], whether the network is sure of all of them.
+    def drop_settled(self) -> Tensor | None:
+        """Drop the sentences whose candidates are sure of the same tokens for a second step.
 
         Returns:
             The rows that are kept, int64 indices into N, or None: all.
         """
-        before, self.before = self.before, (tokens, sure)
+        assert self.best is not None
+        (tokens, sure), before = self.best, self.before
+        self.before = self.best
         if before is None:
             return None
         memory, layout = self.denoiser.memory, self.denoiser.layout

@@ -30,7 +30,6 @@ from fastdiss_cli.models.registry import HistoryStep, Hypothesis, Seq2SeqModel, 
 from fastdiss_cli.randomness import draw_keys
 
 TEMPERATURE = 0.25  # of ddpm: see docs/method.md
-EXIT_PROBABILITY = 0.5  # an early exit needs more for every token: see docs/method.md
 # on a GPU, batches of up to REPLAYED positions on either side and runs of up to REPLAYED_STEPS are
 # captured as graphs; both sides are padded to a multiple of WIDEN, so that shapes come again
 REPLAYED, REPLAYED_STEPS, WIDEN = 1024, 32, 8
@@ -195,11 +194,6 @@ class SampledModel(Seq2SeqModel):
             for place, step in zip(running.places.tolist(), steps, strict=True):
                 history[place].append(step)
 
-        def drop(z0_hat: Tensor) -> Tensor | None:
-            scores, tokens = self._read(z0_hat, denoiser.layout)
-            sure = (scores > math.log(EXIT_PROBABILITY)) | denoiser.layout.pad_mask
-            return running.drop_settled(tokens, sure.all(1))
-
         clamp = None  # not computed twice where it is the same as self_cond
         if options.clamp != self.config.self_cond_form:
             clamp = partial(denoiser.project, form=options.clamp)
@@ -214,10 +208,10 @@ class SampledModel(Seq2SeqModel):
             self_cond=options.self_cond if self.self_conditioned else "none",
             gold=gold_z0,
             grid=options.time_grid,
-            to_self_cond=denoiser.to_self_cond,
+            to_self_cond=(running if options.early_exit else denoiser).to_self_cond,
             clamp=clamp,
             watch=watch if options.history or options.diagnose else None,
-            drop=drop if options.early_exit else None,
+            drop=running.drop_settled if options.early_exit else None,
         )
         return *self._read(z0_hat, layout), nfe
 

@@ -80,6 +80,20 @@ class LatentEmbedding(nn.Module):
             return self._expected(z0_hat)
         return z0_hat
 
+    def project_and_read(self, z0_hat: Tensor, form: str) -> tuple[Tensor, Tensor, Tensor]:
+        """Return what `project` does, and the probability [P] and id [P] of the best tokens.
+
+        The scores of all tokens are computed once for both.
+        """
+        logits, rows = self.logits(z0_hat), self.rows()
+        probabilities = logits.softmax(-1).to(rows.dtype)
+        best, tokens = probabilities.max(-1)
+        if form == "expected":
+            z0_hat = (probabilities @ rows).float()
+        elif form == "nearest":
+            z0_hat = rows[tokens].float()
+        return z0_hat, best, tokens
+
     def freeze(self, dtype: torch.dtype) -> None:
         """Normalise the table once."""
         self._frozen = self.rows().detach().to(dtype)
