@@ -146,7 +146,7 @@ def test_ranks_know_the_tokens_of_an_update_without_asking(
         rounds.append([training._next_batches() for _ in range(3)])
     for (ours, tokens), (theirs, same) in zip(*rounds, strict=True):
         assert len(ours) == len(theirs) == 3
-        assert tokens == same == sum(batch.num_tgt_tokens for batch in ours + theirs)
+        assert tokens == same == sum(map(training.batcher.num_tgt_tokens, ours + theirs))
 
 
 def test_ranks_draw_different_noise(

@@ -327,7 +327,7 @@ def test_losses_at_a_time_are_those_of_training() -> None:
     """Without conditioning, at a fixed time, they are the losses of `loss`."""
     model, sentences = make_model("difformer", self_cond_rate=0.0), random_sentences(6)
     batch = make_batch(sentences, sentences[::-1])
-    at = torch.full((6,), 0.3)
+    at = torch.full((6, 1), 0.3)
     torch.manual_seed(1)
     mse, anchor = model.losses_at(batch, 0.3, None)
     with pytest.MonkeyPatch.context() as patch:

@@ -64,14 +64,17 @@ def condition(
     torch.manual_seed(0)
     z_0, noise = torch.randn(B, T, D), torch.randn(B, T, D)
     given = perturbed_self_conditioning(
-        denoise, as_it_is, lambda _: confidence, SCHEDULE, perturbation, mans, z_0, noise, t, update
-    )
+        denoise, as_it_is, lambda _: confidence, SCHEDULE, perturbation, mans, z_0, noise,
+        t[:, None], update,
+    )  # fmt: skip
     return given, z_0, noise
 
 
 def test_times_cover_the_unit_interval_evenly() -> None:
     torch.manual_seed(0)
     t = draw_times(1000, torch.device("cpu"))
+    assert t.shape == (1000, 1)
+    t = t.flatten()
     # one draw in each of the thousand bins, in random order
     assert torch.equal(t.sort().values.mul(1000).floor(), torch.arange(1000.0))
     assert not torch.equal(t, t.sort().values)
@@ -99,7 +102,7 @@ def test_rates_are_shares_of_batches() -> None:
     for _ in range(400):
         perturbed_self_conditioning(
             denoise, as_it_is, lambda _: None, SCHEDULE, scp(rate=0.25), OFF,
-            z_t, z_t, torch.full((B,), 0.5), 1,
+            z_t, z_t, torch.full((B, 1), 0.5), 1,
         )  # fmt: skip
     assert len(denoise.calls) / 400 == pytest.approx(0.25, abs=0.06)
 
@@ -256,7 +259,7 @@ def test_an_unrolled_input_is_a_step_of_sampling_from_the_estimate() -> None:
         noise = torch.randn_like(z_0)
         given = perturbed_self_conditioning(
             Recorder(z0_hat), as_it_is, lambda _: None, SCHEDULE, scp(gap=0.4, unroll=1.0), OFF,
-            z_0, noise, t, 1,
+            z_0, noise, t[:, None], 1,
         )  # fmt: skip
         return given.z_t(SCHEDULE, z_0, noise)
 
@@ -284,7 +287,7 @@ def test_an_unrolled_step_takes_what_sampling_would(mans_time: str) -> None:
         z_0, noise = torch.randn(B, T, D), torch.randn(B, T, D)
         given = perturbed_self_conditioning(
             Recorder(z0_hat), lambda z: 3 * z, lambda _: confidence, SCHEDULE,
-            scp(unroll=1.0, gap=0.1), mans, z_0, noise, t, 1,
+            scp(unroll=1.0, gap=0.1), mans, z_0, noise, t[:, None], 1,
         )  # fmt: skip
         return given.z_t(SCHEDULE, z_0, noise), given.t
 
@@ -309,8 +312,9 @@ def test_a_share_of_the_sentences_is_unrolled(share: float) -> None:
     t = torch.linspace(0, 0.9, n)  # above 0.8, t' > 1: the first step of sampling
     z_0, noise = torch.randn(n, T, D), torch.randn(n, T, D)
     given = perturbed_self_conditioning(
-        Recorder(), as_it_is, lambda _: None, SCHEDULE, scp(unroll=share), OFF, z_0, noise, t, 1
-    )
+        Recorder(), as_it_is, lambda _: None, SCHEDULE, scp(unroll=share), OFF, z_0, noise,
+        t[:, None], 1,
+    )  # fmt: skip
     noised = SCHEDULE.add_noise(z_0, t, noise)
     same = (given.z_t(SCHEDULE, z_0, noise) == noised).all(-1).all(-1)
     assert same[t > 0.8].all()
@@ -318,7 +322,7 @@ def test_a_share_of_the_sentences_is_unrolled(share: float) -> None:
 
 
 def test_the_network_gets_its_estimate_in_the_requested_form() -> None:
-    z, t = torch.randn(B, T, D), torch.full((B,), 0.1)
+    z, t = torch.randn(B, T, D), torch.full((B, 1), 0.1)
     given = perturbed_self_conditioning(
         Recorder(), lambda z0_hat: -z0_hat, lambda _: None, SCHEDULE,
         scp(offset="fixed", gap=0.2), OFF, z, z, t, 1,
@@ -332,5 +336,5 @@ def test_a_time_that_rounds_up_is_below_1(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(torch, "rand", lambda *_, **__: nearly)
     t = draw_times(512, torch.device("cpu"))
     assert t.max() < 1
-    stale = scp(offset="uniform").token_stale_times(t[:, None], t, t + (1 - t) / 2)
+    stale = scp(offset="uniform").token_stale_times(t, t, t + (1 - t) / 2)
     assert stale.isfinite().all()

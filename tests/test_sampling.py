@@ -307,12 +307,12 @@ def test_a_sentence_is_settled_when_all_its_candidates_are() -> None:
     memory = Memory(torch.zeros(5, 2, 4), Layout.of(torch.zeros(5, 2) > 0), [])
     denoiser = Denoiser(make_model("difformer"), memory, Layout.of(torch.zeros(10, 3) > 0))
     rows = torch.arange(10)
-    running = Candidates(denoiser, rows, rows // 2, rows % 2, torch.zeros(10, 2, 0))
+    running = Candidates(denoiser, rows // 2, rows % 2, torch.zeros(10, 2, 0))
     running.best = before, sure_before
     assert running.drop_settled() is None
     running.best = tokens, sure
     assert running.drop_settled().tolist() == [2, 3, 4, 5, 6, 7]
-    assert running.places.tolist() == [2, 3, 4, 5, 6, 7] and len(denoiser.memory.hidden) == 3
+    assert running.seeds.tolist() == [1, 1, 2, 2, 3, 3] and len(denoiser.memory.hidden) == 3
     running.best = tokens[2:8], torch.ones(6).bool()
     assert running.drop_settled().tolist() == [4, 5]  # was not sure before
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from fastdiss_cli.data.tokenizer import Tokenizer
+from fastdiss_cli.data.tokenizer import BLANK, Tokenizer
 from fastdiss_cli.errors import FastdissError
 
 _SPECIALS = ("<s>", "<pad>", "</s>", "<unk>")  # ids 0 to 3, not in the file
 _LINE = re.compile(r"(.+) \d+( #fairseq:overwrite)?")
 _FIRST_LINE = re.compile(rb"[^\r\n]+ \d+( #fairseq:overwrite)?[ \t]*([\r\n]|\Z)")
-_BLANK = "\u2581"  # marks blanks in text that SentencePiece has segmented
 
 
 def is_dictionary(model: bytes) -> bool:
@@ -67,7 +66,7 @@ class Dictionary(Tokenizer):
         self.vocab_size = len(self._symbols)
         words = self._symbols[len(_SPECIALS) :]
         self._bpe = any(len(word) > 2 and word.endswith("@@") for word in words)
-        self._sentencepiece = not self._bpe and any(word.startswith(_BLANK) for word in words)
+        self._sentencepiece = not self._bpe and any(word.startswith(BLANK) for word in words)
 
     def encode(self, text: str) -> list[int]:
         return [*(self._ids.get(word, self.unk) for word in text.split()), self.eos]
@@ -77,7 +76,7 @@ class Dictionary(Tokenizer):
         if self._bpe:
             return f"{text} ".replace("@@ ", "").rstrip()
         if self._sentencepiece:
-            return text.replace(" ", "").replace(_BLANK, " ").strip()
+            return text.replace(" ", "").replace(BLANK, " ").strip()
         return text
 
     def pieces(self, ids: Sequence[int]) -> list[str]:

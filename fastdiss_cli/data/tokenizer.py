@@ -17,7 +17,7 @@ from fastdiss_cli import logs
 from fastdiss_cli.errors import FastdissError
 
 MODEL_TYPES = ("unigram", "bpe", "char", "word")
-_SPACE = "\u2581"  # SentencePiece's mark for a blank
+BLANK = "\u2581"  # SentencePiece's mark for a blank
 # training uses a random sample of at most this many lines: more do not change the pieces
 _TRAINING_LINES = 2_000_000
 _LONGEST_LINE = 1 << 16  # bytes; SentencePiece skips longer lines
@@ -134,9 +134,9 @@ class SentencePiece(Tokenizer):
         joined pieces, and only those that differ are decoded.
         """
         if self.lossless:
-            if _SPACE not in "".join(texts):
+            if BLANK not in "".join(texts):
                 return set()
-            return {i for i, text in enumerate(texts) if _SPACE in text}
+            return {i for i, text in enumerate(texts) if BLANK in text}
         written = self._written.__getitem__
         return {
             i
@@ -155,7 +155,7 @@ class SentencePiece(Tokenizer):
         """The text of each piece, or a line break, which no text has, if it decodes differently."""
         written = []
         for i, piece in enumerate(self.pieces(range(self.vocab_size))):
-            text = piece.replace(_SPACE, " ")
+            text = piece.replace(BLANK, " ")
             written.append(text if self.decode([i]) == text.removeprefix(" ") else "\n")
         written[self.eos] = ""
         return written
@@ -163,8 +163,8 @@ class SentencePiece(Tokenizer):
     def decode(self, ids: Sequence[int]) -> str:
         ids = [i for i in ids if i not in self._specials]
         text = self._sp.decode(ids)
-        if _SPACE in text:  # the `word` model falls back to the bytes of the mark itself
-            text = text.replace(_SPACE, " ")
+        if BLANK in text:  # the `word` model falls back to the bytes of the mark itself
+            text = text.replace(BLANK, " ")
             if self._sp.is_byte(ids[0]):
                 text = text.removeprefix(" ")
         return text

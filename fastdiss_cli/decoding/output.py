@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastdiss_cli import logs
-from fastdiss_cli.data.text import decode_lines, read_lines, read_references
+from fastdiss_cli.data.text import decode_lines, on_one_line, read_lines, read_references
 from fastdiss_cli.errors import FastdissError
 
 if TYPE_CHECKING:  # `score` reads these files, and should not wait for torch
@@ -54,11 +54,11 @@ def format_lines(
         tokenizer: the tokenizer of the target side.
         colour: colour the history by confidence, for a terminal.
     """
-    lines = [f"S-{number}\t{_one_line(source)}"]
+    lines = [f"S-{number}\t{on_one_line(source)}"]
     if reference is not None:
-        lines.append(f"T-{number}\t{_one_line(reference)}")
+        lines.append(f"T-{number}\t{on_one_line(reference)}")
     for candidate in (hypothesis, *hypothesis.runners_up):
-        pieces = _one_line(" ".join(tokenizer.pieces(candidate.tokens)))
+        pieces = on_one_line(" ".join(tokenizer.pieces(candidate.tokens)))
         score = f"{candidate.score:.4f}"
         lines += [
             *_history_lines(number, candidate, tokenizer, colour),
@@ -86,7 +86,7 @@ def confidence_legend() -> Text:
 
 def hypothesis_text(hypothesis: Hypothesis, tokenizer: Tokenizer) -> str:
     """Return a hypothesis as one line of text."""
-    return _one_line(tokenizer.decode(hypothesis.tokens))
+    return on_one_line(tokenizer.decode(hypothesis.tokens))
 
 
 @dataclass
@@ -201,11 +201,6 @@ def reference_streams(references: Sequence[Sequence[str]]) -> list[list[str | No
     return [[row[i] if i < len(row) else None for row in references] for i in range(most)]
 
 
-def _one_line(text: str) -> str:
-    """Replace line breaks, which a model may produce and which would shift all later lines."""
-    return text.replace("\n", " ")
-
-
 def _history_lines(
     number: int, candidate: Hypothesis, tokenizer: Tokenizer, colour: bool
 ) -> list[str]:
@@ -215,7 +210,7 @@ def _history_lines(
         if colour:
             confident = zip(shown, step.confidences, strict=False)
             shown = [_coloured(piece, confidence) for piece, confidence in confident]
-        lines.append(f"E-{number}_{k}\tt={step.time:.3f}\t{_one_line(' '.join(shown))}")
+        lines.append(f"E-{number}_{k}\tt={step.time:.3f}\t{on_one_line(' '.join(shown))}")
     return lines
 
 

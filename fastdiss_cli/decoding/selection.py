@@ -87,8 +87,8 @@ def selector(
 def by_score(
     sources: Sequence[Sequence[int]], candidates: list[list[Hypothesis]]
 ) -> list[Hypothesis]:
-    """Choose the candidate that the model itself scores highest."""
-    return [max(row, key=lambda h: h.score) for row in candidates]
+    """Choose the candidate that the model itself scores highest, which is the first."""
+    return [row[0] for row in candidates]
 
 
 def by_mbr(tokenizer: Tokenizer, metric: str) -> Select:

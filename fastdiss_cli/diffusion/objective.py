@@ -73,7 +73,7 @@ class SCP:
     unroll: float
 
     def stale_time(self, t: Tensor, schedule: NoiseSchedule) -> Tensor:
-        """Draw the time of the estimate that sampling would have at time t; float [B] both.
+        """Draw the time of the estimate that sampling would have at time t; float [B, 1] both.
 
         A result above 1 means that t belongs to the first step of sampling, whose self_cond is
         zeros.
@@ -87,16 +87,16 @@ class SCP:
         counts = _on_device(self.step_counts, t.device)
         u = grid_position(t, self.grid, schedule)
         u = u + 1 / counts[torch.randint(len(counts), t.shape, device=t.device)]
-        return torch.where(u > 1, 1 + u, grid_time(u.clamp(max=1), self.grid, schedule))
+        return torch.where(u > 1, u, grid_time(u.clamp(max=1), self.grid, schedule))
 
     def token_stale_times(self, token_t: Tensor, t: Tensor, stale_t: Tensor) -> Tensor:
-        """Return t'_i for tokens that MANS moved from t [B] to t_i, both [B, 1] or [B, T].
+        """Return t'_i [B, T], where MANS moved tokens from t [B, 1] to t_i, [B, T] or [B, 1].
 
         A token keeps the gap of its sentence (``uniform``: its share of what is left up to 1).
         """
-        gap = (stale_t - t)[:, None]
+        gap = stale_t - t
         if self.offset == "uniform":
-            gap = gap * ((1 - token_t) / (1 - t)[:, None])
+            gap = gap * ((1 - token_t) / (1 - t))
         return (token_t + gap).clamp(max=1)
 
     def stale_z(
@@ -159,13 +159,13 @@ class MANS:
 
 
 def draw_times(batch: int, device: torch.device) -> Tensor:
-    """Draw one time per sentence, uniform on [0, 1) and stratified over the batch; float [B].
+    """Draw one time per sentence, uniform on [0, 1) and stratified over the batch; float [B, 1].
 
     As the low-discrepancy sampler of Kingma et al. 2021, Variational diffusion models, I.1, but
     with an offset for each sentence.
     """
-    offset = torch.rand(batch, device=device)
-    times = (torch.randperm(batch, device=device) + offset) / batch
+    offset = torch.rand(batch, 1, device=device)
+    times = (torch.randperm(batch, device=device)[:, None] + offset) / batch
     return times.clamp(max=1 - 2**-24)  # the sum may round up to 1, where nothing is left to add
 
 
@@ -202,7 +202,7 @@ def perturbed_self_conditioning(
         confidence: maps z0_hat [B, T, D] to what `MANS` measures, [B, T].
         schedule, scp, mans: the process and the two repairs.
         z_0, noise: clean embeddings and standard normal, float [B, T, D].
-        t: float [B].
+        t: float [B, 1].
         update: number of the current update.
 
     Source: FastDiSS, arXiv 2604.05551, of which only a summary was read: see docs/method.md.
@@ -212,22 +212,22 @@ def perturbed_self_conditioning(
     without_estimate = float(torch.rand(())) >= scp.rate
     scaled = mans.active(update)
     shared = scaled and mans.shared_pass and not without_estimate
-    token_t = t[:, None]
+    token_t = t
     if scaled and not shared:
         estimate = denoise(schedule.add_noise(z_0, token_t, noise), token_t, zeros)
         token_t = mans.token_times(token_t, mans.ease(confidence(estimate)))
     by_token = mans.time == "token"
     if without_estimate:
-        return Condition(token_t, token_t if by_token else t[:, None], zeros)
+        return Condition(token_t, token_t if by_token else t, zeros)
 
     token_stale_t = scp.token_stale_times(token_t, t, stale_t)
     z_stale = scp.stale_z(schedule, z_0, noise, token_t, token_stale_t)
-    network_stale_t = token_stale_t if by_token else scp.token_stale_times(t[:, None], t, stale_t)
+    network_stale_t = token_stale_t if by_token else scp.token_stale_times(t, t, stale_t)
     estimate = denoise(z_stale, network_stale_t, zeros)
     if shared:
         moved = mans.token_times(token_t, mans.ease(confidence(estimate)))
         token_t = torch.minimum(moved, token_stale_t)
-    in_first_step = (stale_t > 1)[:, None, None]
+    in_first_step = (stale_t > 1)[..., None]
     self_cond = to_self_cond(estimate)
     unrolled = None
     if scp.unroll > 0 and scp.offset != "none":  # t' = t would be no step
@@ -235,6 +235,6 @@ def perturbed_self_conditioning(
         times = token_stale_t[..., None], token_t[..., None]
         sampled = Ancestral(schedule)(z_stale, self_cond, *times, lambda: torch.randn_like(z_0))
         unrolled = sampled, chosen & ~in_first_step
-    network_t = token_t if by_token else t[:, None]
+    network_t = token_t if by_token else t
     self_cond = self_cond.masked_fill(in_first_step, 0)
     return Condition(token_t, network_t, self_cond, unrolled)

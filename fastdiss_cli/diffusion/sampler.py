@@ -28,7 +28,7 @@ def sample(
     temperature: float = 1.0,
     to_self_cond: ToSelfCond = lambda z0_hat: z0_hat,
     clamp: Callable[[Tensor], Tensor] | None = None,
-    watch: Callable[[Tensor, Tensor, Tensor], None] | None = None,
+    watch: Callable[[Tensor, Tensor, Tensor, Tensor], None] | None = None,
     drop: Callable[[], Tensor | None] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Sample with exactly ``steps`` steps.
@@ -50,7 +50,8 @@ def sample(
             ``temperature`` times the noise of the schedule.
         to_self_cond: maps an estimate z0_hat to the ``self_cond`` of the next evaluation.
         clamp: maps an estimate to what the solver takes for z_0; None: ``to_self_cond``.
-        watch: called at every step with its t (0-d), z and z0_hat.
+        watch: called at every step with the rows that are still sampled (int64 indices into the
+            first N), its t (0-d), z and z0_hat.
         drop: called between steps, after ``to_self_cond``; returns the rows that go on (int64
             indices into N), or None: all. From then on N is their number, for all of these
             functions.
@@ -68,6 +69,7 @@ def sample(
     answer, nfe = torch.zeros_like(z), torch.zeros(len(z), dtype=torch.long, device=device)
     rows = torch.arange(len(z), device=device)
     earlier = torch.zeros_like(z)
+    evaluations = 2 if self_cond == "recompute" else 1  # in a step
 
     def added(draw: int) -> Tensor:
         return temperature * noise(draw) if temperature else torch.zeros_like(z)
@@ -80,16 +82,15 @@ def sample(
             assert gold is not None
             given = gold[rows]
         z0_hat = denoise(z, times[k], given)
-        nfe[rows] += 2 if self_cond == "recompute" else 1
+        answer[rows] = z0_hat
+        nfe.index_fill_(0, rows, (k + 1) * evaluations)
         if watch is not None:
-            watch(times[k], z, z0_hat)
+            watch(rows, times[k], z, z0_hat)
         if k + 1 == steps:
-            answer[rows] = z0_hat
             break
         estimate = to_self_cond(z0_hat)
         kept = drop() if drop else None
         if kept is not None:
-            answer[rows] = z0_hat
             rows, z, z0_hat, estimate = rows[kept], z[kept], z0_hat[kept], estimate[kept]
             move.select(kept)
             if not len(rows):

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -121,8 +122,8 @@ def grid_time(u: Tensor, kind: str, schedule: NoiseSchedule) -> Tensor:
     if kind == "quadratic":
         return u**2
     if kind == "log-snr":
-        t, log_snr = _log_snr_table(schedule)
-        return _interpolate(torch.lerp(log_snr[0], log_snr[-1], u.double().cpu()), log_snr, t).to(u)
+        times, positions = _log_snr_table(schedule)
+        return _interpolate(u, positions, times)
     return u
 
 
@@ -131,22 +132,17 @@ def grid_position(t: Tensor, kind: str, schedule: NoiseSchedule) -> Tensor:
     if kind == "quadratic":
         return torch.sqrt(t)
     if kind == "log-snr":
-        table_t, log_snr = _log_snr_table(schedule)
-        found = _interpolate(t.double().cpu(), table_t, log_snr)
-        return ((found - log_snr[0]) / (log_snr[-1] - log_snr[0])).to(t)
+        return _interpolate(t, *_log_snr_table(schedule))
     return t
 
 
 @cache
-def _log_snr_table(schedule: NoiseSchedule) -> tuple[Tensor, Tensor]:
-    """Return times between the cuts and log(alpha/sigma) there, which falls with time."""
+def _log_snr_table(schedule: NoiseSchedule) -> tuple[np.ndarray, np.ndarray]:
+    """Return times between the cuts and their positions on the log-SNR grid, both rising."""
     t = torch.linspace(_END, 1 - _END, 10_000, dtype=torch.float64)
-    return t, torch.log(schedule.alpha(t) / schedule.sigma(t))
+    log_snr = torch.log(schedule.alpha(t) / schedule.sigma(t))
+    return t.numpy(), ((log_snr - log_snr[0]) / (log_snr[-1] - log_snr[0])).numpy()
 
 
-def _interpolate(x: Tensor, xs: Tensor, ys: Tensor) -> Tensor:
-    """Return the piecewise linear y(x) of a monotonous table, constant beyond its ends."""
-    sign = 1 if xs[-1] > xs[0] else -1
-    right = torch.searchsorted(sign * xs, sign * x).clamp(1, len(xs) - 1)
-    share = ((x - xs[right - 1]) / (xs[right] - xs[right - 1])).clamp(0, 1)
-    return torch.lerp(ys[right - 1], ys[right], share)
+def _interpolate(x: Tensor, xs: np.ndarray, ys: np.ndarray) -> Tensor:
+    return torch.as_tensor(np.interp(x.double().cpu().numpy(), xs, ys)).to(x)

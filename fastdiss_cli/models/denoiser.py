@@ -57,7 +57,6 @@ class Candidates:
     Attributes:
         denoiser: the network, with the memory of B sentences and the layout of N candidates; both
             shrink when sentences are dropped.
-        places: int64 [N], the index of each among the candidates of the batch.
         seeds, numbers: int64 [N], the seed of its sentence and its number within the sentence, from
             which its noise is drawn.
         keys: int64 [10, 2, K], of the draws of noise of a run: see `randomness.draw_keys`.
@@ -67,7 +66,6 @@ class Candidates:
     """
 
     denoiser: Denoiser
-    places: Tensor
     seeds: Tensor
     numbers: Tensor
     keys: Tensor
@@ -120,9 +118,7 @@ class Candidates:
         rows = go_on.repeat_interleave(len(tokens) // len(go_on)).nonzero().squeeze(1)
         self.denoiser.memory = memory.select(go_on.nonzero().squeeze(1))
         self.denoiser.layout = layout.select(rows)
-        self.places, self.seeds, self.numbers = (
-            x[rows] for x in (self.places, self.seeds, self.numbers)
-        )
+        self.seeds, self.numbers = self.seeds[rows], self.numbers[rows]
         self.before = tokens[rows], sure[rows]
         self.drawn = {draw: noise[rows] for draw, noise in self.drawn.items()}
         return rows

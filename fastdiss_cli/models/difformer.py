@@ -146,7 +146,7 @@ class Difformer(SampledModel):
             tgt_tokens: int64 [B, T].
             update: number of the current update.
         """
-        t = draw_times(len(z_0), z_0.device)[:, None]
+        t = draw_times(len(z_0), z_0.device)
         z_t = self.schedule.add_noise(z_0, t, noise)
         return standard_self_conditioning(
             denoiser, denoiser.to_self_cond, z_t, t, self.config.self_cond_rate

@@ -180,19 +180,18 @@ class SampledModel(Seq2SeqModel):
         denoiser = Denoiser(self, memory, layout)
         running = Candidates(
             denoiser,
-            torch.arange(len(layout.pad_mask), device=device),
             seeds.repeat_interleave(count),
             torch.arange(count, device=device).repeat(len(seeds)),
             keys,
         )
 
-        def watch(t: Tensor, z: Tensor, z0_hat: Tensor) -> None:
+        def watch(rows: Tensor, t: Tensor, z: Tensor, z0_hat: Tensor) -> None:
             fresh = None
             if options.diagnose and self.self_conditioned:
                 fresh = denoiser(z, t, denoiser.to_self_cond(denoiser(z, t, torch.zeros_like(z))))
             steps = self._history(float(t), z0_hat, fresh, denoiser.layout)
-            for place, step in zip(running.places.tolist(), steps, strict=True):
-                history[place].append(step)
+            for row, step in zip(rows.tolist(), steps, strict=True):
+                history[row].append(step)
 
         clamp = None  # not computed twice where it is the same as self_cond
         if options.clamp != self.config.self_cond_form:

@@ -39,11 +39,17 @@ class LatentEmbedding(nn.Module):
         self.table = nn.Embedding(size, dim)
         self.bias = nn.Parameter(torch.zeros(size))
         self.scale = nn.Parameter(torch.ones(1)) if learn_scale else None
-        smoothing = max(label_smoothing, 0.01)
-        scales = {"matched": math.log(1 + size * (1 - smoothing) / smoothing) / dim, "one": 1.0}
-        self.logit_scale: float | Tensor = scales.get(logit_scale, dim**-0.5)
-        if logit_scale == "learned":
-            self.logit_scale = nn.Parameter(torch.full((1,), dim**-0.5))
+        e = max(label_smoothing, 0.01)
+        self.logit_scale: float | Tensor
+        match logit_scale:
+            case "matched":
+                self.logit_scale = math.log(1 + size * (1 - e) / e) / dim
+            case "rsqrt":
+                self.logit_scale = dim**-0.5
+            case "learned":
+                self.logit_scale = nn.Parameter(torch.full((1,), dim**-0.5))
+            case "one":
+                self.logit_scale = 1.0
         self._frozen: Tensor | None = None
 
     def forward(self, tokens: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fastdiss_cli import logs
+from fastdiss_cli.data.files import write_whole
 from fastdiss_cli.extras import load_extra
 
 
@@ -82,9 +83,7 @@ class MetricsFile:
         elif active and path.exists():
             lines = path.read_text("utf-8", "replace").splitlines()
             kept = [line for line in lines if _keep(line, after, validation_due)]
-            temporary = path.with_name(f".{path.name}.tmp")
-            temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-            os.replace(temporary, path)
+            write_whole(path, "".join(f"{line}\n" for line in kept).encode())
 
     def write(self, figures: dict[str, Any]) -> None:
         """Append a line; a line that cannot be written now is retried with the next one.

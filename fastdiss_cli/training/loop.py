@@ -21,7 +21,6 @@ from fastdiss_cli.checkpoints.folder import (
     warn_of_little_space,
 )
 from fastdiss_cli.config import TrainConfig
-from fastdiss_cli.data.batching import Batch
 from fastdiss_cli.data.binarized import BinarizedDataset
 from fastdiss_cli.device import pick_dtype
 from fastdiss_cli.distributed import CommonError, Processes
@@ -147,8 +146,8 @@ class Training:
                 self.window.restart_clock()
             while not (stopped or self._finished()):
                 self.bar.expect(self._expected_end())
-                micro_batches, tokens = self._next_batches()
-                figures, stopped = self._update(micro_batches, tokens)
+                batches, tokens = self._next_batches()
+                figures, stopped = self._update(batches, tokens)
                 window = self.window
                 window.add(figures, tokens)
                 self.bar.advance(loss=f"{window.loss:.3f}", **{"tok/s": f"{window.speed:,.0f}"})
@@ -172,8 +171,8 @@ class Training:
                 raise self._diverged("loss or gradient of the last update was not finite")
         return stopped
 
-    def _next_batches(self) -> tuple[list[Batch], int]:
-        """Return this rank's batches of the next update, and the target tokens of all ranks."""
+    def _next_batches(self) -> tuple[list[np.ndarray], int]:
+        """Return the sentences of this rank's next batches, and the target tokens of all ranks."""
         progress, batcher = self.progress, self.batcher
         if self._epoch_is_done():
             progress.epoch, progress.batch = progress.epoch + 1, 0
@@ -181,7 +180,7 @@ class Training:
         progress.batch += len(rounds)
         # every rank knows the batches of the others, without communication
         tokens = sum(map(batcher.num_tgt_tokens, chain.from_iterable(rounds)))
-        return [batcher.collate(batches[batcher.rank]) for batches in rounds], tokens
+        return [batches[batcher.rank] for batches in rounds], tokens
 
     def _epoch_is_done(self) -> bool:
         return self.progress.batch >= len(self._epoch_rounds())
@@ -256,12 +255,12 @@ class Training:
         self.state.optimizer.zero_grad(set_to_none=True)
         return self.processes.agree(attempt, self.stop)
 
-    def _update(self, micro_batches: list[Batch], all_tokens: int) -> tuple[dict[str, float], int]:
+    def _update(self, batches: list[np.ndarray], all_tokens: int) -> tuple[dict[str, float], int]:
         """Do one optimizer update.
 
         Args:
-            micro_batches: those of this rank.
-            all_tokens: the target tokens of the micro-batches of all ranks.
+            batches: the sentences of each batch of this rank.
+            all_tokens: the target tokens of the batches of all ranks.
 
         Returns:
             The figures of the update, and the signal that any rank received, or 0.
@@ -273,7 +272,8 @@ class Training:
         optimizer.zero_grad(set_to_none=True)
         sums: dict[str, torch.Tensor] = {}
         with update_attempt(self.processes, config) as attempt:
-            for micro_step, batch in enumerate(micro_batches):
+            # collated one by one: while a GPU computes one batch, the host reads the next
+            for micro_step, batch in enumerate(map(self.batcher.collate, batches)):
                 seed_everything(config.seed, "train", update, self.processes.rank, micro_step)
                 share = batch.num_tgt_tokens / all_tokens
                 attempt.what = describe_batch(update, batch)
