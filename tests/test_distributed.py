@@ -167,8 +167,8 @@ def test_ranks_draw_different_noise(
         training.model.loss = loss
         batches, _ = training._next_batches()
         assert len(batches) == 2
-        training._update(batches, 100)
-        training._update(batches, 100)
+        training._update(batches, 100, rate=1e-4)
+        training._update(batches, 100, rate=1e-4)
     assert len(draws) == len(set(draws)) == 8  # each rank, update and micro-batch its own
 
 

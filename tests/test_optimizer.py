@@ -8,21 +8,41 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import start
+from runs import metrics, start
 from torch import Tensor, nn
 
 from fastdiss_cli.config import TrainConfig
+from fastdiss_cli.errors import FastdissError
 from fastdiss_cli.training import loop
 from fastdiss_cli.training.optimizer import EMA, learning_rate
 
 
 def test_learning_rates() -> None:
     config = TrainConfig(lr=1.0, warmup_updates=10, max_update=110)
-    assert [learning_rate(u, config) for u in (1, 5, 10, 40)] == [0.1, 0.5, 1.0, 0.5]
+    assert [learning_rate(u, config, 110) for u in (1, 5, 10, 40)] == [0.1, 0.5, 1.0, 0.5]
     cosine = dataclasses.replace(config, lr_scheduler="cosine")
-    assert [learning_rate(u, cosine) for u in (5, 10, 60, 110)] == pytest.approx([0.5, 1, 0.5, 0])
+    assert [learning_rate(u, cosine, 110) for u in (5, 10, 60, 110)] == pytest.approx(
+        [0.5, 1, 0.5, 0]
+    )
     without = dataclasses.replace(cosine, warmup_updates=0)
-    assert [learning_rate(u, without) for u in (0, 55, 110)] == pytest.approx([1, 0.5, 0])
+    assert [learning_rate(u, without, 110) for u in (0, 55, 110)] == pytest.approx([1, 0.5, 0])
+
+
+def test_a_cosine_ends_with_the_epochs(data_bin: Path, tmp_path: Path) -> None:
+    options = {"lr_scheduler": "cosine", "max_update": 10_000, "max_epoch": 2}
+    training = start(data_bin, tmp_path, **options)
+    training.run()
+    end, rates = (
+        training.progress.update,
+        [line["lr"] for line in metrics(tmp_path) if "lr" in line],
+    )
+    config = training.config
+    assert rates == [learning_rate(n, config, end) for n in range(1, end + 1)]
+    assert end < 100 and max(rates) == config.lr and rates[-1] == 0
+    with pytest.raises(
+        FastdissError, match=r"train.max_epoch was 2 and is now 3 \(where the cosine"
+    ):
+        start(data_bin, tmp_path, **options | {"max_epoch": 3})
 
 
 def test_the_average_follows_the_weights() -> None:
@@ -47,8 +67,8 @@ def test_accumulated_micro_batches_are_one_large_batch(data_bin: Path, tmp_path:
     grads = []
     for batches in ([sentences], [sentences[:2], sentences[2:]]):
         training.progress.update = 0
-        training.config = dataclasses.replace(training.config, clip_norm=0.0, lr=1e-12)
-        training._update(batches, training.batcher.num_tgt_tokens(sentences))
+        training.config = dataclasses.replace(training.config, clip_norm=0.0)
+        training._update(batches, training.batcher.num_tgt_tokens(sentences), rate=1e-12)
         grads.append([p.grad.clone() for p in training.model.parameters()])
     for whole, cut in zip(*grads, strict=True):
         torch.testing.assert_close(whole, cut, rtol=1e-3, atol=1e-6)
@@ -88,7 +108,7 @@ def test_an_update_is_the_one_of_the_formula(
         assert norms[n - 1] == pytest.approx(norm, rel=1e-4)
         share = min(config.clip_norm / norm, 1) if config.clip_norm else 1
         assert config.clip_norm == 0 or share < 1  # it is clipped
-        lr = learning_rate(n, config)
+        lr = learning_rate(n, config, 8)
         for name, g in gradient.items():
             first[name] = beta * first[name] + (1 - beta) * share * g
             second[name] = gamma * second[name] + (1 - gamma) * (share * g).square()

@@ -137,6 +137,25 @@ def test_several_are_averaged(trained: Path, files: list[Path], tmp_path: Path) 
     assert fastdiss_cli.load(by_count).generate(["drei"], steps=1)
 
 
+def test_a_copy_counts_once_in_a_mean(trained: Path, files: list[Path], tmp_path: Path) -> None:
+    """As where a shell's pattern includes checkpoint_last and checkpoint_best."""
+    out, copy = tmp_path / "mean.safetensors", trained / "checkpoint_last.safetensors"
+    done = run_cli("average", *files, copy, "-o", out)
+    assert done.returncode == 0
+    assert f"{copy} is the same checkpoint as {files[2]}, and counts once" in done.stderr
+    assert facts_of(out)["training"]["averaged_updates"] == [4, 8, 12]
+
+
+def test_models_of_different_directions_have_no_mean(files: list[Path], tmp_path: Path) -> None:
+    checkpoint = Checkpoint.load(files[0])
+    source, target = (checkpoint.dataset[side] for side in ("source", "target"))
+    checkpoint.dataset |= {"source": target, "target": source}
+    checkpoint.save(tmp_path / "back.safetensors")
+    differ = rf"the directions differ \({source}-{target} and {target}-{source}\)"
+    with pytest.raises(FastdissError, match=differ):
+        release([files[1], tmp_path / "back.safetensors"], None, None)
+
+
 def test_without_averages_the_weights_themselves_are_taken(data_bin: Path, tmp_path: Path) -> None:
     more = command(data_bin, tmp_path, "transformer_tiny", max_update=2, ema_decay=0)
     assert run_cli(*more).returncode == 0

@@ -133,7 +133,8 @@ def test_what_changes_the_result_is_refused_or_accepted(
 def test_what_changes_no_result_is_not_asked_about(data_bin: Path, tmp_path: Path) -> None:
     start(data_bin, tmp_path, max_update=1).run()
     more = {"max_update": 2, "max_epoch": 9, "patience": 5, "keep_last": 0, "log_interval": 7}
-    assert start(data_bin, tmp_path, **more, save_interval_updates=7, max_skipped=3).run() == 0
+    more |= {"save_interval_updates": 7, "validate_interval_updates": 1, "max_skipped": 3}
+    assert start(data_bin, tmp_path, **more).run() == 0
     with pytest.raises(FastdissError, match="lr_scheduler was inverse_sqrt and is now cosine"):
         start(data_bin, tmp_path, lr_scheduler="cosine")
 

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import run_cli
-from runs import CPU, NETWORK, metrics, start, tensors
+from runs import CPU, NETWORK, command, metrics, newest, start, tensors
 from torch import nn
 
 from fastdiss_cli import logs
@@ -129,7 +129,9 @@ def test_another_architecture_is_all_that_is_reported(data_bin: Path, tmp_path: 
         start(data_bin, tmp_path, "difformer_tiny", **more)
 
 
-def test_a_new_run_begins_with_the_weights_of_another(data_bin: Path, tmp_path: Path) -> None:
+def test_a_new_run_begins_with_the_weights_of_another(
+    data_bin: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     start(data_bin, tmp_path / "first", ema_decay=0.5).run()
     load = Checkpoint.load(tmp_path / "first" / "checkpoint_best.safetensors")
     more = {"begin_with": tmp_path / "first", "lr": 1e-12, "max_update": 1}
@@ -141,8 +143,10 @@ def test_a_new_run_begins_with_the_weights_of_another(data_bin: Path, tmp_path: 
     new.run()
     before = tensors(tmp_path / "second")
     start(data_bin, tmp_path / "first", ema_decay=0.5, max_update=14).run()
+    capsys.readouterr()
     resumed = start(data_bin, tmp_path / "second", **more)  # the same command goes on
     assert resumed.progress.update == 1
+    assert f"{tmp_path / 'first'} is not read again" in capsys.readouterr().err
     assert torch.equal(resumed.model.latent_out.weight, before["model.latent_out.weight"])
 
 
@@ -191,10 +195,10 @@ def test_a_stop_where_a_validation_is_due_does_not_lose_it(
     stopped = start(data_bin, tmp_path / "parts", max_update=4)
     right = stopped._update
 
-    def signalled(micro_batches, all_tokens):
+    def signalled(*work):
         if stopped.progress.update == 3:
             os.kill(os.getpid(), signal.SIGTERM)
-        return right(micro_batches, all_tokens)
+        return right(*work)
 
     monkeypatch.setattr(stopped, "_update", signalled)
     assert stopped.run() == signal.SIGTERM
@@ -237,7 +241,7 @@ def test_resuming_with_fewer_batches_an_epoch_goes_on_in_the_next(
 @pytest.mark.parametrize("arch", ["transformer_tiny", "difformer_tiny", "fastdiss_tiny"])
 def test_bfloat16_gives_every_weight_a_gradient(data_bin: Path, tmp_path: Path, arch: str) -> None:
     training = start(data_bin, tmp_path, arch, dtype="bfloat16")
-    training._update(*training._next_batches())
+    training._update(*training._next_batches(), rate=1e-4)
     missing = [n for n, p in training.model.named_parameters() if p.grad is None]
     # without self-conditioning in this batch nothing is missing either: zeros are an input too
     assert not missing
@@ -281,12 +285,22 @@ def test_updates_with_a_non_finite_gradient_are_skipped_and_bounded(
 
 
 def test_training_stops_when_validation_gets_no_better(data_bin: Path, tmp_path: Path) -> None:
-    training = start(
-        data_bin, tmp_path, max_update=1000, patience=2, lr=1e-12, validate_interval_updates=2,
-        valid_sentences=0, ema_decay=0,
-    )  # fmt: skip
-    training.run()
-    assert training.progress.bad_validations == 2 and training.progress.update < 50
+    options = {
+        "max_update": 1000, "patience": 2, "lr": 1e-12, "validate_interval_updates": 2,
+        "valid_sentences": 0, "ema_decay": 0,
+    }  # fmt: skip
+    done = run_cli(*command(data_bin, tmp_path, **options))
+    progress = newest(tmp_path).progress
+    assert progress.bad_validations == 2 and progress.update < 50
+    assert f"done after update {progress.update} (2 validations without a new best)" in done.stderr
+
+
+def test_an_option_without_effect_is_told(data_bin: Path, tmp_path: Path) -> None:
+    words = command(data_bin, tmp_path, max_update=1)
+    done = run_cli(*words, "--set=model.scp_gap=0.1", "--set=model.scp_grid=log-snr")
+    assert done.returncode == 0
+    assert "model.scp_gap has no effect while model.scp_offset is step-matched" in done.stderr
+    assert "scp_grid" not in done.stderr
 
 
 def test_low_disk_space_is_reported_before_training(
@@ -337,7 +351,7 @@ def test_the_end_of_the_last_epoch_is_foreseen(data_bin: Path, tmp_path: Path) -
     rounds = [len(training.batcher.rounds(epoch)) for epoch in (1, 2)]
     training.run()
     assert training.bar.total == training.progress.update == sum(-(-n // 2) for n in rounds)
-    assert start(data_bin, tmp_path / "c", max_update=3)._expected_end() == 3
+    assert start(data_bin, tmp_path / "c", max_update=3).expected_end() == 3
 
 
 def test_the_speed_of_training_leaves_out_validations(
@@ -595,9 +609,14 @@ def test_a_training_that_is_set_back_keeps_what_was_later(
     (early,) = tmp_path.glob("checkpoint_*_2.safetensors")
     (later,) = tmp_path.glob("checkpoint_*_6.safetensors")
     shutil.copyfile(early, tmp_path / "checkpoint_last.safetensors")
+    best = tmp_path / "checkpoint_best.safetensors"
+    best.unlink()  # it may share its bytes with the numbered one
+    shutil.copyfile(later, best)
     capsys.readouterr()
-    start(data_bin, tmp_path, max_update=4, **often | {"keep_last": 1}).run()
-    assert f"{later.name}: newer than checkpoint_last" in capsys.readouterr().err
+    training = start(data_bin, tmp_path, max_update=4, **often | {"keep_last": 1})
+    assert training.progress.is_best and best.read_bytes() == later.read_bytes()
+    training.run()
+    assert f"{later}, {best}: newer than checkpoint_last" in capsys.readouterr().err
     assert later.exists() and not early.exists()
 
 

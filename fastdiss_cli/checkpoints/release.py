@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from filecmp import cmp
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ _FACTS = (
 
 
 def chosen_checkpoints(given: Sequence[Path], last: int) -> list[Path]:
-    """Return the checkpoint files that the given files and folders stand for.
+    """Return the checkpoint files that the given files and folders stand for, without copies.
 
     Args:
         given: files, or folders, which stand for their ``checkpoint_best``.
@@ -51,7 +52,19 @@ def chosen_checkpoints(given: Sequence[Path], last: int) -> list[Path]:
             paths += found
         else:
             paths.append(best_of(path))
-    return paths
+    return _without_copies(paths)
+
+
+def _without_copies(paths: Sequence[Path]) -> list[Path]:
+    """Return the paths of different files: checkpoint_best is a copy of a numbered checkpoint."""
+    kept: list[Path] = []
+    for path in paths:
+        same = (p for p in kept if p.is_file() and path.is_file() and cmp(p, path, shallow=False))
+        if twin := next(same, None):
+            logs.warn(f"{path} is the same checkpoint as {twin}, and counts once")
+        else:
+            kept.append(path)
+    return kept
 
 
 def release(paths: Sequence[Path], license: str | None, text: str | None) -> Checkpoint:
@@ -140,6 +153,9 @@ def card_as_text(card: dict[str, Any]) -> str:
 def _check_same(first: Checkpoint, other: Checkpoint, path: Path, other_path: Path) -> None:
     """Refuse to average checkpoints of different models."""
     differs = ""
+    directions = [
+        [c.dataset.get(side, "") for side in ("source", "target")] for c in (first, other)
+    ]
     if first.arch != other.arch:
         differs = f"the architectures differ ({first.arch} and {other.arch})"
     elif first.model_config != other.model_config:
@@ -150,6 +166,9 @@ def _check_same(first: Checkpoint, other: Checkpoint, path: Path, other_path: Pa
         hashes = [c.tokenizer(side).hash[:16] for c in (first, other)]
         if hashes[0] != hashes[1]:
             differs = differs or f"the {side} tokenizers differ ({' and '.join(hashes)})"
+    if directions[0] != directions[1] and all(map(all, directions)):
+        one, two = map("-".join, directions)
+        differs = differs or f"the directions differ ({one} and {two})"
     shapes = [{name: w.shape for name, w in c.averaged().items()} for c in (first, other)]
     if not differs and shapes[0] != shapes[1]:
         differs = "the weights differ in names or shapes"

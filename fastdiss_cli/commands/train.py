@@ -25,6 +25,7 @@ from fastdiss_cli.config import (
     LR_SCHEDULERS,
     TrainConfig,
     build,
+    idle,
     parse_settings,
     read_recipe,
 )
@@ -182,11 +183,16 @@ def train(
             f"{processes.world_size} x {processes.device.type}, "
             f"{str(training.dtype).removeprefix('torch.')}"
         )
-        if train_config.warmup_updates >= train_config.max_update:
+        end = training.expected_end()
+        if train_config.warmup_updates >= end:
             logs.warn(
                 f"the learning rate rises until update {train_config.warmup_updates:,}, but "
-                f"training ends at {train_config.max_update:,}: lower --warmup-updates"
+                f"training ends at {end:,}: lower --warmup-updates"
             )
+        for key in sorted(idle(model_config) & options["model"].keys()):
+            other, _ = type(model_config).__dataclass_fields__[key].metadata["needs"]
+            now = getattr(model_config, other)
+            logs.warn(f"model.{key} has no effect while model.{other} is {now}")
         plan = _plan(train_config, "valid" in dataset.splits)
         logs.info(f"{plan}; checkpoints and metrics.jsonl go to {save_dir}")
         if processes.device.type == "cpu" and "arch" not in options["train"]:
@@ -209,7 +215,10 @@ def train(
         measure = "BLEU" if progress.best_is_bleu else "loss"
         best = f"; best validation {measure} {abs(progress.best):.2f} at {progress.best_update:,}"
         file = save_dir / BEST
-    logs.info(f"done after update {progress.update:,}{best}; the model is {file}")
+    ended = f"done after update {progress.update:,}"
+    if 0 < train_config.patience <= progress.bad_validations:
+        ended += f" ({logs.counted(progress.bad_validations, 'validation')} without a new best)"
+    logs.info(f"{ended}{best}; the model is {file}")
 
 
 def _as_given(

@@ -16,7 +16,7 @@ from fastdiss_cli.models.registry import Architecture
 # these may differ: they change how long or how a training runs, not what an update computes
 HARMLESS = (
     "max_update", "max_epoch", "patience", "keep_last", "log_interval", "save_interval_updates",
-    "max_skipped", "tensorboard", "compile", "shard",
+    "validate_interval_updates", "max_skipped", "tensorboard", "compile", "shard",
 )  # fmt: skip
 
 
@@ -50,7 +50,7 @@ def changes(
     now = options(arch.name, model_config, config, dataset_hash, world_size)
     may_differ = {f"train.{name}" for name in HARMLESS}
     if config.lr_scheduler == "cosine":
-        may_differ.discard("train.max_update")
+        may_differ -= {"train.max_update", "train.max_epoch"}
     if old_model:
         may_differ |= {f"model.{name}" for name in idle(old_model) | idle(model_config)}
     return {
@@ -102,7 +102,7 @@ def refuse_changes(path: Path, differing: dict[str, tuple[Any, Any]], fits: bool
         FastdissError: always, with the differences.
     """
     description = describe_changes(differing)
-    if "train.max_update" in list(differing)[:4]:
+    if {"train.max_update", "train.max_epoch"} & set(list(differing)[:4]):
         description += " (where the cosine ends, so that all learning rates differ)"
     raise FastdissError(
         f"{path} was trained with different settings: {description}. Train into another --save-dir"

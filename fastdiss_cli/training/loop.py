@@ -15,8 +15,6 @@ import torch
 from fastdiss_cli import logs
 from fastdiss_cli.checkpoints.folder import (
     LAST,
-    number_of,
-    numbered,
     refuse_others,
     warn_of_little_space,
 )
@@ -80,6 +78,8 @@ class Training:
         self.state = TrainState(arch, model_config, config, dataset, processes, weights)
         if resumed:
             self.state.resume(save_dir, accept_changes)
+            if begin_with is not None:
+                logs.info(f"{begin_with} is not read again: the weights are those of {LAST}")
         save_dir.mkdir(parents=True, exist_ok=True)
         self.model, self.progress = self.state.model, self.state.progress
         self.batcher = make_batcher(dataset, "train", config, processes)
@@ -101,12 +101,6 @@ class Training:
             progress.validation_due,
             processes.rank == 0,
         )
-        later = [path for path in numbered(save_dir) if number_of(path) > progress.update]
-        if later:
-            logs.warn(
-                f"{', '.join(map(str, later))}: newer than {LAST}; they stay until training "
-                "catches up, and `fastdiss average --last` counts them as the newest"
-            )
         self.events = None
         if config.tensorboard and processes.rank == 0:
             self.events = Events(save_dir / "tensorboard", progress.update)
@@ -145,14 +139,15 @@ class Training:
                     self._save_stopped()
                 self.window.restart_clock()
             while not (stopped or self._finished()):
-                self.bar.expect(self._expected_end())
+                end = self.expected_end()
+                self.bar.expect(end)
+                rate = learning_rate(progress.update + 1, config, end)
                 batches, tokens = self._next_batches()
-                figures, stopped = self._update(batches, tokens)
+                figures, stopped = self._update(batches, tokens, rate)
                 window = self.window
                 window.add(figures, tokens)
                 self.bar.advance(loss=f"{window.loss:.3f}", **{"tok/s": f"{window.speed:,.0f}"})
                 if progress.update % config.log_interval == 0:
-                    rate = learning_rate(progress.update, config)
                     now = {"lr": rate, "skipped": progress.skipped}
                     self._record({"split": "train", **window.summary(), **now})
                     self.window = Window()
@@ -191,7 +186,7 @@ class Training:
             self._schedule = self.progress.epoch, self.batcher.rounds(self.progress.epoch)
         return self._schedule[1]
 
-    def _expected_end(self) -> int:
+    def expected_end(self) -> int:
         """Return the expected last update; an epoch limit is extrapolated from this epoch."""
         config, progress = self.config, self.progress
         if not config.max_epoch:
@@ -255,12 +250,15 @@ class Training:
         self.state.optimizer.zero_grad(set_to_none=True)
         return self.processes.agree(attempt, self.stop)
 
-    def _update(self, batches: list[np.ndarray], all_tokens: int) -> tuple[dict[str, float], int]:
+    def _update(
+        self, batches: list[np.ndarray], all_tokens: int, rate: float
+    ) -> tuple[dict[str, float], int]:
         """Do one optimizer update.
 
         Args:
             batches: the sentences of each batch of this rank.
             all_tokens: the target tokens of the batches of all ranks.
+            rate: the learning rate.
 
         Returns:
             The figures of the update, and the signal that any rank received, or 0.
@@ -286,7 +284,7 @@ class Training:
         figures = dict(zip(sums, means, strict=False)) | {"grad_norm": float(grad_norm)}
         if all(map(math.isfinite, figures.values())):
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(update, config)
+                group["lr"] = rate
             optimizer.step()
             if ema:
                 ema.update(self.model, update)

@@ -10,18 +10,18 @@ from torch import Tensor, nn
 from fastdiss_cli.config import TrainConfig
 
 
-def learning_rate(update: int, config: TrainConfig) -> float:
-    """Return the learning rate of an update, counted from 1.
+def learning_rate(update: int, config: TrainConfig, end: int) -> float:
+    """Return the learning rate of an update, counted from 1, in a training of ``end`` updates.
 
     Linear warm-up to ``lr``; then ``lr sqrt(warmup/update)`` (inverse_sqrt, as in fairseq) or half
-    a cosine down to 0 at ``max_update`` (Loshchilov & Hutter 2017).
+    a cosine down to 0 at ``end`` (Loshchilov & Hutter 2017).
     """
     warmup = config.warmup_updates
     if update < warmup:
         return config.lr * update / warmup
     if config.lr_scheduler == "inverse_sqrt":
         return config.lr * math.sqrt(warmup / update)
-    progress = (update - warmup) / max(config.max_update - warmup, 1)
+    progress = (update - warmup) / max(end - warmup, 1)
     return config.lr * 0.5 * (1 + math.cos(math.pi * min(progress, 1)))
 
 

@@ -20,6 +20,8 @@ from fastdiss_cli.checkpoints.folder import (
     best_of,
     copy_checkpoint,
     link_checkpoint,
+    number_of,
+    numbered,
     prune_numbered,
 )
 from fastdiss_cli.checkpoints.loading import load_weights, vocabulary
@@ -179,11 +181,18 @@ class TrainState:
         unpack_optimizer(self.model, self.optimizer, checkpoint.group("optimizer"))
         self.progress, self.saved = checkpoint.progress, checkpoint.progress.update
         forget_changed(self.progress, differing)
-        if self.progress.is_best and self.processes.rank == 0:
-            best = folder / BEST
-            if update_of(best) != self.progress.update:  # killed in between
-                copy_checkpoint(path, best)
-        logs.info(f"resuming {path} after update {self.progress.update:,}")
+        update, best = self.progress.update, update_of(folder / BEST) or 0
+        if self.progress.is_best and best < update and self.processes.rank == 0:
+            copy_checkpoint(path, folder / BEST)  # killed in between
+        logs.info(f"resuming {path} after update {update:,}")
+        later = [path for path in numbered(folder) if number_of(path) > update]
+        if best > update:
+            later.append(folder / BEST)
+        if later:
+            logs.warn(
+                f"{', '.join(map(str, later))}: newer than {LAST}; they stay until training "
+                "replaces them, and `generate` and `average --last` take them for the newest"
+            )
 
     def _new_model(self) -> Seq2SeqModel:
         tokenizers = (self.dataset.src_tokenizer, self.dataset.tgt_tokenizer)
