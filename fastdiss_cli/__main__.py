@@ -81,17 +81,6 @@ def options(
     """Few-step diffusion text generation: FastDiSS and the systems it is compared with."""
 
 
-def _wait_briefly() -> None:
-    """Let an idle thread of a parallel region spin for less than a millisecond; then it sleeps.
-
-    By default the OpenMP of torch's Linux builds spins for much longer, and holds up the thread
-    that it waits for where another process needs the core: see docs/troubleshooting.md. To be
-    called before torch is imported.
-    """
-    if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-
-
 def _flush() -> None:
     """Flush stdout; an error says where it came from."""
     try:
@@ -111,7 +100,6 @@ def _drop_output() -> None:
 
 def main() -> None:
     """Run the command line; every expected failure is one line on stderr and exit code 1 or 2."""
-    _wait_briefly()
     for name in ("stdin", "stdout", "stderr"):
         if getattr(sys, name) is None:  # closed, e.g. for a daemon
             setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115

@@ -352,19 +352,6 @@ def test_without_docstrings_commands_work() -> None:
     assert done.returncode == 0 and "--save-dir" in done.stdout
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="another OpenMP")
-@pytest.mark.parametrize(
-    ("given", "count"),
-    [({}, 10_000), ({"GOMP_SPINCOUNT": "77"}, 77), ({"OMP_WAIT_POLICY": "active"}, 30_000_000_000)],
-)
-def test_idle_threads_spin_briefly_unless_told_otherwise(given: dict, count: int) -> None:
-    words = [sys.executable, "-m", "fastdiss_cli", "models"]
-    env = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
-    env |= {"OMP_DISPLAY_ENV": "VERBOSE", **given}
-    done = subprocess.run(words, capture_output=True, text=True, env=env)
-    assert f"GOMP_SPINCOUNT = '{count}'" in done.stderr
-
-
 def test_models_lists_the_registry() -> None:
     done = run_cli("models")
     names = [line.split()[0] for line in done.stdout.splitlines()[1:]]
