@@ -121,8 +121,8 @@ def test_more_padding_changes_no_estimate(family: str) -> None:
     N, T = mask.shape
     z, t = torch.randn(N, T + 4, 16), torch.rand(N, 1)
     wide_mask = torch.nn.functional.pad(mask, (0, 4), value=True)
-    narrow = model.denoise(z[:, :T], t, z[:, :T] * 0.5, memory, layout)
-    wide = model.denoise(z, t, z * 0.5, memory, Layout.of(wide_mask))[:, :T]
+    narrow = Denoiser(model, memory, layout)(z[:, :T], t, z[:, :T] * 0.5)
+    wide = Denoiser(model, memory, Layout.of(wide_mask))(z, t, z * 0.5)[:, :T]
     torch.testing.assert_close(wide[~mask], narrow[~mask], rtol=1e-4, atol=1e-5)
 
 
@@ -160,7 +160,7 @@ def test_a_network_without_source_copy_starts_from_positions_alone() -> None:
         memory = model.encode(*pad(sources, VOCAB.pad))
         for which in (layout, longer):
             zeros = torch.zeros(1, 5, 16)
-            model.denoise(zeros, torch.tensor(1.0), zeros, memory, which)
+            Denoiser(model, memory, which)(zeros, torch.tensor(1.0), zeros)
     assert torch.equal(starts[0.0][0], starts[0.0][1][:2])
     assert not torch.allclose(starts[1.0][0], starts[1.0][1][:2])
     torch.testing.assert_close(
@@ -174,8 +174,8 @@ def test_candidates_share_the_memory_of_their_sentence() -> None:
     memory = model.encode(*pad(sentences, VOCAB.pad))
     z, t = torch.randn(6, 7, 16), torch.rand(6, 1)
     layout = Layout.of(torch.arange(7) >= torch.tensor([7, 3, 5, 7, 6, 2])[:, None])
-    folded = model.denoise(z, t, z, memory, layout)
-    repeated = model.denoise(z, t, z, memory.select(torch.arange(3).repeat_interleave(2)), layout)
+    folded = Denoiser(model, memory, layout)(z, t, z)
+    repeated = Denoiser(model, memory.select(torch.arange(3).repeat_interleave(2)), layout)(z, t, z)
     torch.testing.assert_close(folded, repeated, rtol=1e-4, atol=1e-5)
 
 
@@ -183,9 +183,9 @@ def test_times_of_tokens_and_of_sentences_agree() -> None:
     model, sentences = make_model("difformer"), random_sentences(3)
     memory = model.encode(*pad(sentences, VOCAB.pad))
     z, t, layout = torch.randn(3, 5, 16), torch.rand(()), Layout.of(torch.zeros(3, 5) > 0)
-    estimate = model.denoise(z, t, z, memory, layout)
+    estimate = Denoiser(model, memory, layout)(z, t, z)
     for shape in ((3, 1), (3, 5)):
-        torch.testing.assert_close(model.denoise(z, t.expand(shape), z, memory, layout), estimate)
+        torch.testing.assert_close(Denoiser(model, memory, layout)(z, t.expand(shape), z), estimate)
 
 
 def test_every_embedding_has_norm_sqrt_d() -> None:

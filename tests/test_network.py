@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from fastdiss_cli.data.batching import pad
 from fastdiss_cli.diffusion.objective import Condition
 from fastdiss_cli.models import layers
+from fastdiss_cli.models.denoiser import Denoiser
 from fastdiss_cli.models.registry import Vocabulary
 
 Drop = Callable[[Tensor], Tensor]
@@ -126,7 +127,7 @@ def test_the_denoiser_is_the_one_of_the_formula(family: str, per_token: bool, dr
     z_t, self_cond = 3 * torch.randn(N, T, 16), torch.randn(N, T, 16)
     t = torch.rand(N, T) if per_token else torch.rand(N, 1)
     memory = model.encode(*pad(sources, VOCAB.pad))
-    found = model.denoise(z_t, t, self_cond, memory, layout)
+    found = Denoiser(model, memory, layout)(z_t, t, self_cond)
     lengths = model.predict_lengths(memory)
     for n, length in enumerate(layout.lengths.tolist()):
         source = encoded(model, sources[n // 2], drop)

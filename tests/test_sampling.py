@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from networks import VOCAB, answers, make_model, random_sentences
+from networks import VOCAB, answers, make_batch, make_model, random_sentences
 
 from fastdiss_cli.data.batching import pad
 from fastdiss_cli.data.layout import Layout
@@ -256,6 +256,16 @@ def test_a_model_without_self_conditioning_gets_no_estimate() -> None:
         assert all(h.tokens == first.tokens and h.nfe == 3 for (h,) in others)
 
 
+def test_what_is_the_same_in_all_steps_is_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, sources = make_model("fastdiss"), random_sentences(4)
+    calls, right = [], model.sketch
+    monkeypatch.setattr(model, "sketch", lambda *of: (calls.append(1), right(*of))[1])
+    model.decode(model.encode(*pad(sources, VOCAB.pad)), torch.arange(4), model.Decoding(steps=5))
+    assert len(calls) == 1
+    model.train().loss(make_batch(sources, sources), update=1)
+    assert len(calls) == 2
+
+
 @pytest.mark.parametrize("self_cond", ["reuse", "gold"])
 def test_an_early_exit_stops_sentences_that_do_not_change(self_cond: str) -> None:
     """Other sentences are unaffected; one that stops has the tokens of the step before."""
@@ -304,7 +314,7 @@ def test_a_sentence_is_settled_when_all_its_candidates_are() -> None:
     sure_before = torch.tensor([1, 1, 1, 1, 0, 1, 1, 1, 1, 1]).bool()
     tokens, sure = before.clone(), torch.tensor([1, 1, 1, 1, 1, 1, 0, 1, 1, 1]).bool()
     tokens[3, 2] = 22
-    memory = Memory(torch.zeros(5, 2, 4), Layout.of(torch.zeros(5, 2) > 0), [])
+    memory = Memory(torch.zeros(5, 2, 32), Layout.of(torch.zeros(5, 2) > 0), [])
     denoiser = Denoiser(make_model("difformer"), memory, Layout.of(torch.zeros(10, 3) > 0))
     rows = torch.arange(10)
     running = Candidates(denoiser, rows // 2, rows % 2, torch.zeros(10, 2, 0))

@@ -1,5 +1,5 @@
 """A diffusion network bound to one batch: its sources, its layout, its candidates."""
-# B sentences, N rows (B x candidates), T target length, D latent
+# B sentences, N rows (B x candidates), T target length, P tokens of a batch, D latent, H model
 
 from __future__ import annotations
 
@@ -28,15 +28,25 @@ class Denoiser:
         model: the network.
         memory: of B sentences.
         layout: of N rows, N a multiple of B.
+        sketch: float [P, H], see `Difformer.sketch`; the same in all steps.
     """
 
     model: Difformer
     memory: Memory
     layout: Layout
 
+    def __post_init__(self) -> None:
+        self.sketch = self.model.sketch(self.memory, self.layout)
+
     def __call__(self, z_t: Tensor, t: Tensor, self_cond: Tensor) -> Tensor:
         """Return z0_hat [N, T, D]; see `Difformer.denoise`."""
-        return self.model.denoise(z_t, t, self_cond, self.memory, self.layout)
+        return self.model.denoise(z_t, t, self_cond, self.memory, self.layout, self.sketch)
+
+    def select(self, sentences: Tensor, rows: Tensor) -> None:
+        """Go on with some sentences and their rows; int64 indices into B and into N."""
+        sketch = self.layout.padded(self.sketch)[rows]
+        self.memory, self.layout = self.memory.select(sentences), self.layout.select(rows)
+        self.sketch = self.layout.flat(sketch)
 
     def to_self_cond(self, z0_hat: Tensor) -> Tensor:
         """Return the self_cond that an estimate becomes; float [N, T, D] both."""
@@ -110,14 +120,12 @@ class Candidates:
         self.before = self.best
         if before is None:
             return None
-        memory, layout = self.denoiser.memory, self.denoiser.layout
         settled = (tokens == before[0]).all(1) & before[1] & sure
-        go_on = ~settled.reshape(len(memory.hidden), -1).all(1)
+        go_on = ~settled.reshape(len(self.denoiser.memory.hidden), -1).all(1)
         if go_on.all():
             return None
         rows = go_on.repeat_interleave(len(tokens) // len(go_on)).nonzero().squeeze(1)
-        self.denoiser.memory = memory.select(go_on.nonzero().squeeze(1))
-        self.denoiser.layout = layout.select(rows)
+        self.denoiser.select(go_on.nonzero().squeeze(1), rows)
         self.seeds, self.numbers = self.seeds[rows], self.numbers[rows]
         self.before = tokens[rows], sure[rows]
         self.drawn = {draw: noise[rows] for draw, noise in self.drawn.items()}

@@ -96,26 +96,47 @@ class Difformer(SampledModel):
     def encode(self, src_tokens: Tensor, layout: Layout) -> Memory:
         return self.decoder.memory(self.encoder(src_tokens, layout), layout)
 
+    def sketch(self, memory: Memory, layout: Layout) -> Tensor:
+        """Return what is known of the target beforehand: its positions, and the source near them.
+
+        Args:
+            memory: of B sentences.
+            layout: of N rows, N a multiple of B.
+
+        Returns:
+            float [P, H].
+        """
+        N, T = layout.pad_mask.shape
+        x = positions(T, self.config.model_dim, memory.hidden.device)
+        x = layout.flat(x.expand(N, -1, -1))
+        if self.config.source_copy:
+            x = x + source_copy(memory, layout, self.config.source_copy)
+        return x
+
     def denoise(
-        self, z_t: Tensor, t: Tensor, self_cond: Tensor, memory: Memory, layout: Layout
+        self,
+        z_t: Tensor,
+        t: Tensor,
+        self_cond: Tensor,
+        memory: Memory,
+        layout: Layout,
+        sketch: Tensor,
     ) -> Tensor:
         """Estimate z_0: the network f of docs/method.md.
 
         Args:
             z_t, self_cond: float [N, T, D].
             t: float [], [N, 1] or, per token, [N, T].
-            memory: of B sentences, N a multiple of B.
-            layout: of the N rows.
+            memory, layout, sketch: see `sketch`.
 
         Returns:
             float32 [N, T, D], zeros as padding.
         """
         x = self.latent_in(layout.flat(torch.cat([self.schedule.unit(z_t, t), self_cond], -1)))
         time = self.time_in(sinusoid(1000 * t, x.shape[-1]))
-        time = time + positions(z_t.shape[1], x.shape[-1], x.device)
-        x = x + layout.flat(time.expand(*z_t.shape[:2], -1))
-        if self.config.source_copy:
-            x = x + source_copy(memory, layout, self.config.source_copy)
+        if t.dim():
+            time = layout.flat(time.expand(*z_t.shape[:2], -1))
+        x = x + sketch + time
         return layout.padded(self.latent_out(self.decoder(x, layout, memory)).float())
 
     def predict_lengths(self, memory: Memory) -> Tensor:
