@@ -335,7 +335,7 @@ def test_losses_at_a_time_are_those_of_training() -> None:
         torch.manual_seed(1)
         parts = model.loss(batch, update=1).parts
     torch.testing.assert_close((mse, anchor), (parts["mse"], parts["anchor"]))
-    stale = model.losses_at(batch, 0.3, 0.2)[0]
+    stale = model.losses_at(batch, 0.3, 0.5)[0]
     torch.manual_seed(1)
     assert model.losses_at(batch, 0.3, None)[0] == mse != stale
 
@@ -351,7 +351,7 @@ def test_a_stale_estimate_is_made_at_the_later_time(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(model, "denoise", denoise)
     batch = make_batch(sentences, sentences[::-1])
-    model.losses_at(batch, 0.3, 0.2)
+    model.losses_at(batch, 0.3, 0.5)
     (first, nothing, estimate), (second, self_cond, _) = calls
     assert (first, second) == (pytest.approx(0.5), pytest.approx(0.3)) and not nothing.any()
     denoiser = Denoiser(model, model.encode(batch.src_tokens, batch.src_layout), batch.tgt_layout)
@@ -400,27 +400,43 @@ def test_training_runs_on_what_was_chosen() -> None:
     assert torch.equal(rows, which[:, 0, 0]) and 5 < rows.sum() < 35
 
 
+@pytest.mark.parametrize("grid", ["uniform", "log-snr"])
 @pytest.mark.parametrize("rate", [0.0, 0.5])
-def test_losses_by_time_compare_like_with_like(rate: float) -> None:
+def test_losses_by_time_compare_like_with_like(rate: float, grid: str) -> None:
     """A batch has the same noise for every condition, and impossible conditions have no row."""
     model = make_model("difformer", self_cond_rate=rate)
     batches = [make_batch(some, some) for some in (random_sentences(3), random_sentences(2))]
     drawn: dict[tuple[float, float | None], list[float]] = {}
 
-    def losses_at(batch: Batch, t: float, gap: float | None) -> tuple[torch.Tensor, torch.Tensor]:
-        drawn.setdefault((t, gap), []).append(float(torch.rand(())))
-        torch.rand(3 if gap else 1)  # as a stale estimate draws more than none
+    def losses_at(batch: Batch, t: float, later: float | None) -> tuple[torch.Tensor, torch.Tensor]:
+        drawn.setdefault((t, later), []).append(float(torch.rand(())))
+        torch.rand(3 if later else 1)  # as an estimate draws more than none
         return torch.ones(()), torch.ones(())
 
     model.losses_at = losses_at
     batcher = SimpleNamespace(epoch=lambda epoch: [0, 1], collate=batches.__getitem__)
-    rows = by_time(model, batcher, 4, torch.float32)
+    options = model.Decoding(steps=4, time_grid=grid)
+    rows = by_time(model, batcher, options, torch.float32)
     for t in {t for t, _ in drawn}:
         ways = [noise for (time, _), noise in drawn.items() if time == t]
         assert all(noise == ways[0] for noise in ways) and len(set(ways[0])) == 2
     fresh, stale = ([f"mse_{condition}" in row for row in rows] for condition in ("fresh", "stale"))
     assert fresh == [rate > 0] * 10
-    assert stale == [rate > 0 and row["t"] + 0.25 <= 1 for row in rows]
+    assert stale == [rate > 0 and row["t"] < (0.76 if grid == "uniform" else 0.98) for row in rows]
+
+    def place(t: float) -> float:
+        """The coordinate that the steps of the grid divide evenly, from 0 to 1."""
+        if grid == "uniform":
+            return t
+        high, here, low = (
+            math.log(model.schedule.alpha(at) / model.schedule.sigma(at))
+            for at in torch.tensor([0.001, t, 0.999])
+        )
+        return (high - here) / (high - low)
+
+    for t, later in drawn:
+        if later not in (None, t):
+            assert place(later) - place(t) == pytest.approx(0.25, abs=1e-3)
 
 
 def test_pairs_of_very_different_length_are_reported() -> None:

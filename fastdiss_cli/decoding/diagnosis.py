@@ -3,7 +3,7 @@
 By sampling step: how far the estimate is from the one that the network would give if it were
 conditioned on a fresh estimate of the same step instead of the stale one of the previous step. By
 time: the loss on the references, conditioned on nothing, on a fresh estimate, or on a stale one
-made at t + 1/N, the previous step of the uniform grid (whichever grid the run was sampled on).
+made one step of the run's grid earlier, at a higher noise.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from fastdiss_cli.data.batching import TokenBatcher
 from fastdiss_cli.data.binarized import TokenFile
 from fastdiss_cli.decoding.generation import Run, SequenceGenerator
 from fastdiss_cli.device import autocast
+from fastdiss_cli.diffusion.schedule import grid_position, grid_time
 from fastdiss_cli.logs import counted
 from fastdiss_cli.models.registry import HistoryStep, Hypothesis, Seq2SeqModel
 from fastdiss_cli.randomness import seed_everything
@@ -43,7 +44,7 @@ def diagnosis_of(
     batcher = TokenBatcher(split["src"], split["tgt"], *pads, generator.max_tokens, 2**31)
     return {
         "by_step": by_step(run.best),
-        "by_time": by_time(model, batcher, run.options.steps, generator.dtype),
+        "by_time": by_time(model, batcher, run.options, generator.dtype),
     }
 
 
@@ -76,32 +77,36 @@ def by_step(hypotheses: Sequence[Hypothesis]) -> list[Row]:
 def by_time(
     model: Seq2SeqModel,
     batcher: TokenBatcher,
-    steps: int,
+    options: Any,
     dtype: torch.dtype,
 ) -> list[Row]:
     """Return one row per tenth of the time axis, with the mean losses per token at its midpoint.
 
     Args:
-        model: a model with ``losses_at`` and ``self_conditioned``.
+        model: a model with ``losses_at``, ``schedule`` and ``self_conditioned``.
         batcher: that of the split; the means are over all of its tokens.
-        steps: a stale estimate is made at t + 1/steps, unless that exceeds 1.
+        options: the step count and the time grid; times in the first step have no stale estimate.
         dtype: float32, or bfloat16 for autocast.
     """
     device = next(model.parameters()).device
-    conditions = {"nothing": None, "fresh": 0.0, "stale": 1 / steps}
     batches = batcher.epoch(0)
     table = []
     for bucket in range(BUCKETS):
         t = (bucket + 0.5) / BUCKETS
         row: Row = {"t": round(t, 4)}
-        for condition, gap in conditions.items():
-            if gap is not None and (t + gap > 1 or not model.self_conditioned):
-                continue
+        conditions: dict[str, float | None] = {"nothing": None}
+        if model.self_conditioned:
+            conditions["fresh"] = t
+            position = grid_position(torch.tensor(t), options.time_grid, model.schedule)
+            position += 1 / options.steps
+            if position <= 1:
+                conditions["stale"] = float(grid_time(position, options.time_grid, model.schedule))
+        for condition, at in conditions.items():
             mse = anchor = tokens = 0.0
             for number, batch in enumerate(map(batcher.collate, batches)):
                 seed_everything(1, "diagnose", bucket, number)  # the same noise for all
                 with autocast(device, dtype):
-                    losses = model.losses_at(batch.to(device), t, gap)
+                    losses = model.losses_at(batch.to(device), t, at)
                 mse += float(losses[0]) * batch.num_tgt_tokens
                 anchor += float(losses[1]) * batch.num_tgt_tokens
                 tokens += batch.num_tgt_tokens
@@ -115,7 +120,7 @@ def describe_diagnosis(steps: int, tables: dict[str, list[Row]]) -> str:
     """Return the tables of a run as text."""
     return (
         f"\n{counted(steps, 'step')}, by sampling step\n{_table(tables['by_step'])}\n\n"
-        "losses by time, given nothing, a fresh estimate, or a stale one (t + 1/steps)\n"
+        "losses by time, given nothing, a fresh estimate, or a stale one (of the step before)\n"
         f"{_table(tables['by_time'])}"
     )
 

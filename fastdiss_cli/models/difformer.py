@@ -192,14 +192,14 @@ class Difformer(SampledModel):
         total = mse + anchor + config.length_loss * length
         return Loss(total, {"mse": mse, "anchor": anchor, "length": length})
 
-    def losses_at(self, batch: Batch, t: float, gap: float | None) -> tuple[Tensor, Tensor]:
+    def losses_at(self, batch: Batch, t: float, later: float | None) -> tuple[Tensor, Tensor]:
         """Return the mean losses (mse, anchor) of a token at one time, for a diagnosis.
 
         Args:
             batch: sentence pairs.
             t: noise time of all tokens.
-            gap: condition the network on its estimate at t + gap (at most 1), noised further from
-                the same z_t. None: on zeros.
+            later: condition the network on its estimate at this time, from t to 1, from the same
+                z_t noised further. None: on zeros.
         """
         memory = self.encode(batch.src_tokens, batch.src_layout)
         denoiser = Denoiser(self, memory, batch.tgt_layout)
@@ -207,10 +207,10 @@ class Difformer(SampledModel):
         now = torch.tensor(t, device=z_0.device)
         z_t = self.schedule.add_noise(z_0, now, torch.randn_like(z_0))
         self_cond = torch.zeros_like(z_0)
-        if gap is not None:
-            later = now + gap
-            stale = self.schedule.add_more_noise(z_t, now, later, torch.randn_like(z_0))
-            self_cond = denoiser.to_self_cond(denoiser(stale, later, self_cond))
+        if later is not None:
+            then = torch.tensor(later, device=z_0.device)
+            stale = self.schedule.add_more_noise(z_t, now, then, torch.randn_like(z_0))
+            self_cond = denoiser.to_self_cond(denoiser(stale, then, self_cond))
         z0_hat = denoiser(z_t, now, self_cond)
         return self._token_losses(z0_hat, z_0, batch.tgt_tokens, denoiser.layout)
 
