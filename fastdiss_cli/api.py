@@ -169,7 +169,7 @@ class Translator:
         model = self.loaded.model
         # accept numpy scalars
         decoding = {k: v.item() if isinstance(v, np.generic) else v for k, v in options.items()}
-        device = next(model.parameters()).device
+        device = model.device
         max_tokens = decoding.pop("max_tokens", default_max_tokens(device))
         if type(max_tokens) is not int or max_tokens < 1:
             raise FastdissError(f"max_tokens must be a whole number above 0, not {max_tokens!r}")

@@ -76,6 +76,11 @@ def pick_dtype(name: str | torch.dtype, device: torch.device) -> torch.dtype:
     return getattr(torch, name)
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return the name of a type, as `pick_dtype` takes it."""
+    return str(dtype).removeprefix("torch.")
+
+
 def machine(device: torch.device) -> str:
     """Describe the machine for a report: CPU and threads or GPU, and the version of torch."""
     if device.type == "cuda":

@@ -130,6 +130,8 @@ def test_reranking_takes_what_the_reranker_finds_most_likely(tokenizer: Tokenize
     class Prefers(torch.nn.Linear):
         """A reranker that prefers short answers."""
 
+        device = torch.device("cpu")
+
         class src:
             pad = 1
 
@@ -154,6 +156,8 @@ def test_a_reranker_computes_in_its_own_type(tokenizer: Tokenizer, dtype: torch.
     computed_in: list[torch.dtype] = []
 
     class Reranker(torch.nn.Linear):
+        device = torch.device("cpu")
+
         class src:
             pad = 1
 

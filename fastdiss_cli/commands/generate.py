@@ -224,7 +224,7 @@ def generate(
     from fastdiss_cli.decoding.generation import Run, SequenceGenerator, default_max_tokens
     from fastdiss_cli.decoding.output import confidence_legend, read_all_references
     from fastdiss_cli.decoding.translation import open_outputs, translate
-    from fastdiss_cli.device import keep_freed_memory, pick_device, pick_dtype
+    from fastdiss_cli.device import dtype_name, keep_freed_memory, pick_device, pick_dtype
     from fastdiss_cli.distributed import Processes
     from fastdiss_cli.signals import Stop, stop_on_signal
 
@@ -250,9 +250,8 @@ def generate(
             f"--nbest {nbest}: a sentence has {most} candidate{'s' * (most > 1)}; raise {more}"
         )
     choose, shown = selection(given, loaded, most, load)
-    dtype_name = str(torch_dtype).removeprefix("torch.")
     if torch_dtype != torch.float32:
-        shown = {"dtype": dtype_name, **shown}
+        shown = {"dtype": dtype_name(torch_dtype), **shown}
     max_tokens = max_tokens or default_max_tokens(torch_device)
     generator = SequenceGenerator(model, choose, max_tokens, torch_dtype)
     corpus, name, what = _open_input(given, loaded)
@@ -267,7 +266,7 @@ def generate(
     with processes, catching_signals, ExitStack() as files:
         count = f"{logs.counted(corpus.total, 'sentence')} of " if corpus.total is not None else ""
         logs.info(
-            f"{path} ({arch}): {count}{what} on {torch_device}, {dtype_name}"
+            f"{path} ({arch}): {count}{what} on {torch_device}, {dtype_name(torch_dtype)}"
             + (" (end with Ctrl-D)" if input == "-" and logs.stdin_is_terminal() else "")
         )
         outputs = open_outputs(files, runs, folder, name) if processes.rank == 0 else []

@@ -144,7 +144,7 @@ def train(
 
     from fastdiss_cli.checkpoints.folder import BEST, LAST, occupied
     from fastdiss_cli.data.fairseq import open_dataset
-    from fastdiss_cli.device import keep_freed_memory, pick_device
+    from fastdiss_cli.device import dtype_name, keep_freed_memory, pick_device
     from fastdiss_cli.distributed import Processes
     from fastdiss_cli.models.registry import architecture
     from fastdiss_cli.training.loop import Training
@@ -181,7 +181,7 @@ def train(
             f"{chosen.name}: {training.model.num_parameters():,} parameters, "
             f"{logs.counted(sentences, 'training pair')}, "
             f"{processes.world_size} x {processes.device.type}, "
-            f"{str(training.dtype).removeprefix('torch.')}"
+            f"{dtype_name(training.dtype)}"
         )
         end = training.expected_end()
         if train_config.warmup_updates >= end:

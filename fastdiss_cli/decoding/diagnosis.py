@@ -88,7 +88,7 @@ def by_time(
         options: the step count and the time grid; times in the first step have no stale estimate.
         dtype: float32, or bfloat16 for autocast.
     """
-    device = next(model.parameters()).device
+    device = model.device
     batches = batcher.epoch(0)
     table = []
     for bucket in range(BUCKETS):

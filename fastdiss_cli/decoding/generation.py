@@ -94,8 +94,9 @@ class SequenceGenerator:
             FastdissError: memory ran out.
         """
         lengths = np.array([len(tokens) for tokens in sources])
-        order, empty = np.argsort(-lengths, kind="stable"), np.flatnonzero(lengths <= 1)
-        order, empty = order[lengths[order] > 1], empty[share[0] :: share[1]]
+        order = np.argsort(-lengths, kind="stable")
+        order = order[lengths[order] > 1]
+        empty = np.flatnonzero(lengths <= 1)[share[0] :: share[1]]
         widest = max(run.options.candidates for run in runs)
         for run in runs:
             run.best = [None] * len(sources)
@@ -131,7 +132,7 @@ class SequenceGenerator:
         gold: Sequence[Sequence[int]] | None,
     ) -> None:
         model = self.model
-        device = next(model.parameters()).device
+        device = model.device
         batch = [sources[i] for i in rows]
         answers = None if gold is None else [gold[i] for i in rows]
         # seeded by its own tokens: the answer does not depend on a source's place in the corpus

@@ -106,11 +106,12 @@ def by_mbr(tokenizer: Tokenizer, metric: str) -> Select:
     def select(
         sources: Sequence[Sequence[int]], candidates: list[list[Hypothesis]]
     ) -> list[Hypothesis]:
-        several = [row for row in candidates if len(row) > 1]
-        texts = [[tokenizer.decode(h.tokens) for h in row] for row in several]
+        if all(len(row) == 1 for row in candidates):
+            return by_score(sources, candidates)
+        texts = [[tokenizer.decode(h.tokens) for h in row] for row in candidates]
         utilities = expected_utilities(texts, metric)
-        best = iter([int(np.argmax(np.round(values, 9))) for values in utilities])
-        return [row[next(best)] if len(row) > 1 else row[0] for row in candidates]
+        best = [int(np.argmax(np.round(values, 9))) for values in utilities]
+        return [row[i] for row, i in zip(candidates, best, strict=True)]
 
     return select
 
@@ -127,7 +128,7 @@ def by_reranking(reranker: Seq2SeqModel, dtype: torch.dtype = torch.float32) -> 
     """
     if not hasattr(reranker, "log_likelihood"):
         raise FastdissError("the reranker must be a `transformer` checkpoint: only it can rerank")
-    device = next(reranker.parameters()).device
+    device = reranker.device
 
     def select(
         sources: Sequence[Sequence[int]], candidates: list[list[Hypothesis]]

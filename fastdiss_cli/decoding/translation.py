@@ -293,8 +293,9 @@ def translate(
                         if plain:
                             lines[n].append(hypothesis_text(best, tgt) + "\n")
                         else:
-                            shown = (first + i, source_text, best, tgt, reference, colour)
-                            lines[n].append(format_lines(*shown))
+                            lines[n].append(
+                                format_lines(first + i, source_text, best, tgt, reference, colour)
+                            )
                 for output, written in zip(outputs, lines, strict=True):
                     output.write("".join(written))
             so_far.signal = processes.agree(attempt, stop)

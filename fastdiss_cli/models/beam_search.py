@@ -38,7 +38,8 @@ def beam_search(
     """
     device = memory.hidden.device
     B, K = len(memory.hidden), options.beam
-    limits = (options.max_len_a * memory.layout.lengths + options.max_len_b).long().tolist()
+    lengths = memory.layout.lengths.tolist()
+    limits = [int(options.max_len_a * length + options.max_len_b) for length in lengths]
     answers: list[list[Hypothesis]] = [[] for _ in range(B)]
     sentences = list(range(B))  # the active ones
     tokens = torch.full((B, K, 1), eos, device=device)

@@ -54,8 +54,6 @@ class Denoiser:
 
     def project(self, z0_hat: Tensor, form: str) -> Tensor:
         """Return estimates [N, T, D] in one of `FORMS`, zeros as padding."""
-        if form == "raw":
-            return z0_hat
         projected = self.model.embedding.project(self.layout.flat(z0_hat), form)
         return self.layout.padded(projected)
 

@@ -99,7 +99,7 @@ class SampledModel(Seq2SeqModel):
 
     def freeze(self, dtype: torch.dtype) -> None:
         """Prepare for decoding: on a GPU, batches of a repeated shape are replayed as graphs."""
-        if next(self.parameters()).device.type == "cuda":
+        if self.device.type == "cuda":
             self.graphs = GraphCache()
 
     @abstractmethod

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from fastdiss_cli.config import build
@@ -153,6 +154,10 @@ class Seq2SeqModel(nn.Module, ABC):
             src_lengths, tgt_lengths: numbers of tokens of each pair, int [N].
         """
         return None
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
 
     def num_parameters(self) -> int:
         """Return the number of trained parameters; not for a frozen model."""

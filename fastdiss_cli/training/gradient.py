@@ -47,7 +47,7 @@ def add_gradient(
     Returns:
         The loss and its parts, weighted.
     """
-    device = next(model.parameters()).device
+    device = model.device
     with autocast(device, dtype):
         loss = model.loss(batch.to(device), update)
     (loss.total * share).backward()

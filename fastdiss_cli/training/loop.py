@@ -20,7 +20,7 @@ from fastdiss_cli.checkpoints.folder import (
 )
 from fastdiss_cli.config import TrainConfig
 from fastdiss_cli.data.binarized import BinarizedDataset
-from fastdiss_cli.device import pick_dtype
+from fastdiss_cli.device import dtype_name, pick_dtype
 from fastdiss_cli.distributed import CommonError, Processes
 from fastdiss_cli.models.registry import Architecture
 from fastdiss_cli.randomness import seed_everything
@@ -69,8 +69,8 @@ class Training:
     ) -> None:
         self.dataset, self.save_dir, self.processes = dataset, save_dir, processes
         self.dtype = pick_dtype(config.dtype, processes.device)
-        resolved = str(self.dtype).removeprefix("torch.")  # `auto` depends on the machine
-        self.config = config = dataclasses.replace(config, dtype=resolved)
+        # `auto` depends on the machine
+        self.config = config = dataclasses.replace(config, dtype=dtype_name(self.dtype))
         resumed = (save_dir / LAST).exists()
         if not resumed:
             refuse_others(save_dir)
@@ -86,9 +86,15 @@ class Training:
         self.stop = Stop()
         self.validator = None
         if "valid" in dataset.splits:
-            batcher = make_batcher(dataset, "valid", config, processes)
-            shared = (processes, self.stop, self.dtype, self._show_validation)
-            self.validator = Validator(config, dataset, batcher, *shared)
+            self.validator = Validator(
+                config,
+                dataset,
+                make_batcher(dataset, "valid", config, processes),
+                processes,
+                self.stop,
+                self.dtype,
+                self._show_validation,
+            )
             if config.valid_sentences:
                 quick_decoding(self.model, config.valid_steps)  # fail now, not hours later
         if misfits := self.model.misfits(*self.batcher.sizes):
@@ -280,8 +286,10 @@ class Training:
                     sums[name] = sums.get(name, 0) + value
         grad_norm = sum_and_clip(self.model, config, self.processes, attempt)
         # here the host waits for the device; the signals travel with the figures
-        means = self.processes.sum([*torch.stack([*sums.values()]).tolist(), *self.stop.votes])
-        figures = dict(zip(sums, means, strict=False)) | {"grad_norm": float(grad_norm)}
+        losses = torch.stack([*sums.values()]).tolist()
+        summed = self.processes.sum([*losses, *self.stop.votes])
+        means, votes = summed[: len(losses)], summed[len(losses) :]
+        figures = dict(zip(sums, means, strict=True)) | {"grad_norm": float(grad_norm)}
         if all(map(math.isfinite, figures.values())):
             for group in optimizer.param_groups:
                 group["lr"] = rate
@@ -292,7 +300,7 @@ class Training:
         else:
             self._skip()
         progress.update = update
-        return figures, elected(means[len(sums) :])
+        return figures, elected(votes)
 
     def _skip(self) -> None:
         progress = self.progress

@@ -18,7 +18,7 @@ from typing import Any
 
 import yaml
 
-from fastdiss_cli.device import machine, pick_device, pick_dtype
+from fastdiss_cli.device import dtype_name, machine, pick_device, pick_dtype
 
 HERE = Path(__file__).parent
 ALL_STEPS = "1,2,3,5,10,20,50,100"
@@ -266,7 +266,7 @@ def main() -> None:
     note = work / "machine.txt"
     if not note.exists():
         device = pick_device("auto")
-        dtype = str(pick_dtype("auto", device)).removeprefix("torch.")
+        dtype = dtype_name(pick_dtype("auto", device))
         note.write_text(f"{machine(device)}, {dtype}\n", encoding="utf-8")
     trials = []
     if arguments.only in (None, "sweep"):

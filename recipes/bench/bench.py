@@ -27,7 +27,7 @@ from fastdiss_cli.data.batching import Batch, pad
 from fastdiss_cli.decoding.generation import Run, SequenceGenerator, default_max_tokens
 from fastdiss_cli.decoding.mbr import expected_utilities
 from fastdiss_cli.decoding.selection import by_mbr, by_score
-from fastdiss_cli.device import keep_freed_memory, machine, pick_device
+from fastdiss_cli.device import dtype_name, keep_freed_memory, machine, pick_device
 from fastdiss_cli.models.frozen import freeze
 from fastdiss_cli.models.registry import Seq2SeqModel, Vocabulary, architecture
 from fastdiss_cli.training.gradient import add_gradient
@@ -357,7 +357,7 @@ def main() -> None:
         "training": {},
     }
     for dtype in DTYPES:
-        name = str(dtype).removeprefix("torch.")
+        name = dtype_name(dtype)
         figures["matrix products"][name] = matrix_products(rounds, device, dtype)
         figures["decoding"][name] = {
             "batches": decoding(rounds, count, batch, device, dtype),

@@ -21,7 +21,7 @@ from fastdiss_cli.config import TrainConfig
 from fastdiss_cli.data.batching import Batch, pad
 from fastdiss_cli.decoding.generation import Run, SequenceGenerator, default_max_tokens
 from fastdiss_cli.decoding.selection import by_score
-from fastdiss_cli.device import keep_freed_memory, machine
+from fastdiss_cli.device import dtype_name, keep_freed_memory, machine
 from fastdiss_cli.models.frozen import freeze
 from fastdiss_cli.training.gradient import add_gradient
 from fastdiss_cli.training.optimizer import EMA, make_optimizer
@@ -96,7 +96,7 @@ def main() -> None:
     keep_freed_memory()
     columns: dict[str, dict[str, float]] = {}
     for dtype in DTYPES:
-        name = str(dtype).removeprefix("torch.")
+        name = dtype_name(dtype)
         columns[f"in batches, {name}"] = shares(decoding(dtype, default_max_tokens(CPU), BATCHED))
         columns[f"one by one, {name}"] = shares(decoding(dtype, 1, SINGLE))
         columns[f"update, {name}"] = shares(update(dtype))
