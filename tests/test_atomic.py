@@ -34,7 +34,8 @@ from conftest import one_line_error, run_cli, write_pairs
 from fastdiss_cli.checkpoints.checkpoint import Checkpoint, Progress
 from fastdiss_cli.checkpoints.folder import copy_checkpoint, prune_numbered
 from fastdiss_cli.data import encoding
-from fastdiss_cli.data.binarized import BinarizedDataset, TokenWriter
+from fastdiss_cli.data.binarized import BinarizedDataset
+from fastdiss_cli.data.dataset import TokenWriter
 from fastdiss_cli.data.tokenizer import train_tokenizer
 from fastdiss_cli.errors import FastdissError
 

@@ -126,7 +126,7 @@ def test_a_line_in_is_a_line_out(checkpoint: Path) -> None:
 OPEN = """
 import resource, sys
 from pathlib import Path
-from fastdiss_cli.data.binarized import TokenFile
+from fastdiss_cli.data.dataset import TokenFile
 from fastdiss_cli.errors import FastdissError
 before = resource.getrusage(resource.RUSAGE_SELF)
 file = TokenFile(Path(sys.argv[1]))

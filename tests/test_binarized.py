@@ -16,14 +16,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from fastdiss_cli.data.binarized import (
-    BinarizedDataset,
-    Manifest,
-    SideInfo,
-    TokenFile,
-    TokenWriter,
-    token_dtype,
-)
+from fastdiss_cli.data.binarized import BinarizedDataset, Manifest
+from fastdiss_cli.data.dataset import SideInfo, TokenFile, TokenWriter, token_dtype
 from fastdiss_cli.data.files import replace_folder
 from fastdiss_cli.data.tokenizer import train_tokenizer
 from fastdiss_cli.errors import FastdissError
@@ -164,19 +158,19 @@ def test_a_dataset_opens_with_its_tokens(dataset: Path) -> None:
         opened["test"]
 
 
-def test_manifest_hash_is_that_of_tokens_and_tokenizers(tmp_path: Path, dataset: Path) -> None:
-    original = Manifest.read(dataset)
-    assert Manifest.read(make_dataset(tmp_path / "same")).hash == original.hash
-    assert Manifest.read(make_dataset(tmp_path / "other", seed=2)).hash != original.hash
+def test_the_hash_is_that_of_tokens_and_tokenizers(tmp_path: Path, dataset: Path) -> None:
+    original = BinarizedDataset(dataset).hash
+    assert BinarizedDataset(make_dataset(tmp_path / "same")).hash == original
+    assert BinarizedDataset(make_dataset(tmp_path / "other", seed=2)).hash != original
     for change, changes_hash in (
         (lambda manifest: manifest.made_with.update(vocab_size=9), False),
         (lambda manifest: manifest.tokenizers.update(tgt="0" * 64), True),
         (lambda manifest: manifest.splits["valid"]["tgt"].sha256.update(bin="0" * 64), True),
         (lambda manifest: manifest.splits.update(test=manifest.splits["valid"]), False),
     ):
-        manifest = Manifest.read(dataset)
-        change(manifest)
-        assert (manifest.hash != original.hash) == changes_hash
+        changed = BinarizedDataset(dataset)
+        change(changed.manifest)
+        assert (changed.hash != original) == changes_hash
 
 
 def test_verify_finds_ids_outside_the_vocabulary(tmp_path: Path) -> None:

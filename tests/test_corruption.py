@@ -30,7 +30,8 @@ from test_binarized import Tokens, make_dataset, tokens_of
 import fastdiss_cli
 from fastdiss_cli.checkpoints.checkpoint import Checkpoint, Progress, _digest
 from fastdiss_cli.checkpoints.loading import load_model, vocabulary
-from fastdiss_cli.data.binarized import BinarizedDataset, SideInfo, TokenFile
+from fastdiss_cli.data.binarized import BinarizedDataset
+from fastdiss_cli.data.dataset import SideInfo, TokenFile
 from fastdiss_cli.errors import FastdissError
 from fastdiss_cli.models.registry import architecture
 from fastdiss_cli.training.optimizer import pack_optimizer

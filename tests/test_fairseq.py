@@ -29,7 +29,7 @@ from fastdiss_cli.__main__ import command_line
 from fastdiss_cli.checkpoints.checkpoint import Checkpoint
 from fastdiss_cli.commands.fairseq_flags import OLD_FLAGS, NoEquivalent, rewrite_flags
 from fastdiss_cli.data.dictionary import Dictionary
-from fastdiss_cli.data.fairseq import open_dataset
+from fastdiss_cli.data.opening import open_dataset
 from fastdiss_cli.data.tokenizer import SentencePiece, make_tokenizer, train_tokenizer
 from fastdiss_cli.errors import FastdissError
 

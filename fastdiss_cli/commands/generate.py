@@ -302,7 +302,7 @@ def _open_input(given: dict[str, Any], loaded: Loaded) -> tuple[Input, str, str]
         given: the flags.
         loaded: the model that will translate it.
     """
-    from fastdiss_cli.data.fairseq import open_dataset
+    from fastdiss_cli.data.opening import open_dataset
     from fastdiss_cli.decoding.translation import (
         WINDOW,
         check_direction,

@@ -25,7 +25,7 @@ from fastdiss_cli.errors import FastdissError
 if TYPE_CHECKING:
     import numpy as np
 
-    from fastdiss_cli.data.binarized import SideInfo
+    from fastdiss_cli.data.dataset import SideInfo
 
 TEXT = {"rich_help_panel": "Text"}
 TOKENIZER = {"rich_help_panel": "Tokenizer"}
@@ -88,8 +88,8 @@ def preprocess(
 
     Without text, --verify checks an existing dataset.
     """
-    from fastdiss_cli.data.fairseq import open_dataset
     from fastdiss_cli.data.files import replace_folder
+    from fastdiss_cli.data.opening import open_dataset
 
     def given(name: str) -> bool:
         return "DEFAULT" not in context.get_parameter_source(name).name
@@ -244,7 +244,8 @@ def _write(
     workers: int,
 ) -> None:
     """Write a dataset into a folder: tokenizers, sentences, and their manifest."""
-    from fastdiss_cli.data.binarized import Manifest, token_dtype
+    from fastdiss_cli.data.binarized import Manifest
+    from fastdiss_cli.data.dataset import token_dtype
 
     src, tgt = tokenizers
     sizes = dict.fromkeys(f"{tokenizer.vocab_size:,}" for tokenizer in tokenizers)
@@ -280,7 +281,7 @@ def _binarize(
     workers: int,
 ) -> dict[str, SideInfo]:
     """Encode a split of ``pairs`` pairs into a folder; return the facts of each side."""
-    from fastdiss_cli.data.binarized import TokenWriter
+    from fastdiss_cli.data.dataset import TokenWriter
     from fastdiss_cli.data.encoding import CHUNK, encode_blocks
 
     src, tgt = tokenizers

@@ -143,7 +143,7 @@ def train(
     }
 
     from fastdiss_cli.checkpoints.folder import BEST, LAST, occupied
-    from fastdiss_cli.data.fairseq import open_dataset
+    from fastdiss_cli.data.opening import open_dataset
     from fastdiss_cli.device import dtype_name, keep_freed_memory, pick_device
     from fastdiss_cli.distributed import Processes
     from fastdiss_cli.models.registry import architecture

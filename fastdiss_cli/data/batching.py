@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastdiss_cli.data.binarized import TokenFile
+from fastdiss_cli.data.dataset import TokenFile
 from fastdiss_cli.data.layout import Layout
 from fastdiss_cli.errors import FastdissError
 from fastdiss_cli.randomness import counter_seed

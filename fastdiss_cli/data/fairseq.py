@@ -6,7 +6,7 @@ What ``fairseq-preprocess`` writes, for the languages de and en:
     train.de-en.de.bin, train.de-en.de.idx    tokens and index of one split and side
     ...
 
-The bytes of ``.bin`` and ``.idx`` are described in `binarized`. There is no manifest to check them
+The bytes of ``.bin`` and ``.idx`` are described in `dataset`. There is no manifest to check them
 against: instead, every id is checked, and the hash is computed from the files.
 """
 
@@ -17,18 +17,11 @@ import json
 import re
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from fastdiss_cli import logs
-from fastdiss_cli.data.binarized import (
-    ENDINGS,
-    SIDES,
-    TRAINING_SPLITS,
-    BinarizedDataset,
-    TokenFile,
-)
+from fastdiss_cli.data.dataset import ENDINGS, SIDES, TRAINING_SPLITS, Dataset, TokenFile
 from fastdiss_cli.data.dictionary import Dictionary
 from fastdiss_cli.data.files import file_hash
 from fastdiss_cli.errors import FastdissError
@@ -39,33 +32,7 @@ _OTHER_FORMATS = {b"TNTIDX\x00\x00": "lazy or cached", b"HUFFIDX\x00": "huffman"
 _MADE_BY = "fairseq-preprocess --dataset-impl mmap"
 
 
-def open_dataset(
-    folder: Path, source: str | None = None, target: str | None = None, verify: bool = False
-) -> BinarizedDataset:
-    """Open a dataset, made by fastdiss or by fairseq.
-
-    Args:
-        folder: the folder of the dataset.
-        source, target: the languages; None: those of the dataset.
-        verify: also read and check every byte.
-
-    Raises:
-        FastdissError: there is no dataset, it is damaged, or it has other languages.
-    """
-    if not _is_data_bin(folder):
-        dataset = BinarizedDataset(folder, verify)
-        manifest = dataset.manifest
-        if source not in (None, manifest.source) or target not in (None, manifest.target):
-            raise FastdissError(
-                f"{folder} goes from {manifest.source} to {manifest.target}; for another direction "
-                f"make a dataset with `fastdiss preprocess -s {source or manifest.source} -t "
-                f"{target or manifest.target}`"
-            )
-        return dataset
-    return FairseqDataset(folder, source, target, verify)
-
-
-class FairseqDataset(BinarizedDataset):
+class FairseqDataset(Dataset):
     """An open folder that ``fairseq-preprocess`` wrote.
 
     Args:
@@ -86,33 +53,25 @@ class FairseqDataset(BinarizedDataset):
         target: str | None = None,
         verify: bool = False,
     ) -> None:
-        self.folder = folder
         found = _find_stems(folder)
-        self.languages = _direction(folder, list(found), source, target)
-        src, tgt = self.languages
-        self.src_tokenizer, self.tgt_tokenizer = map(self._dictionary, self.languages)
-        self.splits = {}
+        languages = src, tgt = _direction(folder, list(found), source, target)
+        splits = {}
         for split, stems in {**found.get((tgt, src), {}), **found.get((src, tgt), {})}.items():
-            self.splits[split] = {
+            splits[split] = {
                 side: _open(stems, language, folder / split)
-                for side, language in zip(SIDES, self.languages, strict=True)
+                for side, language in zip(SIDES, languages, strict=True)
             }
-            sizes = {len(file) for file in self.splits[split].values()}
+            sizes = {len(file) for file in splits[split].values()}
             if len(sizes) > 1:
                 raise FastdissError(
                     f"{folder}/{split}: {min(sizes):,} sentences on one side and {max(sizes):,} on "
                     f"the other; run `{_MADE_BY}` again"
                 )
-            if verify:
-                self.verify(split)
+        tokenizers = _dictionary(folder, src), _dictionary(folder, tgt)
+        super().__init__(folder, languages, tokenizers, splits)
+        for split in splits if verify else ():
+            self.verify(split)
         logs.info(f"{folder}: a fairseq dataset, {src} to {tgt}")
-
-    @property
-    def summary(self) -> dict[str, Any]:
-        """What a checkpoint stores about the data that it was trained on."""
-        src, tgt = self.languages
-        counts = {split: len(sides["src"]) for split, sides in self.splits.items()}
-        return {"source": src, "target": tgt, "sentences": counts}
 
     @cached_property
     def hash(self) -> str:
@@ -138,15 +97,16 @@ class FairseqDataset(BinarizedDataset):
                     f"number {wrong[0]}; run `{_MADE_BY}` again"
                 )
 
-    def _dictionary(self, language: str) -> Dictionary:
-        path = self.folder / f"dict.{language}.txt"
-        try:
-            return Dictionary(path.read_bytes(), origin=str(path))
-        except OSError as error:
-            raise FastdissError(f"{path}: cannot read the dictionary: {error.strerror}") from None
+
+def _dictionary(folder: Path, language: str) -> Dictionary:
+    path = folder / f"dict.{language}.txt"
+    try:
+        return Dictionary(path.read_bytes(), origin=str(path))
+    except OSError as error:
+        raise FastdissError(f"{path}: cannot read the dictionary: {error.strerror}") from None
 
 
-def _is_data_bin(folder: Path) -> bool:
+def is_data_bin(folder: Path) -> bool:
     """Return whether a folder looks like fairseq's, even if files are missing."""
     if not folder.is_dir() or (folder / "manifest.json").exists():
         return False

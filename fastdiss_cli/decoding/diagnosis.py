@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from fastdiss_cli.data.batching import TokenBatcher
-from fastdiss_cli.data.binarized import TokenFile
+from fastdiss_cli.data.dataset import TokenFile
 from fastdiss_cli.decoding.generation import Run, SequenceGenerator
 from fastdiss_cli.device import autocast
 from fastdiss_cli.diffusion.schedule import grid_position, grid_time

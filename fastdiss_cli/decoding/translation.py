@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TextIO
 
 from fastdiss_cli import logs
-from fastdiss_cli.data.binarized import BinarizedDataset, TokenFile
+from fastdiss_cli.data.dataset import Dataset, TokenFile
 from fastdiss_cli.data.text import IncomingLines, count_lines, decode_lines, read_lines
 from fastdiss_cli.data.tokenizer import Tokenizer, check_same
 from fastdiss_cli.decoding.generation import Run, SequenceGenerator
@@ -43,7 +43,7 @@ class Input:
 
 
 def dataset_input(
-    dataset: BinarizedDataset, split: str, src: Tokenizer, tgt: Tokenizer, window: int
+    dataset: Dataset, split: str, src: Tokenizer, tgt: Tokenizer, window: int
 ) -> Input:
     """Return a split of a dataset, after verifying its bytes.
 
@@ -119,13 +119,13 @@ def _as_they_arrive(incoming: IncomingLines, pairs: Iterator[Pair]) -> Iterator[
         most = min(2 * len(window), WINDOW)
 
 
-def check_direction(languages: tuple[str, str], dataset: BinarizedDataset) -> None:
+def check_direction(languages: tuple[str, str], dataset: Dataset) -> None:
     """Refuse a dataset in the opposite direction, which a joined tokenizer does not reveal.
 
     For other languages a warning is enough: their names may differ, as in en and en-GB.
     """
     source, target = languages
-    theirs = dataset.summary["source"], dataset.summary["target"]
+    theirs = dataset.languages
     if source != target and theirs == (target, source):
         raise FastdissError(
             f"the checkpoint translates from {source} to {target}, {dataset.folder} goes from "

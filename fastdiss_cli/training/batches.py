@@ -5,12 +5,12 @@ from __future__ import annotations
 from fastdiss_cli import logs
 from fastdiss_cli.config import TrainConfig
 from fastdiss_cli.data.batching import TokenBatcher
-from fastdiss_cli.data.binarized import BinarizedDataset
+from fastdiss_cli.data.dataset import Dataset
 from fastdiss_cli.distributed import Processes
 
 
 def make_batcher(
-    dataset: BinarizedDataset, split: str, config: TrainConfig, processes: Processes
+    dataset: Dataset, split: str, config: TrainConfig, processes: Processes
 ) -> TokenBatcher:
     """Return this rank's batcher for a split; warn of sentences that are too long.
 

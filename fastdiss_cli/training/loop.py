@@ -19,7 +19,7 @@ from fastdiss_cli.checkpoints.folder import (
     warn_of_little_space,
 )
 from fastdiss_cli.config import TrainConfig
-from fastdiss_cli.data.binarized import BinarizedDataset
+from fastdiss_cli.data.dataset import Dataset
 from fastdiss_cli.device import dtype_name, pick_dtype
 from fastdiss_cli.distributed import CommonError, Processes
 from fastdiss_cli.models.registry import Architecture
@@ -61,7 +61,7 @@ class Training:
         arch: Architecture,
         model_config: Any,
         config: TrainConfig,
-        dataset: BinarizedDataset,
+        dataset: Dataset,
         save_dir: Path,
         processes: Processes,
         accept_changes: bool = False,

@@ -26,7 +26,7 @@ from fastdiss_cli.checkpoints.folder import (
 )
 from fastdiss_cli.checkpoints.loading import load_weights, vocabulary
 from fastdiss_cli.config import TrainConfig
-from fastdiss_cli.data.binarized import BinarizedDataset
+from fastdiss_cli.data.dataset import Dataset
 from fastdiss_cli.data.tokenizer import check_same
 from fastdiss_cli.distributed import Processes
 from fastdiss_cli.errors import FastdissError
@@ -59,7 +59,7 @@ class TrainState:
         arch: Architecture,
         model_config: Any,
         config: TrainConfig,
-        dataset: BinarizedDataset,
+        dataset: Dataset,
         processes: Processes,
         begin_with: Path | None = None,
     ) -> None:

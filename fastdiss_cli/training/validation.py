@@ -13,7 +13,7 @@ from sacrebleu import BLEU
 from fastdiss_cli.checkpoints.checkpoint import Progress
 from fastdiss_cli.config import TrainConfig
 from fastdiss_cli.data.batching import TokenBatcher
-from fastdiss_cli.data.binarized import BinarizedDataset
+from fastdiss_cli.data.dataset import Dataset
 from fastdiss_cli.decoding.generation import Run, SequenceGenerator
 from fastdiss_cli.decoding.selection import by_score
 from fastdiss_cli.device import autocast
@@ -39,7 +39,7 @@ class Validator:
     """
 
     config: TrainConfig
-    dataset: BinarizedDataset
+    dataset: Dataset
     batcher: TokenBatcher
     processes: Processes
     stop: Stop
