@@ -111,9 +111,9 @@ def test_what_changes_the_result_is_refused_or_accepted(
     given = set(change)
     start(data_bin, tmp_path / "c", max_update=1).run()
     if change.pop("data", None):
-        before = BinarizedDataset(data_bin).manifest.hash
+        before = BinarizedDataset(data_bin).hash
         data_bin = other_data(data_bin, tmp_path)
-        message += f"{before[:16]} and is now {BinarizedDataset(data_bin).manifest.hash[:16]}"
+        message += f"{before[:16]} and is now {BinarizedDataset(data_bin).hash[:16]}"
     if processes := change.pop("processes", None):
         monkeypatch.setenv("WORLD_SIZE", str(processes))  # no group is made: nothing is run
     with pytest.raises(FastdissError) as refused:
