@@ -169,8 +169,7 @@ class Translator:
         model = self.loaded.model
         # accept numpy scalars
         decoding = {k: v.item() if isinstance(v, np.generic) else v for k, v in options.items()}
-        device = model.device
-        max_tokens = decoding.pop("max_tokens", default_max_tokens(device))
+        max_tokens = decoding.pop("max_tokens", default_max_tokens(model.device))
         if type(max_tokens) is not int or max_tokens < 1:
             raise FastdissError(f"max_tokens must be a whole number above 0, not {max_tokens!r}")
         reranker = decoding.pop("reranker", None)
@@ -204,8 +203,8 @@ def load(
 ) -> Translator:
     """Load a checkpoint; no other file is needed.
 
-    No global state is changed (signal handlers, random generators, environment variables), and
-    any thread may call it. (A thread that draws from torch's generator meanwhile gets different
+    No global state of this process is changed (signal handlers, random generators, environment
+    variables), and any thread may call it. (A thread that draws from torch's generator meanwhile gets different
     numbers.)
 
     Args:
