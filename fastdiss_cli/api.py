@@ -204,8 +204,8 @@ def load(
     """Load a checkpoint; no other file is needed.
 
     No global state of this process is changed (signal handlers, random generators, environment
-    variables), and any thread may call it. (A thread that draws from torch's generator meanwhile gets different
-    numbers.)
+    variables), and any thread may call it. (A thread that draws from torch's generator meanwhile
+    gets different numbers.)
 
     Args:
         path: as written by ``fastdiss train`` or ``fastdiss export``; a folder stands for its

@@ -21,8 +21,8 @@ from runs import command
 import fastdiss_cli
 from fastdiss_cli.api import GenerateOptions, Translator
 from fastdiss_cli.errors import FastdissError, OptionError
+from fastdiss_cli.models.beam_search import BeamDecoding
 from fastdiss_cli.models.diffusion_decoding import DiffusionDecoding
-from fastdiss_cli.models.transformer import BeamDecoding
 
 DOCS = Path(__file__).parents[1] / "docs" / "api.md"
 SENTENCES = ["drei vier", "neun", "eins zwei drei vier fünf"]

@@ -17,10 +17,9 @@ from torch import Tensor
 
 from fastdiss_cli.data.batching import pad
 from fastdiss_cli.data.layout import Layout
-from fastdiss_cli.models.beam_search import beam_search
+from fastdiss_cli.models.beam_search import BeamDecoding, beam_search
 from fastdiss_cli.models.layers import Cache
 from fastdiss_cli.models.registry import Hypothesis, Vocabulary, architecture
-from fastdiss_cli.models.transformer import BeamDecoding
 
 
 @pytest.fixture(autouse=True)

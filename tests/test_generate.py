@@ -19,7 +19,7 @@ from fastdiss_cli import logs
 from fastdiss_cli.checkpoints.checkpoint import Checkpoint
 from fastdiss_cli.checkpoints.loading import load_model
 from fastdiss_cli.errors import FastdissError
-from fastdiss_cli.models.transformer import BeamDecoding
+from fastdiss_cli.models.beam_search import BeamDecoding
 from fastdiss_cli.signals import Stop, stop_on_signal
 
 TYPES = ["transformer_tiny", "difformer_tiny", "fastdiss_tiny"]

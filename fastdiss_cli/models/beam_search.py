@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from fastdiss_cli.config import require
 from fastdiss_cli.models.layers import Cache, Memory
 from fastdiss_cli.models.registry import Hypothesis
 
@@ -16,8 +18,32 @@ from fastdiss_cli.models.registry import Hypothesis
 Step = Callable[[Tensor, int, Memory], Tensor]
 
 
+@dataclass(frozen=True)
+class BeamDecoding:
+    """Options of beam search; a beam of 1 is greedy search."""
+
+    beam: int = 5
+    lenpen: float = 1.0  # hypotheses are compared by log-probability / length ** lenpen
+    max_len_a: float = 0.0  # a hypothesis has at most max_len_a * S + max_len_b tokens
+    max_len_b: int = 200
+    min_len: int = 1
+
+    def __post_init__(self) -> None:
+        require(self, "beam", 1 <= self.beam <= 1000, "from 1 to 1000")
+        require(self, "lenpen", -10 <= self.lenpen <= 10, "from -10 to 10")
+        require(self, "max_len_a", 0 <= self.max_len_a <= 1000, "from 0 to 1000")
+        require(self, "max_len_b", 1 <= self.max_len_b <= 1_000_000, "from 1 to 1000000")
+        require(self, "min_len", 0 <= self.min_len <= 1_000_000, "from 0 to 1000000")
+        most = self.max_len_b if self.max_len_a == 0 else math.inf
+        require(self, "min_len", self.min_len <= most, f"at most max_len_b = {self.max_len_b}")
+
+    @property
+    def candidates(self) -> int:
+        return self.beam
+
+
 def beam_search(
-    step: Step, caches: list[Cache], memory: Memory, eos: int, options: Any
+    step: Step, caches: list[Cache], memory: Memory, eos: int, options: BeamDecoding
 ) -> list[list[Hypothesis]]:
     """Search for the most likely answers.
 
@@ -30,7 +56,7 @@ def beam_search(
         caches: those of the decoder's layers.
         memory: of all sentences.
         eos: the id that ends a hypothesis.
-        options: see `BeamDecoding`.
+        options: the beam and the limits.
 
     Returns:
         For each sentence up to K hypotheses, best score first; the score is the summed

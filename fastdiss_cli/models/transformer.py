@@ -15,11 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastdiss_cli.config import option, require
+from fastdiss_cli.config import option
 from fastdiss_cli.data.batching import Batch, pad
 from fastdiss_cli.data.layout import Layout
 from fastdiss_cli.models import SIZES
-from fastdiss_cli.models.beam_search import beam_search
+from fastdiss_cli.models.beam_search import BeamDecoding, beam_search
 from fastdiss_cli.models.cross_entropy import linear_cross_entropy
 from fastdiss_cli.models.layers import (
     Cache,
@@ -40,30 +40,6 @@ class TransformerConfig(NetworkConfig):
     share_embeddings: bool = option(
         True, "share one table between source, target and output if vocabularies are equal"
     )
-
-
-@dataclass(frozen=True)
-class BeamDecoding:
-    """Options of beam search; a beam of 1 is greedy search."""
-
-    beam: int = 5
-    lenpen: float = 1.0  # hypotheses are compared by log-probability / length ** lenpen
-    max_len_a: float = 0.0  # a hypothesis has at most max_len_a * S + max_len_b tokens
-    max_len_b: int = 200
-    min_len: int = 1
-
-    def __post_init__(self) -> None:
-        require(self, "beam", 1 <= self.beam <= 1000, "from 1 to 1000")
-        require(self, "lenpen", -10 <= self.lenpen <= 10, "from -10 to 10")
-        require(self, "max_len_a", 0 <= self.max_len_a <= 1000, "from 0 to 1000")
-        require(self, "max_len_b", 1 <= self.max_len_b <= 1_000_000, "from 1 to 1000000")
-        require(self, "min_len", 0 <= self.min_len <= 1_000_000, "from 0 to 1000000")
-        most = self.max_len_b if self.max_len_a == 0 else math.inf
-        require(self, "min_len", self.min_len <= most, f"at most max_len_b = {self.max_len_b}")
-
-    @property
-    def candidates(self) -> int:
-        return self.beam
 
 
 class Transformer(Seq2SeqModel):
