@@ -7,8 +7,9 @@ To add one, write its class and name it in `SOLVERS`.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Protocol
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -16,22 +17,33 @@ from torch import Tensor
 from fastdiss_cli.diffusion.schedule import NoiseSchedule
 
 
-class Solver(Protocol):
-    """The contract: ``noise`` draws a standard normal [N, T, D]; t >= s > 0 broadcast with z.
+class Solver(ABC):
+    """The contract of all solvers.
 
-    In sampling t and s are 0-d and on the CPU, wherever z is, and what ``noise`` draws is scaled by
-    the temperature. ``adds_noise``: whether it draws noise.
+    Class attributes:
+        adds_noise: whether a step draws noise.
     """
 
-    adds_noise: bool
+    adds_noise: ClassVar[bool]
 
-    def __init__(self, schedule: NoiseSchedule) -> None: ...
+    def __init__(self, schedule: NoiseSchedule) -> None:
+        self.schedule = schedule
 
+    @abstractmethod
     def __call__(
         self, z: Tensor, z0_hat: Tensor, t: Tensor, s: Tensor, noise: Callable[[], Tensor]
-    ) -> Tensor: ...
+    ) -> Tensor:
+        """Return z at time s.
 
-    def select(self, rows: Tensor) -> None:
+        Args:
+            z: at time t, float [N, T, D].
+            z0_hat: the estimate of z_0 from it, float [N, T, D].
+            t, s: t >= s > 0; they broadcast with z. In sampling they are 0-d and on the CPU,
+                wherever z is.
+            noise: draws a standard normal, float [N, T, D]; in sampling, times the temperature.
+        """
+
+    def select(self, rows: Tensor) -> None:  # noqa: B027 - optional
         """Go on with some rows only; int64 indices into N."""
 
 
@@ -44,9 +56,6 @@ class Ancestral(Solver):
     """
 
     eta, adds_noise = 1.0, True
-
-    def __init__(self, schedule: NoiseSchedule) -> None:
-        self.schedule = schedule
 
     def __call__(
         self, z: Tensor, z0_hat: Tensor, t: Tensor, s: Tensor, noise: Callable[[], Tensor]
@@ -74,7 +83,7 @@ class DPMSolverPP2M(Solver):
     adds_noise = False
 
     def __init__(self, schedule: NoiseSchedule) -> None:
-        self.schedule = schedule
+        super().__init__(schedule)
         self.earlier: tuple[Tensor, Tensor] | None = None  # (lambda, z0_hat) of the step before
 
     def __call__(
