@@ -45,7 +45,7 @@ class _Recipe(yaml.SafeLoader):
 def option(
     default: Any,
     meaning: str,
-    needs: tuple[str, object] | None = None,
+    needs: tuple[str, bool | str | tuple[str, ...]] | None = None,
     before: Any = None,
 ) -> Any:
     """Declare a configuration field; `fastdiss models ARCH` prints its meaning.
@@ -53,8 +53,8 @@ def option(
     Args:
         default: its default value.
         meaning: its description, in a few words.
-        needs: another field and the value that it must have for this one to have any effect; True
-            stands for any true value.
+        needs: another field and the value, or one of several, that it must have for this one to
+            have any effect; True stands for any true value.
         before: the value for older checkpoints, which do not have this field; None: the default.
     """
     metadata = {"meaning": meaning, "needs": needs, "before": before}
@@ -112,9 +112,7 @@ class TrainConfig:
         require(self, "shard", not (self.shard and self.compile), "false with compile")
         one_of(self, "lr_scheduler", LR_SCHEDULERS)
         warm = self.warmup_updates > 0 or self.lr_scheduler != "inverse_sqrt"
-        require(
-            self, "warmup_updates", warm, "at least 1 with inverse_sqrt, which decays from there"
-        )
+        require(self, "warmup_updates", warm, "at least 1 with inverse_sqrt")
         one_of(self, "dtype", DTYPES)
 
 
@@ -126,7 +124,9 @@ def idle(config: Any) -> set[str]:
             return False
         other, wanted = field.metadata["needs"]
         value = getattr(config, other)
-        return not value if wanted is True else value != wanted
+        if wanted is True:
+            return not value
+        return value not in (wanted if isinstance(wanted, tuple) else (wanted,))
 
     return {field.name for field in dataclasses.fields(config) if is_idle(field)}
 
@@ -186,6 +186,40 @@ def build_saved(cls: type[C], values: Mapping[str, Any], section: str = "") -> C
     return build(cls, {**then, **values}, section)
 
 
+def option_changes(saved: Mapping[str, Any], now: Any, section: str) -> dict[str, tuple[Any, Any]]:
+    """Return (old, new) by name of the options of a checkpoint that differ from a configuration.
+
+    Options without effect, because another one is off, are ignored.
+
+    Args:
+        saved: those of the checkpoint; see `build_saved`.
+        now: the configuration.
+        section: one of `SECTIONS`.
+    """
+    then = build_saved(type(now), saved, section)
+    values = {name: (value, getattr(now, name)) for name, value in vars(then).items()}
+    ignored = idle(then) | idle(now)
+    return {n: (old, new) for n, (old, new) in values.items() if old != new and n not in ignored}
+
+
+def check_types(cls: type) -> None:
+    """Check that `build` can make every field of a configuration.
+
+    Raises:
+        OptionError: it cannot.
+    """
+    hints = typing.get_type_hints(cls)
+    for name in (field.name for field in dataclasses.fields(cls)):
+        hint = hints[name]
+        parts = typing.get_args(hint) or (hint,)
+        scalars = {part for part in parts if part not in (types.NoneType, Ellipsis)}
+        plain = typing.get_origin(hint) in (None, tuple, types.UnionType)
+        if not plain or not scalars <= {bool, int, float, str}:
+            raise OptionError(
+                name, "must be a bool, int, float, str, one of these | None, or a tuple"
+            )
+
+
 def read_recipe(path: Path | None) -> dict[str, dict[str, Any]]:
     """Read a recipe: a YAML mapping with the sections ``model`` and ``train``."""
     if path is None:
@@ -207,9 +241,9 @@ def read_recipe(path: Path | None) -> dict[str, dict[str, Any]]:
             if not isinstance(values, dict):
                 hint = "; options are under `model:` or `train:`, see `fastdiss models ARCH`"
             raise FastdissError(f"{path}: unknown section {section!r}{hint}")
-        if not isinstance(values, dict):
+        if not isinstance(values, (dict, types.NoneType)):
             raise FastdissError(f"{path}: section {section!r} must be a mapping of keys to values")
-    return {section: recipe.get(section, {}) for section in SECTIONS}
+    return {section: recipe.get(section) or {} for section in SECTIONS}
 
 
 def parse_settings(settings: Sequence[str]) -> dict[str, dict[str, Any]]:

@@ -6,7 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from fastdiss_cli.config import TrainConfig, build, build_saved, parse_settings, read_recipe
+from fastdiss_cli.config import (
+    TrainConfig,
+    build,
+    build_saved,
+    idle,
+    parse_settings,
+    read_recipe,
+)
 from fastdiss_cli.errors import FastdissError
 from fastdiss_cli.models.registry import architecture
 
@@ -109,6 +116,21 @@ def test_nothing_in_a_recipe_is_executed(tmp_path: Path) -> None:
     with pytest.raises(FastdissError):
         read_recipe(path)
     assert not (tmp_path / "made").exists()
+
+
+def test_a_section_may_be_empty(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text("model:\n#  dropout: 0.2\ntrain:\n  lr: 0.1\n")
+    assert read_recipe(path) == {"model": {}, "train": {"lr": 0.1}}
+
+
+def test_options_that_an_other_one_switches_off_are_idle() -> None:
+    options = {"scp_offset": "none", "scp_gap": 0.1, "mans_strength": 0.0}
+    config = architecture("fastdiss_tiny").config(options)
+    off = {"scp_gap", "scp_unroll", "scp_step_counts", "scp_grid", "mans_time"}
+    assert off <= idle(config)
+    config = architecture("fastdiss_tiny").config({"scp_offset": "fixed"})
+    assert {"scp_gap", "scp_unroll"}.isdisjoint(idle(config)) and "scp_grid" in idle(config)
 
 
 @pytest.mark.parametrize("name", ["quickstart", "multi30k_de_en"])

@@ -135,7 +135,10 @@ def test_a_new_run_begins_with_the_weights_of_another(
     start(data_bin, tmp_path / "first", ema_decay=0.5).run()
     load = Checkpoint.load(tmp_path / "first" / "checkpoint_best.safetensors")
     more = {"begin_with": tmp_path / "first", "lr": 1e-12, "max_update": 1}
+    more["model"] = {"scp_gap": 0.1, "dropout": 0.2}
     new = start(data_bin, tmp_path / "second", **more)
+    told = capsys.readouterr().err
+    assert "(fastdiss_tiny); model.dropout was 0.1 and is now 0.2" in told and "gap" not in told
     assert new.progress.update == 0 and not new.state.optimizer.state
     for name, weight in new.model.named_parameters():  # the averaged ones, in the average too
         assert torch.equal(weight, load.averaged()[name])

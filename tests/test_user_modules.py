@@ -29,6 +29,13 @@ register("loud_tiny", Loud, "a model of one's own", model_dim=16, ffn_dim=32, he
 """
 
 
+def decoding(field: str) -> str:
+    """Return the module with decoding options of its own."""
+    own = f"    @dataclass(frozen=True)\n    class Decoding:\n        {field}"
+    imports = "from dataclasses import dataclass\nfrom typing import Literal\n"
+    return imports + MODEL.replace("    pass", own)
+
+
 @pytest.fixture(autouse=True)
 def forget(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Forget the modules of a test, which would otherwise be imported once in this process."""
@@ -69,6 +76,9 @@ def test_a_model(trained: Path, data_bin: Path) -> None:
         (MODEL.replace("heads=2", "head=2"), "model.head is not an option of loud_tiny; did you "
          "mean 'heads'?"),
         (MODEL.replace("(Difformer)", ""), "'loud_tiny': Loud has no dataclass Config"),
+        (decoding("beam: int = 1"), "'loud_tiny': Decoding has no property candidates"),
+        (decoding("beam: list[int] = ()"), "'loud_tiny': Decoding.beam must be a bool, int"),
+        (decoding("beam: Literal[1] = 1"), "'loud_tiny': Decoding.beam must be a bool, int"),
     ],
 )  # fmt: skip
 def test_a_mistake_in_a_module(tmp_path: Path, text: str, message: str) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from fastdiss_cli import __version__, logs
 from fastdiss_cli.checkpoints.checkpoint import Checkpoint
 from fastdiss_cli.checkpoints.folder import best_of, numbered
-from fastdiss_cli.config import build_saved
+from fastdiss_cli.config import build_saved, option_changes
 from fastdiss_cli.errors import FastdissError, OptionError
 from fastdiss_cli.models.registry import architecture
 
@@ -158,10 +158,8 @@ def _check_same(first: Checkpoint, other: Checkpoint, path: Path, other_path: Pa
     ]
     if first.arch != other.arch:
         differs = f"the architectures differ ({first.arch} and {other.arch})"
-    elif first.model_config != other.model_config:
-        one, two = _options(first), _options(other)
-        found = [name for name in one.keys() | two.keys() if one.get(name) != two.get(name)]
-        differs = f"model.{min(found)} differs" if found else ""
+    elif names := _differing_options(first, other):
+        differs = f"model.{names[0]} differs"
     for side in ("src", "tgt"):
         hashes = [c.tokenizer(side).hash[:16] for c in (first, other)]
         if hashes[0] != hashes[1]:
@@ -176,10 +174,14 @@ def _check_same(first: Checkpoint, other: Checkpoint, path: Path, other_path: Pa
         raise FastdissError(f"{path} and {other_path} cannot be averaged: {differs}")
 
 
-def _options(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Return the model's options, including those that are newer than the checkpoint."""
+def _differing_options(first: Checkpoint, other: Checkpoint) -> list[str]:
+    """Return the names of the model's options that differ between checkpoints of one architecture.
+
+    Options that are newer than a checkpoint have their value of then.
+    """
+    one, two = first.model_config, other.model_config
     try:
-        family = architecture(checkpoint.arch).family
+        config = architecture(first.arch).family.Config
     except OptionError:  # of a user module
-        return checkpoint.model_config
-    return dataclasses.asdict(build_saved(family.Config, checkpoint.model_config, "model"))
+        return sorted(name for name in one.keys() | two.keys() if one.get(name) != two.get(name))
+    return sorted(option_changes(one, build_saved(config, two, "model"), "model"))

@@ -74,7 +74,8 @@ class Manifest:
             OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError,
         ) as error:  # fmt: skip
             raise FastdissError(
-                f"{path} is damaged ({error}): run `fastdiss preprocess` again"
+                f"{path} is damaged ({type(error).__name__}: {error}): "
+                "run `fastdiss preprocess` again"
             ) from None
         raise FastdissError(
             f"{folder} has dataset format {version!r}; this fastdiss reads format {FORMAT_VERSION}"

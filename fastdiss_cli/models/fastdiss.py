@@ -28,6 +28,7 @@ from fastdiss_cli.models.registry import Vocabulary
 
 MANS_ON = ("mans_strength", True)
 STEP_MATCHED = ("scp_offset", "step-matched")
+PERTURBED = ("scp_offset", tuple(name for name in SCP_OFFSETS if name != "none"))
 DEFAULT_ANCHORS = {"distance": (0.1, 1.0), "probability": (0.9, 0.1)}
 
 
@@ -45,7 +46,9 @@ class FastDiSSConfig(DiffusionConfig):
     scp_grid: str = option(
         "uniform", f"time grid of step-matched: {', '.join(TIME_GRIDS)}", needs=STEP_MATCHED
     )
-    scp_unroll: float = option(0.5, "share of sentences with an estimate that are unrolled")
+    scp_unroll: float = option(
+        0.5, "share of sentences with an estimate that are unrolled", needs=PERTURBED
+    )
     # MANS is off: no gain was shown, see docs/method.md
     mans_strength: float = option(0.0, "lambda: how much more noise easy tokens get; 0: no MANS")
     mans_confidence: str = option(
@@ -88,7 +91,7 @@ class FastDiSSConfig(DiffusionConfig):
             self,
             "mans_shared_pass",
             not shared or self.scp_offset != "none",
-            "false with scp_offset none: there is no pass at a higher noise to share",
+            "false with scp_offset none (no pass at a higher noise)",
         )
         anchors = self.mans_anchors
         valid = not anchors or (len(anchors) == 2 and anchors[0] != anchors[1])

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastdiss_cli.config import build
+from fastdiss_cli.config import build, check_types
 from fastdiss_cli.data.batching import Batch
 from fastdiss_cli.data.layout import Layout
 from fastdiss_cli.device import out_of_memory
@@ -62,7 +62,8 @@ class HistoryStep:
 
     Attributes:
         time: noise time of the step.
-        tokens, confidences: the best token of each position and its probability.
+        tokens: the best token of each position up to the first eos.
+        confidences: their probabilities, and that of the eos.
         norm: mean square of a coordinate of z0_hat; that of the true embeddings is 1.
         gap: mean squared difference of a coordinate to the z0_hat that the network gives with a
             fresh estimate of this step as its self_cond; measured only for a diagnosis.
@@ -83,7 +84,7 @@ class Hypothesis:
         tokens: ids without eos.
         score: mean log-probability of the tokens; higher is better. In beam search the sum is
             divided by length ** lenpen instead.
-        token_scores: log-probability of each token.
+        token_scores: log-probability of each token, and of eos if the answer ended with it.
         nfe: decoder evaluations that it took.
         history: the sampling steps, if requested.
         runners_up: other candidates of the sentence, if requested.
@@ -110,8 +111,9 @@ class Seq2SeqModel(nn.Module, ABC):
     The parts that ``--compile`` compiles are named ``encoder`` and ``decoder``. All state is in
     parameters: buffers are not saved. For decoding `frozen` replaces linear layers by faster ones,
     so a model must call them and not access their weights. A model that can rerank has
-    ``log_likelihood``; one whose ``Decoding`` has a field ``diagnose`` has ``losses_at`` (see
-    `Difformer`).
+    ``log_likelihood``. One whose ``Decoding`` has a field ``diagnose`` also has the fields
+    ``steps`` and ``time_grid`` there, and itself ``schedule``, ``self_conditioned`` and
+    ``losses_at`` (see `Difformer`).
     """
 
     Config: ClassVar[type]
@@ -204,14 +206,21 @@ def register(name: str, family: type[Seq2SeqModel], description: str, **sizes: A
         sizes: options of ``family.Config`` that differ from its defaults.
 
     Raises:
-        FastdissError: the name is taken, a size is not an option of the family, or the family has
-            no options.
+        FastdissError: the name is taken, a size is not an option of the family, or the family does
+            not declare its options as `Seq2SeqModel` demands.
     """
     if name in _ARCHITECTURES:
         raise FastdissError(f"architecture {name!r} is registered twice")
     for part in ("Config", "Decoding"):
-        if not is_dataclass(getattr(family, part, None)):
+        options = getattr(family, part, None)
+        if not is_dataclass(options):
             raise FastdissError(f"architecture {name!r}: {family.__name__} has no dataclass {part}")
+        try:
+            check_types(options)
+        except OptionError as error:
+            raise FastdissError(f"architecture {name!r}: {part}.{error}") from None
+    if not hasattr(family.Decoding, "candidates"):
+        raise FastdissError(f"architecture {name!r}: Decoding has no property candidates")
     made = Architecture(name, family, description, sizes)
     made.config({})
     _ARCHITECTURES[name] = made

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from fastdiss_cli import logs
 from fastdiss_cli.checkpoints.checkpoint import Checkpoint, Progress
-from fastdiss_cli.config import TrainConfig, build_saved, idle
+from fastdiss_cli.config import TrainConfig, option_changes
 from fastdiss_cli.errors import FastdissError
 from fastdiss_cli.models.registry import Architecture
 
@@ -28,36 +26,21 @@ def changes(
     dataset_hash: str,
     world_size: int,
 ) -> dict[str, tuple[Any, Any]]:
-    """Return (old, new) by name for all settings that differ and affect the result.
-
-    An option that is newer than the checkpoint has its ``before`` value (see `option`); options
-    without effect, because another one is off, are ignored.
-    """
-
-    def options(of_arch: str, model: Any, train: Any, dataset: str, processes: int) -> dict:
-        return {
-            "arch": of_arch,
-            "dataset": dataset[:16],
-            "processes": processes,
-            **{f"model.{k}": v for k, v in (asdict(model) if model else {}).items()},
-            **{f"train.{k}": v for k, v in asdict(train).items()},
-        }
-
-    same_arch = before.arch == arch.name
-    old_model = build_saved(arch.family.Config, before.model_config, "model") if same_arch else None
-    old_train = build_saved(TrainConfig, before.train_config, "train")
-    then = options(before.arch, old_model, old_train, before.dataset_hash, before.world_size)
-    now = options(arch.name, model_config, config, dataset_hash, world_size)
-    may_differ = {f"train.{name}" for name in HARMLESS}
+    """Return (old, new) by name for all settings that differ and affect the result."""
+    may_differ = set(HARMLESS)
     if config.lr_scheduler == "cosine":
-        may_differ -= {"train.max_update", "train.max_epoch"}
-    if old_model:
-        may_differ |= {f"model.{name}" for name in idle(old_model) | idle(model_config)}
-    return {
-        key: (then.get(key), value)
-        for key, value in now.items()
-        if key not in may_differ and json.dumps(then.get(key)) != json.dumps(value)
+        may_differ -= {"max_update", "max_epoch"}
+    pairs = {
+        "arch": (before.arch, arch.name),
+        "dataset": (before.dataset_hash[:16], dataset_hash[:16]),
+        "processes": (before.world_size, world_size),
     }
+    differing = {name: (then, now) for name, (then, now) in pairs.items() if then != now}
+    if before.arch == arch.name:
+        options = option_changes(before.model_config, model_config, "model")
+        differing |= {f"model.{name}": pair for name, pair in options.items()}
+    options = option_changes(before.train_config, config, "train")
+    return differing | {f"train.{k}": pair for k, pair in options.items() if k not in may_differ}
 
 
 def forget_changed(progress: Progress, differing: dict[str, tuple[Any, Any]]) -> None:
@@ -71,7 +54,7 @@ def forget_changed(progress: Progress, differing: dict[str, tuple[Any, Any]]) ->
     batches = {"dataset", "processes", "train.max_tokens", "train.max_positions", "train.seed"}
     scores = {"dataset", "train.valid_sentences", "train.valid_steps"}
     if not progress.best_is_bleu:  # the loss also depends on its noise and on the model's options
-        scores |= batches | {name for name in names if name.startswith("model.")}
+        scores |= batches | {"arch"} | {name for name in names if name.startswith("model.")}
     if names & scores:
         progress.best, progress.bad_validations = None, 0
     if names & batches and progress.batch:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -25,7 +24,7 @@ from fastdiss_cli.checkpoints.folder import (
     prune_numbered,
 )
 from fastdiss_cli.checkpoints.loading import load_weights, vocabulary
-from fastdiss_cli.config import TrainConfig
+from fastdiss_cli.config import TrainConfig, option_changes
 from fastdiss_cli.data.dataset import Dataset
 from fastdiss_cli.data.tokenizer import check_same
 from fastdiss_cli.distributed import Processes
@@ -212,12 +211,9 @@ class TrainState:
         checkpoint = Checkpoint.load(path)
         remedy = f"preprocess with the tokenizers that {path} was trained on"
         self._check_tokenizers(checkpoint, "the dataset", remedy)
-        then = checkpoint.model_config
-        differing = [
-            f"{name} {then.get(name)} -> {value}"
-            for name, value in asdict(self.model_config).items()
-            if json.dumps(then.get(name)) != json.dumps(value)  # a tuple is a list in the file
-        ]
+        differing = {}
+        if checkpoint.arch == self.arch.name:
+            differing = option_changes(checkpoint.model_config, self.model_config, "model")
         try:
             load_weights(self.model, checkpoint.averaged(), path)
         except FastdissError as error:
@@ -227,10 +223,10 @@ class TrainState:
                 f"{path} is a {checkpoint.arch}, whose weights do not fit a {self.arch.name}: "
                 f"give --arch {checkpoint.arch}"
             ) from error
-        logs.info(
-            f"starting from the weights of {path}"
-            + (f"; model options that differ: {', '.join(differing)}" if differing else "")
+        told = "".join(
+            f"; model.{k} was {was} and is now {new}" for k, (was, new) in differing.items()
         )
+        logs.info(f"starting from the weights of {path} ({checkpoint.arch}){told}")
 
     def _check_tokenizers(self, checkpoint: Checkpoint, where: str, remedy: str) -> None:
         for side, name in (("src", "source"), ("tgt", "target")):
