@@ -28,7 +28,7 @@ from hypothesis import strategies as st
 from test_binarized import Tokens, make_dataset, tokens_of
 
 import fastdiss_cli
-from fastdiss_cli.checkpoints.checkpoint import Checkpoint, Progress, _digest
+from fastdiss_cli.checkpoints.checkpoint import Checkpoint, Progress, digest
 from fastdiss_cli.checkpoints.loading import load_model, vocabulary
 from fastdiss_cli.data.binarized import BinarizedDataset
 from fastdiss_cli.data.dataset import SideInfo, TokenFile
@@ -500,8 +500,8 @@ def test_facts_that_are_incomplete_under_a_right_hash(
     @given(changed=changes(facts, wrong))
     def change(changed: dict[str, Any]) -> None:
         text = json.dumps(changed)
-        digest = _digest(text, dict(sorted(original.tensors.items())))
-        about = {"format": "3", "facts": text, "sha256": digest}
+        sha256 = digest(text, dict(sorted(original.tensors.items())))
+        about = {"format": "3", "facts": text, "sha256": sha256}
         forged = {"fastdiss": json.dumps(about)}
         path.write_bytes(joined({**header, "__metadata__": forged}, tensors))
         for read in (Checkpoint.load, lambda path: load_model(path, CPU)):

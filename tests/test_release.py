@@ -142,8 +142,15 @@ def test_a_copy_counts_once_in_a_mean(trained: Path, files: list[Path], tmp_path
     out, copy = tmp_path / "mean.safetensors", trained / "checkpoint_last.safetensors"
     done = run_cli("average", *files, copy, "-o", out)
     assert done.returncode == 0
-    assert f"{copy} is the same checkpoint as {files[2]}, and counts once" in done.stderr
+    assert f"{copy} has the same weights as {files[2]}, and counts once" in done.stderr
     assert facts_of(out)["training"]["averaged_updates"] == [4, 8, 12]
+    same = Checkpoint.load(out)
+    assert run_cli("average", *files, "-o", copy.with_name("again.safetensors")).returncode == 0
+    again = Checkpoint.load(copy.with_name("again.safetensors"))
+    assert all(torch.equal(weight, again.tensors[name]) for name, weight in same.tensors.items())
+    one_line_error(run_cli("average", *files, out, "-o", out), "is one of the checkpoints", code=2)
+    more = run_cli("average", *files, out, "-o", tmp_path / "more.safetensors")
+    assert f"{out} is itself a mean, and counts like a single checkpoint" in more.stderr
 
 
 def test_models_of_different_directions_have_no_mean(files: list[Path], tmp_path: Path) -> None:

@@ -108,7 +108,7 @@ class Checkpoint:
         }
         tensors = {name: t.detach().cpu().contiguous() for name, t in sorted(self.tensors.items())}
         text = json.dumps(facts, sort_keys=True)
-        about = {"format": FORMAT_VERSION, "facts": text, "sha256": _digest(text, tensors)}
+        about = {"format": FORMAT_VERSION, "facts": text, "sha256": digest(text, tensors)}
         # one entry: safetensors writes several in random order
         metadata = {"fastdiss": json.dumps(about)}
         with replacing(path) as temporary:
@@ -138,7 +138,7 @@ class Checkpoint:
                 version = about.get("format")
                 if version == FORMAT_VERSION:
                     tensors = {name: file.get_tensor(name) for name in sorted(file.keys())}
-                    digest = _digest(about.get("facts", ""), tensors)
+                    found = digest(about.get("facts", ""), tensors)
         # RuntimeError, TypeError: number types that torch knows but cannot handle
         except (OSError, SafetensorError, ValueError, RuntimeError, TypeError) as error:
             if not _begins_as_safetensors(path):
@@ -155,7 +155,7 @@ class Checkpoint:
             raise FastdissError(
                 f"{path} has checkpoint format {version!r}; this fastdiss reads {FORMAT_VERSION!r}"
             )
-        if digest != about.get("sha256"):
+        if found != about.get("sha256"):
             raise FastdissError(f"{path} is damaged: its bytes differ from its sha256")
         try:
             facts = json.loads(about["facts"])
@@ -210,10 +210,11 @@ def _about(metadata: dict[str, str]) -> dict[str, str]:
     return about
 
 
-def _digest(text: str, tensors: dict[str, Tensor]) -> str:
-    digest = hashlib.sha256(text.encode())
+def digest(text: str, tensors: dict[str, Tensor]) -> str:
+    """Return the sha256 of a text and of tensors with their names."""
+    sha256 = hashlib.sha256(text.encode())
     for name, tensor in tensors.items():
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        sha256.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
         if tensor.numel():
-            digest.update(np.ascontiguousarray(tensor.cpu().flatten().view(torch.uint8).numpy()))
-    return digest.hexdigest()
+            sha256.update(np.ascontiguousarray(tensor.cpu().flatten().view(torch.uint8).numpy()))
+    return sha256.hexdigest()

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from filecmp import cmp
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ import yaml
 from torch import Tensor
 
 from fastdiss_cli import __version__, logs
-from fastdiss_cli.checkpoints.checkpoint import Checkpoint
+from fastdiss_cli.checkpoints.checkpoint import Checkpoint, digest
 from fastdiss_cli.checkpoints.folder import best_of, numbered
 from fastdiss_cli.config import build_saved, option_changes
 from fastdiss_cli.errors import FastdissError, OptionError
@@ -29,7 +28,7 @@ _FACTS = (
 
 
 def chosen_checkpoints(given: Sequence[Path], last: int) -> list[Path]:
-    """Return the checkpoint files that the given files and folders stand for, without copies.
+    """Return the checkpoint files that the given files and folders stand for.
 
     Args:
         given: files, or folders, which stand for their ``checkpoint_best``.
@@ -52,19 +51,7 @@ def chosen_checkpoints(given: Sequence[Path], last: int) -> list[Path]:
             paths += found
         else:
             paths.append(best_of(path))
-    return _without_copies(paths)
-
-
-def _without_copies(paths: Sequence[Path]) -> list[Path]:
-    """Return the paths of different files: checkpoint_best is a copy of a numbered checkpoint."""
-    kept: list[Path] = []
-    for path in paths:
-        same = (p for p in kept if p.is_file() and path.is_file() and cmp(p, path, shallow=False))
-        if twin := next(same, None):
-            logs.warn(f"{path} is the same checkpoint as {twin}, and counts once")
-        else:
-            kept.append(path)
-    return kept
+    return paths
 
 
 def release(paths: Sequence[Path], license: str | None, text: str | None) -> Checkpoint:
@@ -79,13 +66,21 @@ def release(paths: Sequence[Path], license: str | None, text: str | None) -> Che
         FastdissError: a file cannot be read, or does not fit the first one.
     """
     first = newest = Checkpoint.load(paths[0])  # newest: the one with the most updates
-    sums = {name: value.double() for name, value in first.averaged().items()}
-    updates, seeds = [first.progress.update], {first.train_config.get("seed")}
-    for path in paths[1:]:
+    sums: dict[str, Tensor] = {}
+    used: dict[str, Path] = {}  # by the hash of its weights
+    updates, seeds = [], set()
+    for path in paths:
         other = Checkpoint.load(path)
         _check_same(first, other, paths[0], path)
-        for name, value in other.averaged().items():
-            sums[name] += value
+        weights = other.averaged()
+        twin = used.setdefault(digest("", weights), path)
+        if twin is not path:  # as checkpoint_best, a copy of a numbered one
+            logs.warn(f"{path} has the same weights as {twin}, and counts once")
+            continue
+        if other.card and "averaged_updates" in other.card["training"]:
+            logs.warn(f"{path} is itself a mean, and counts like a single checkpoint")
+        for name, value in weights.items():
+            sums[name] = sums.get(name, 0) + value.double()
         updates.append(other.progress.update)
         seeds.add(other.train_config.get("seed"))
         newest = max(newest, other, key=lambda checkpoint: checkpoint.progress.update)
@@ -96,11 +91,11 @@ def release(paths: Sequence[Path], license: str | None, text: str | None) -> Che
         )
     types = {name: value.dtype for name, value in first.averaged().items()}
     tensors: dict[str, Tensor] = {
-        f"model.{name}": (total / len(paths)).to(types[name]) for name, total in sums.items()
+        f"model.{name}": (total / len(used)).to(types[name]) for name, total in sums.items()
     }
     tensors |= {f"tokenizer.{side}": newest.tensors[f"tokenizer.{side}"] for side in ("src", "tgt")}
     card = model_card(newest)
-    if len(paths) > 1:
+    if len(used) > 1:
         card["training"]["averaged_updates"] = sorted(updates)
         card["training"].pop("best_validation", None)  # of a single checkpoint, not of the mean
     card |= {"toolkit": f"fastdiss {__version__}", "license": license or card["license"]}

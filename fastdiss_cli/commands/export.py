@@ -60,6 +60,8 @@ def export(
     from fastdiss_cli.checkpoints.release import chosen_checkpoints, release
 
     paths = chosen_checkpoints(given, last)
+    if output.exists() and any(path.exists() and path.samefile(output) for path in paths):
+        raise typer.BadParameter(f"--output {output} is one of the checkpoints")
     if len(paths) > 1:
         logs.info(f"averaging {', '.join(map(str, paths))}")
     else:
