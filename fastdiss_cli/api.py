@@ -177,8 +177,7 @@ class Translator:
             raise FastdissError("reranker must be what fastdiss_cli.load returns")
         method, metric = decoding.pop("select", None), decoding.pop("mbr_metric", None)
         _, select = selector(self.loaded, method, metric, reranker and reranker.loaded)
-        fields = [field.name for field in dataclasses.fields(model.Decoding)]
-        known = [name for name in (*fields, *_OF_ALL_MODELS) if name not in _OBSERVING]
+        known = [n for n in (*model.decoding_options(), *_OF_ALL_MODELS) if n not in _OBSERVING]
         for name in decoding:
             if name not in known:
                 raise FastdissError(
@@ -192,7 +191,7 @@ class Translator:
             sources = [self.loaded.src.encode_source(sentence) for sentence in sentences]
             select = with_runners_up(select, run.options.candidates - 1)
             SequenceGenerator(model, select, max_tokens, self.loaded.dtype).decode(sources, [run])
-        return list(filter(None, run.best))
+        return run.answers
 
 
 def load(

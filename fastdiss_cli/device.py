@@ -54,7 +54,8 @@ def pick_device(name: str | torch.device) -> torch.device:
     # counted, not tried out: that would take memory on a GPU that another process may be using
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     is_gpu = device is not None and device.type == "cuda" and (device.index or 0) < count
-    if name != "cpu" and not is_gpu:
+    is_cpu = device is not None and device.type == "cpu" and not device.index
+    if not is_cpu and not is_gpu:
         others = "cpu, cuda or auto" if torch.cuda.is_available() else "cpu or auto"
         raise OptionError("device", f"{name}: no such device here; use {others}")
     return device
@@ -105,6 +106,12 @@ def autocast(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
             torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
         )
         yield
+
+
+def compute_dtype(x: torch.Tensor) -> torch.dtype:
+    """Return the type that a matrix product of x has here: that of autocast, or its own."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
 class _WithoutCudnn:

@@ -19,7 +19,7 @@ from torch import Tensor
 from fastdiss_cli import logs
 from fastdiss_cli.device import out_of_memory
 from fastdiss_cli.errors import FastdissError, describe_bug
-from fastdiss_cli.signals import Stop, elected
+from fastdiss_cli.signals import BROKEN_PIPE, Stop, elected
 
 
 class CommonError(FastdissError):
@@ -130,7 +130,8 @@ class Processes:
         if error is not None and not common:
             # a rank that fails alone does not wait for the others, which notice by themselves, and
             # skips torch's shutdown, in which a thread without its peer may abort the interpreter
-            code = 130 if isinstance(error, KeyboardInterrupt) else getattr(error, "code", 1)
+            codes = {KeyboardInterrupt: 130, BrokenPipeError: BROKEN_PIPE}
+            code = codes.get(type(error), getattr(error, "code", 1))
             atexit.register(_leave, code)
             return
         if common and self.rank == 0:

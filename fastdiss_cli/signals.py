@@ -69,9 +69,11 @@ def stop_on_signal(stop: Stop, what_comes: str) -> Iterator[None]:
         with suppress(RuntimeError):  # the signal interrupted the writing of another line
             logs.info(f"stopping: {what_comes} (again to stop at once)")
 
-    before = [signal.signal(number, handle) for number in CAUGHT]
+    # a shell ignores SIGINT for what a script starts in the background: so it stays
+    ignored = [number for number in CAUGHT if signal.getsignal(number) is signal.SIG_IGN]
+    before = {n: signal.signal(n, handle) for n in CAUGHT if n not in ignored}
     try:
         yield
     finally:
-        for number, handler in zip(CAUGHT, before, strict=True):
+        for number, handler in before.items():
             signal.signal(number, handler)

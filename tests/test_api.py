@@ -143,7 +143,8 @@ def test_other_wrong_use_is_named(diffusion: Path, corpus: Path, tmp_path: Path)
     for wrong in (("a b", ["a"]), (["a"], "a"), (["a"], None), (["a"], [None]), (["a"], [[]])):
         with pytest.raises(FastdissError, match=r"string|needs a reference"):
             fastdiss_cli.score(*wrong)
-    for device in ("abacus", "meta", None):
+    assert fastdiss_cli.load(diffusion, device=torch.device("cpu", 0)).generate(["drei"], steps=1)
+    for device in ("abacus", "meta", "cpu:1", None):
         with pytest.raises(FastdissError, match="no such device"):
             fastdiss_cli.load(diffusion, device=device)
     for wrong in ({"max_tokens": 0}, {"max_tokens": "a"}, {"reranker": "x"}):

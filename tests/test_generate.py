@@ -196,6 +196,20 @@ def test_a_signal_may_interrupt_a_line_of_the_log(monkeypatch: pytest.MonkeyPatc
     assert stop.signal == signal.SIGTERM
 
 
+def test_a_signal_that_is_ignored_stays_ignored() -> None:
+    """As SIGINT is for what a script starts in the background."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with stop_on_signal(stop := Stop(), "saving"):
+            os.kill(os.getpid(), signal.SIGINT)
+        assert stop.signal == 0 and signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+        with stop_on_signal(stop, "saving"):
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.signal == signal.SIGTERM
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def test_a_signal_ends_the_wait_for_input(checkpoints: dict[str, Path]) -> None:
     more = ["generate", "--path", checkpoints["fastdiss_tiny"], "--input", "-", "--device=cpu"]
     (done,) = Ranks(1, *more, prepare=waiting_input).results()

@@ -65,7 +65,7 @@ def test_score_is_sacrebleu(tmp_path: Path) -> None:
     assert plain.startswith("BLEU|nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp|version:")
 
 
-def test_bleu_of_tokenised_and_of_lower_case_text(tmp_path: Path) -> None:
+def test_bleu_of_tokenized_and_of_lower_case_text(tmp_path: Path) -> None:
     """sacreBLEU's -tok and -lc; and --ignore-case of fairseq-score."""
     hypotheses = ["The cat sat, on a mat .", "it rains-today"]
     references = ["the cat sat , on a mat.", "It rains - today"]
@@ -111,7 +111,7 @@ def test_unequal_line_counts_are_an_error(tmp_path: Path) -> None:
 
 
 def test_names_are_those_of_the_metrics() -> None:
-    assert set(score.AGAINST_REFERENCES) == set(metrics.METRICS)
+    assert set(score.SUMS) == set(metrics.METRICS)
     assert set(score.DIVERSITY) == set(metrics.DIVERSITY)
     assert {name for group in score.GROUPS.values() for name in group} < set(score.NAMES)
     assert set(metrics.METRICS) > metrics.LOWER_IS_BETTER
@@ -288,6 +288,10 @@ def test_a_summary_line_is_read_back() -> None:
     assert beam is not None and beam.steps is None and beam.speed == 8
     slow = parse_summary(summary("transformer_base", 0.0498, beam=5))
     assert slow is not None and slow.speed == pytest.approx(0.0498)
+    ours = parse_summary(summary("mine_tiny", 8))  # a model of one's own, without options
+    assert ours is not None and (ours.arch, ours.options) == ("mine_tiny", {})
+    blank = parse_summary(summary("mine_tiny", 8, grid=(1, 2)))
+    assert blank is not None and blank.options == {"grid": "(1,2)"}
     assert parse_summary("Generate poems with words: 5 sentences") is None
     switches = dict(steps=5, early_exit=True, history=True, diagnose=False)
     output = parse_summary(summary("fastdiss_tiny", 8, **switches))

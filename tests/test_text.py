@@ -131,8 +131,8 @@ def test_unequal_counts_are_both_reported(
     write(tmp_path / f"x.{longer}", "a\n" * 5011)
     write(tmp_path / f"x.{shorter}", "a\n" * few)
     message = failure(tmp_path / "x")
-    assert f"x.{longer} has 5011 lines" in message
-    assert f"x.{shorter} has {few}" in message
+    assert f"x.{longer} has 5,011 lines" in message
+    assert f"x.{shorter} has {few:,}" in message
 
 
 @settings(max_examples=60, derandomize=True, deadline=None)

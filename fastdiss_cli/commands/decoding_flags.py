@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -78,13 +77,13 @@ def step_options(steps: str | None) -> list[dict[str, int]]:
     """
     if steps is None:
         return [{}]
-    counts = steps.split(",")
-    digits = [count.strip() for count in counts]
-    if not all(d.isdecimal() and len(d) < 10 and int(d) >= 1 for d in digits):
+    words = [word.strip() for word in steps.split(",")]
+    if not all(word.isdecimal() and len(word) < 10 and int(word) >= 1 for word in words):
         raise typer.BadParameter(f"--steps {steps}: give whole numbers of at least 1, as in 1,2,5")
-    if len(set(map(int, counts))) < len(counts):
+    counts = list(map(int, words))
+    if len(set(counts)) < len(counts):
         raise typer.BadParameter(f"--steps {steps}: a step count is given twice")
-    return [{"steps": int(count)} for count in counts]
+    return [{"steps": count} for count in counts]
 
 
 def decoding_options(model: Seq2SeqModel, arch: str, given: dict[str, Any]) -> Any:
@@ -98,7 +97,7 @@ def decoding_options(model: Seq2SeqModel, arch: str, given: dict[str, Any]) -> A
     Raises:
         BadParameter: the model has no such option, or not with this value.
     """
-    known = [field.name for field in dataclasses.fields(model.Decoding)]
+    known = model.decoding_options()
     for key in given:
         if key not in known:
             flags = ", ".join(_flag(name) for name in known if name in ("steps", *FLAGS))

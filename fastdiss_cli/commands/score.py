@@ -24,12 +24,12 @@ if TYPE_CHECKING:
     from fastdiss_cli.decoding.report import Figures
 
 # listed here, because --help must not wait for sacreBLEU's import
-AGAINST_REFERENCES = ("bleu", "chrf", "ter", "rouge1", "rouge2", "rougeL", "bertscore")
-AGAINST_REFERENCES += ("wer", "ser", "repetition")
-SELF_CONTAINED = ("repetition",)  # have sacreBLEU's interface, but use no references
+AGAINST_REFERENCES = ("bleu", "chrf", "ter", "rouge1", "rouge2", "rougeL")
+AGAINST_REFERENCES += ("bertscore", "wer", "ser")
+SUMS = (*AGAINST_REFERENCES, "repetition")  # over sentences, with sacreBLEU's interface
 DIVERSITY = ("distinct1", "distinct2", "sentence-distinct", "self-bleu")
 GROUPS = {"rouge": ("rouge1", "rouge2", "rougeL"), "distinct": ("distinct1", "distinct2")}
-NAMES = (*AGAINST_REFERENCES, *DIVERSITY, *GROUPS)
+NAMES = (*SUMS, *DIVERSITY, *GROUPS)
 COUNTED = ("wer", "ser", "repetition")
 STDIN = Path("-")
 TESTS = {"bs": "paired bootstrap", "ar": "approximate randomisation"}
@@ -94,7 +94,7 @@ def score(
             "-tok",
             metavar="NAME",
             help="sacreBLEU's tokenizer of BLEU: 13a, intl, zh, ja-mecab, ko-mecab, char, none "
-            "(for text that is tokenised) and others. (default: 13a)",
+            "(for text that is tokenized) and others. (default: 13a)",
         ),
     ] = None,
     lowercase: Annotated[
@@ -158,7 +158,7 @@ def score(
             options.setdefault(metric, {})[name] = value
     test = (paired_test or "bs") if paired else None
     if paired is not None:
-        if not set(wanted) & set(AGAINST_REFERENCES):
+        if not set(wanted) & set(SUMS):
             raise typer.BadParameter(
                 f"--paired: there is no test for --metrics {metrics}, which are not sums over "
                 "sentences"
@@ -184,7 +184,7 @@ def score(
             )
         if "bleu" in wanted and tokenize != "none":
             _warn_of_tokenized(path, system)
-    needed = any(name in AGAINST_REFERENCES and name not in SELF_CONTAINED for name in wanted)
+    needed = any(name in AGAINST_REFERENCES for name in wanted)
     if ref and not needed:
         raise typer.BadParameter(f"--metrics {metrics} uses no references: leave out --ref")
     streams = _streams(paths, read, ref) if needed else [[""] * len(read[0].hypotheses)]
@@ -282,16 +282,14 @@ def _score(
     """Return the results of each system, in the order of the metrics.
 
     Args:
-        options: the options of metrics against references, by metric.
+        options: the options of the metrics in `SUMS`, by metric.
     """
     from fastdiss_cli import metrics
 
     columns: dict[str, list[Result]] = {}
     try:
         used = {
-            name: metrics.METRICS[name](**options.get(name, {}))
-            for name in wanted
-            if name in AGAINST_REFERENCES
+            name: metrics.METRICS[name](**options.get(name, {})) for name in wanted if name in SUMS
         }
     except OptionError as error:
         raise typer.BadParameter(f"--{error}") from None

@@ -67,7 +67,7 @@ def train(
     arch: Annotated[
         str | None,
         typer.Option(
-            help="See `fastdiss models`. (default: fastdiss_small)",
+            help=f"See `fastdiss models`. (default: {TRAIN_FIELDS['arch'].default})",
             autocompletion=complete_architecture,
         ),
     ] = None,
@@ -108,7 +108,10 @@ def train(
         typer.Option(help="Dropout rate. (default: that of the architecture)", **OPTIMISATION),
     ] = None,
     label_smoothing: Annotated[
-        float | None, typer.Option(help="Of the cross-entropy. (default: 0.1)", **OPTIMISATION)
+        float | None,
+        typer.Option(
+            help="Of the cross-entropy. (default: that of the architecture)", **OPTIMISATION
+        ),
     ] = None,
     ema_decay: Annotated[float | None, flag("ema_decay", OPTIMISATION)] = None,
     validate_interval_updates: Annotated[

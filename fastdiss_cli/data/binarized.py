@@ -123,8 +123,8 @@ class BinarizedDataset(Dataset):
             for file in files.values():
                 if len(file) != manifest.sentences[split]:
                     raise FastdissError(
-                        f"{file.stem}.idx holds {len(file)} sentences, but the manifest says "
-                        f"{manifest.sentences[split]}; run `fastdiss preprocess` again"
+                        f"{file.stem}.idx holds {len(file):,} sentences, but the manifest says "
+                        f"{manifest.sentences[split]:,}; run `fastdiss preprocess` again"
                     )
             if verify:
                 self.verify(split)

@@ -68,6 +68,10 @@ class Dataset(ABC):
         return self.splits[split]
 
     @property
+    def tokenizers(self) -> tuple[Tokenizer, Tokenizer]:
+        return self.src_tokenizer, self.tgt_tokenizer
+
+    @property
     @abstractmethod
     def hash(self) -> str:
         """The sha256 of all that training depends on: the tokens and the tokenizers."""

@@ -84,8 +84,7 @@ class FairseqDataset(Dataset):
 
     def verify(self, split: str) -> None:
         """Check that a split's ids are in the dictionaries, and that its sentences end with eos."""
-        tokenizers = (self.src_tokenizer, self.tgt_tokenizer)
-        for file, tokenizer in zip(self[split].values(), tokenizers, strict=True):
+        for file, tokenizer in zip(self[split].values(), self.tokenizers, strict=True):
             file.check_ids(tokenizer.vocab_size)
             lasts = np.cumsum(file.sizes, dtype=np.int64) - 1
             ended = file.sizes > 0

@@ -42,7 +42,7 @@ class Layout:
 
     @property
     def num_tokens(self) -> int:
-        """The number of tokens, P."""
+        """The number of positions that are computed, P: of a dense layout, padding too."""
         return self.pad_mask.numel() if self.index is None else len(self.index)
 
     def flat(self, x: Tensor) -> Tensor:

@@ -34,8 +34,8 @@ def read_lines(path: Path) -> Iterator[str]:
     Raises:
         FastdissError: the file cannot be read, or a line is not UTF-8.
     """
-    for number, (line,) in enumerate(_raw_lines(path, 1), start=1):
-        yield from _decode(line, str(path), number)
+    with _open(path) as file:
+        yield from decode_lines(file, str(path))
 
 
 def count_lines(path: Path) -> int:
@@ -273,7 +273,7 @@ def _unequal(
         counts = [count + len(side) for count, side in zip(counts, lines, strict=True)]
     (shorter, few), (longer, many) = sorted(zip(paths, counts, strict=True), key=itemgetter(1))
     return FastdissError(
-        f"{longer} has {many} lines but {shorter} has {few}: parallel files must "
+        f"{longer} has {many:,} lines but {shorter} has {few:,}: parallel files must "
         "have the same number of lines"
     )
 

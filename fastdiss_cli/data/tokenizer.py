@@ -270,30 +270,33 @@ class _CountedLines:
                 if line and drawn and self.count < _TRAINING_LINES:
                     self.count += 1
                     # a character has at most 4 bytes
-                    self.long += 4 * len(line) > _LONGEST_LINE < len(line.encode())
+                    may_be_long = 4 * len(line) > _LONGEST_LINE
+                    self.long += may_be_long and len(line.encode()) > _LONGEST_LINE
                     yield line
         except BaseException as error:  # SentencePiece would wrap it in a RuntimeError of its own
             self.failure = error
             raise
 
 
-def check_same(side: str, own: Tokenizer, other: Tokenizer, where: str, remedy: str) -> None:
-    """Refuse a tokenizer that differs from the checkpoint's: its ids would mean other tokens.
+def check_same(
+    own: tuple[Tokenizer, Tokenizer], others: tuple[Tokenizer, Tokenizer], where: str, remedy: str
+) -> None:
+    """Refuse tokenizers that differ from the checkpoint's: their ids would mean other tokens.
 
     Args:
-        side: source or target.
-        own: the checkpoint's tokenizer.
-        other, where: the other tokenizer, and what it belongs to.
+        own: the checkpoint's, of source and target.
+        others, where: the others, and what they belong to.
         remedy: what to do.
 
     Raises:
         FastdissError: they differ; the message has both hashes.
     """
-    if own.hash != other.hash:
-        raise FastdissError(
-            f"the {side} tokenizer of {where} ({other.hash[:16]}) is not the checkpoint's "
-            f"({own.hash[:16]}); {remedy}"
-        )
+    for side, mine, other in zip(("source", "target"), own, others, strict=True):
+        if mine.hash != other.hash:
+            raise FastdissError(
+                f"the {side} tokenizer of {where} ({other.hash[:16]}) is not the checkpoint's "
+                f"({mine.hash[:16]}); {remedy}"
+            )
 
 
 def _explain(message: str, model_type: str, vocab_size: int) -> str:

@@ -43,7 +43,7 @@ def diagnosis_of(
     pads = model.src.pad, model.tgt.pad
     batcher = TokenBatcher(split["src"], split["tgt"], *pads, generator.max_tokens, 2**31)
     return {
-        "by_step": by_step(run.best),
+        "by_step": by_step(run.answers),
         "by_time": by_time(model, batcher, run.options, generator.dtype),
     }
 

@@ -50,6 +50,12 @@ class Run:
     sentences: int = 0
     empty: int = 0
 
+    @property
+    def answers(self) -> list[Hypothesis]:
+        """The chosen hypotheses, where all sentences were decoded."""
+        assert None not in self.best
+        return self.best  # type: ignore[return-value]
+
 
 @dataclass
 class SequenceGenerator:
@@ -116,7 +122,8 @@ class SequenceGenerator:
                 batch = f"a batch of {len(rows)} sentences of at most {longest} source tokens"
                 if len(rows) == 1:
                     remedy = "the number of candidates, or split it"
-                    batch = f"sentence {first + rows[0] + 1}, which has {longest} source tokens"
+                    number = first + rows[0]
+                    batch = f"sentence {number} (from 0), which has {longest} source tokens"
                 raise FastdissError(
                     f"out of memory decoding {batch}, {widest} candidates each: lower {remedy}"
                 ) from None

@@ -38,7 +38,7 @@ def expected_utilities(
     single candidate is scored against itself. Sentences share calls, but do not affect each other.
 
     Args:
-        sentences: the C candidates of each, detokenised; empty texts are allowed.
+        sentences: the C candidates of each, detokenized; empty texts are allowed.
         metric: "bleu" or "chrf".
 
     Returns:
@@ -79,7 +79,7 @@ def pairwise_utilities(
     (characters without white space, beta 2).
 
     Args:
-        sentences: the U texts of each, detokenised; empty texts are allowed.
+        sentences: the U texts of each, detokenized; empty texts are allowed.
         metric: "bleu" or "chrf".
 
     Returns:
@@ -108,14 +108,14 @@ class _Words(dict[str, list[int]]):
 
     def __init__(self) -> None:
         self.tokens: defaultdict[str, int] = defaultdict(count().__next__)
-        self.characters = 0  # tokenised so far
+        self.characters = 0  # tokenized so far
 
     def __missing__(self, word: str) -> list[int]:
         ids = self[word] = self.number(word)
         return ids
 
     def number(self, text: str) -> list[int]:
-        """Tokenise a text and return the numbers of its tokens."""
+        """Tokenize a text and return the numbers of its tokens."""
         self.characters += len(text)
         return [self.tokens[token] for token in _tokenizer_13a(text).split()]
 
@@ -132,7 +132,7 @@ def _word_cache() -> _Words:
 
 
 def _ids_13a(text: str, words: _Words) -> list[int]:
-    """Tokenise as sacreBLEU's 13a does, and return the numbers of the tokens."""
+    """Tokenize as sacreBLEU's 13a does, and return the numbers of the tokens."""
     text = text.rstrip()
     if "-\n" in text or "<skipped>" in text:  # 13a looks beyond single words only here
         return words.number(text)

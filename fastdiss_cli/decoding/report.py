@@ -48,10 +48,10 @@ class Summary:
         that change no answer, because they take time.
         """
         shown = {k: v for k, v in {**vars(self.run.options), **more}.items() if v is not False}
-        how = " ".join(f"{key}={value}" for key, value in shown.items())
+        how = "".join(f" {key}={str(value).replace(' ', '')}" for key, value in shown.items())
         quality = f"{self.bleu.format(signature=self.signature)} | " if self.bleu else ""
         return (
-            f"Generate {name} with {arch} {how}: {quality}"
+            f"Generate {name} with {arch}{how}: {quality}"
             f"{counted(self.run.sentences, 'sentence')} in {self.run.seconds:.1f} s, "
             f"{_digits(self.speed)} sentences/s, NFE {self.nfe:.1f}"
         )

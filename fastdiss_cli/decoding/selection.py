@@ -56,11 +56,8 @@ def check_reranker(model: Loaded, reranker: Loaded) -> None:
     Raises:
         FastdissError: it does not fit.
     """
-    for side, mine, other in (
-        ("source", model.src, reranker.src),
-        ("target", model.tgt, reranker.tgt),
-    ):
-        check_same(side, mine, other, "the reranker", "train both on one dataset")
+    theirs = reranker.src, reranker.tgt
+    check_same((model.src, model.tgt), theirs, "the reranker", "train both on one dataset")
     source, target = model.languages
     if source != target and reranker.languages == (target, source):  # if tokenizers are joined
         raise FastdissError(

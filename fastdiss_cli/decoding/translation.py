@@ -54,8 +54,7 @@ def dataset_input(
         FastdissError: it is damaged, or was made with other tokenizers than the checkpoint's.
     """
     where, remedy = str(dataset.folder), "use a dataset made with the same --tokenizer, or --input"
-    check_same("source", src, dataset.src_tokenizer, where, remedy)
-    check_same("target", tgt, dataset.tgt_tokenizer, where, remedy)
+    check_same((src, tgt), dataset.tokenizers, where, remedy)
     files = dataset[split]
     dataset.verify(split)
     pairs = zip(files["src"], files["tgt"], strict=True)

@@ -128,7 +128,7 @@ class MANS:
         confidence: ``distance``: the squared difference between z0_hat and the gold embedding, mean
             over coordinates (about 1 for an uninformed estimate, 0 for a perfect one);
             ``probability``: that of the gold token.
-        anchors: (easy, hard): the confidence values where r is 1 and where it is 0.
+        anchors: (easy, hard): the values where r is 1 and where it is 0.
         start_update: the first update that uses it.
         shared_pass: take the confidence from SCP's pass instead of a pass of its own. It saves a
             pass, but then the noise gives away which of the estimates in ``self_cond`` are right;
@@ -148,10 +148,10 @@ class MANS:
     def active(self, update: int) -> bool:
         return self.strength > 0 and update >= self.start_update
 
-    def ease(self, confidence: Tensor) -> Tensor:
-        """Map confidence values to r in [0, 1], of the same shape."""
+    def ease(self, measured: Tensor) -> Tensor:
+        """Map what ``confidence`` names to r in [0, 1], of the same shape."""
         easy, hard = self.anchors
-        return ((hard - confidence) / (hard - easy)).clamp(0, 1)
+        return ((hard - measured) / (hard - easy)).clamp(0, 1)
 
     def token_times(self, t: Tensor, ease: Tensor) -> Tensor:
         """Return t_i, float [B, T], from t [B, 1] and r [B, T]."""
@@ -185,7 +185,7 @@ def standard_self_conditioning(
 def perturbed_self_conditioning(
     denoise: Denoise,
     to_self_cond: ToSelfCond,
-    confidence: Callable[[Tensor], Tensor],
+    measure: Callable[[Tensor], Tensor],
     schedule: NoiseSchedule,
     scp: SCP,
     mans: MANS,
@@ -199,7 +199,7 @@ def perturbed_self_conditioning(
     Args:
         denoise: the network, for the passes without gradient.
         to_self_cond: maps z0_hat to the ``self_cond`` made of it.
-        confidence: maps z0_hat [B, T, D] to what `MANS` measures, [B, T].
+        measure: maps z0_hat [B, T, D] to what `MANS.confidence` names, [B, T].
         schedule, scp, mans: the process and the two repairs.
         z_0, noise: clean embeddings and standard normal, float [B, T, D].
         t: float [B, 1].
@@ -214,18 +214,18 @@ def perturbed_self_conditioning(
     shared = scaled and mans.shared_pass and not without_estimate
     token_t = t
     if scaled and not shared:
-        estimate = denoise(schedule.add_noise(z_0, token_t, noise), token_t, zeros)
-        token_t = mans.token_times(token_t, mans.ease(confidence(estimate)))
+        estimate = denoise(schedule.add_noise(z_0, t, noise), t, zeros)
+        token_t = mans.token_times(t, mans.ease(measure(estimate)))
     by_token = mans.time == "token"
     if without_estimate:
         return Condition(token_t, token_t if by_token else t, zeros)
 
     token_stale_t = scp.token_stale_times(token_t, t, stale_t)
     z_stale = scp.stale_z(schedule, z_0, noise, token_t, token_stale_t)
-    network_stale_t = token_stale_t if by_token else scp.token_stale_times(t, t, stale_t)
+    network_stale_t = token_stale_t if by_token else stale_t.clamp(max=1)
     estimate = denoise(z_stale, network_stale_t, zeros)
     if shared:
-        moved = mans.token_times(token_t, mans.ease(confidence(estimate)))
+        moved = mans.token_times(t, mans.ease(measure(estimate)))
         token_t = torch.minimum(moved, token_stale_t)
     in_first_step = (stale_t > 1)[..., None]
     self_cond = to_self_cond(estimate)

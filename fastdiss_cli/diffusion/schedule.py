@@ -63,7 +63,7 @@ class NoiseSchedule:
         return torch.sqrt(self.alpha(t) ** 2 + self.sigma(t) ** 2)
 
     def unit(self, z_t: Tensor, t: Tensor) -> Tensor:
-        """Return z_t, float [B, T, D], scaled to unit variance."""
+        """Return z_t, float [B, T, D], scaled to unit variance; t as in `add_noise`."""
         return z_t / _column(self.scale(t), z_t)
 
     def add_noise(self, z_0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
@@ -78,15 +78,18 @@ class NoiseSchedule:
 
         Args:
             z_t: float [B, T, D] at time ``t``.
-            t, later: times [B] or [B, T]; ``later >= t``. At ``t = 1`` there is no signal to carry
-                over, and z_t itself is returned.
+            t, later: times as in `add_noise`; ``later >= t``. At ``t = 1`` there is no signal to
+                carry over, and z_t itself is returned.
             noise: standard normal, float [B, T, D], independent of the noise in z_t.
         """
         a, variance = self.transition(t, later)
         return _column(a, z_t) * z_t + _column(torch.sqrt(variance), z_t) * noise
 
     def transition(self, t: Tensor, later: Tensor) -> tuple[Tensor, Tensor]:
-        """Return a = alpha'/alpha and the variance sigma'^2 - a^2 sigma^2 between two times."""
+        """Return a = alpha'/alpha and the variance sigma'^2 - a^2 sigma^2 between two times.
+
+        Times and results have any one shape.
+        """
         dtype, t, later = t.dtype, t.double(), later.double()
         alpha = self.alpha(t)
         a = torch.where(alpha > 0, self.alpha(later) / alpha.clamp_min(1e-30), 1.0)
@@ -95,7 +98,7 @@ class NoiseSchedule:
 
 
 def _column(level: Tensor, like: Tensor) -> Tensor:
-    """Append axes to a level of shape [B] or [B, T] until it broadcasts against [B, T, D]."""
+    """Append axes to a level of shape [], [B], [B, 1] or [B, T] until it fits [B, T, D]."""
     return level.reshape(level.shape + (1,) * (like.dim() - level.dim()))
 
 

@@ -22,6 +22,7 @@ def bleu(tokenize: str = "13a", lowercase: bool = False) -> BLEU:
 
     Args:
         tokenize: the name of a tokenizer that sacreBLEU knows.
+        lowercase: lower-case both sides.
 
     Raises:
         OptionError: sacreBLEU has no such tokenizer.

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastdiss_cli.device import compute_dtype
+
 # logits per chunk: on a CPU as many as fit its cache, on a GPU enough to keep launches few
 _CHUNK = {"cpu": 2**21, "cuda": 2**26}
 
@@ -43,7 +45,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, smoothing: float
     ) -> tuple[Tensor, Tensor]:
         kind, (P, V) = x.device.type, (len(x), len(weight))
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        dtype = compute_dtype(x)
         inputs = x, weight, bias
         grads = [
             torch.zeros_like(tensor) if needed else None

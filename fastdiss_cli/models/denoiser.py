@@ -67,7 +67,7 @@ class Candidates:
             shrink when sentences are dropped.
         seeds, numbers: int64 [N], the seed of its sentence and its number within the sentence, from
             which its noise is drawn.
-        keys: int64 [10, 2, K], of the draws of noise of a run: see `randomness.draw_keys`.
+        noise_keys: int64 [10, 2, K], of the draws of noise of a run: see `randomness.draw_keys`.
         best, before: int64 [N, T] and bool [N]: the best tokens of this step and of the step
             before, and whether the network is sure of all of them, for an early exit.
         drawn: draws that are made but not used yet, float [N, T, D], by their number.
@@ -76,7 +76,7 @@ class Candidates:
     denoiser: Denoiser
     seeds: Tensor
     numbers: Tensor
-    keys: Tensor
+    noise_keys: Tensor
     best: tuple[Tensor, Tensor] | None = None
     before: tuple[Tensor, Tensor] | None = None
     drawn: dict[int, Tensor] = field(default_factory=dict)
@@ -89,9 +89,9 @@ class Candidates:
         """
         if draw not in self.drawn:
             length = self.denoiser.layout.pad_mask.shape[1]
-            numbers = _CPU_NUMBERS if self.keys.device.type == "cpu" else _GPU_NUMBERS
+            numbers = _CPU_NUMBERS if self.noise_keys.device.type == "cpu" else _GPU_NUMBERS
             count = max(numbers // (len(self.seeds) * length * dim), 1)
-            keys = self.keys[..., draw : draw + count]
+            keys = self.noise_keys[..., draw : draw + count]
             noise = counter_normal(keys, self.seeds, self.numbers, length, dim)
             self.drawn = dict(enumerate(noise, draw))
         return self.drawn.pop(draw)

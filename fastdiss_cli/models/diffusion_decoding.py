@@ -128,18 +128,18 @@ class SampledModel(Seq2SeqModel):
         per_sentence = lengths.shape[1] * options.noise_beam
         lengths = lengths.repeat_interleave(options.noise_beam, dim=1).flatten()
         longest = int(lengths.max())
-        keys = draw_keys(options.seed, options.steps if options.temperature else 1).to(device)
+        noise_keys = draw_keys(options.seed, options.steps if options.temperature else 1).to(device)
         history: list[list[HistoryStep]] = [[] for _ in lengths]
         results = None
         if self.graphs is not None and options.is_fixed:
-            results = self._replay(memory, lengths, longest, seeds, keys, options)
+            results = self._replay(memory, lengths, longest, seeds, noise_keys, options)
         if results is None:
             gold_z0 = None
             if options.self_cond == "gold":
                 gold_z0 = self.embedding(pad(gold, self.tgt.pad)[0].to(device))
                 gold_z0 = gold_z0.repeat_interleave(per_sentence, dim=0)
             layout = Layout.of(torch.arange(longest, device=device) >= lengths[:, None])
-            results = self._sample(memory, layout, seeds, keys, options, gold_z0, history)
+            results = self._sample(memory, layout, seeds, noise_keys, options, gold_z0, history)
         scores, tokens, nfe = (x.tolist() for x in results)
         answers = []
         for row, (length, cost) in enumerate(zip(lengths.tolist(), nfe, strict=True)):
@@ -156,7 +156,7 @@ class SampledModel(Seq2SeqModel):
         memory: Memory,
         layout: Layout,
         seeds: Tensor,
-        keys: Tensor,
+        noise_keys: Tensor,
         options: DiffusionDecoding,
         gold_z0: Tensor | None = None,
         history: list[list[HistoryStep]] | None = None,
@@ -167,7 +167,7 @@ class SampledModel(Seq2SeqModel):
             memory: of the sentences.
             layout: of the N candidates.
             seeds: int64 [B], of the noise of each sentence.
-            keys: see `Candidates`.
+            noise_keys: see `Candidates`.
             options: how.
             gold_z0: the true embeddings, float [N, T, D], if the options ask for them.
             history: that of each candidate, filled if the options ask for it.
@@ -182,7 +182,7 @@ class SampledModel(Seq2SeqModel):
             denoiser,
             seeds.repeat_interleave(count),
             torch.arange(count, device=device).repeat(len(seeds)),
-            keys,
+            noise_keys,
         )
 
         def watch(rows: Tensor, t: Tensor, z: Tensor, z0_hat: Tensor) -> None:
@@ -220,7 +220,7 @@ class SampledModel(Seq2SeqModel):
         lengths: Tensor,
         longest: int,
         seeds: Tensor,
-        keys: Tensor,
+        noise_keys: Tensor,
         options: DiffusionDecoding,
     ) -> tuple[Tensor, ...] | None:
         """Replay `_sample` in one launch, or return None where that does not pay.
@@ -230,16 +230,16 @@ class SampledModel(Seq2SeqModel):
         """
         assert self.graphs is not None
         S, T = (-(-length // WIDEN) * WIDEN for length in (memory.hidden.shape[1], longest))
-        how = replace(options, seed=0)  # the seed enters by the keys, which are an input
-        key = len(seeds), S, len(lengths), T, how
+        how = replace(options, seed=0)  # the seed enters by `noise_keys`, which are an input
+        shape = len(seeds), S, len(lengths), T, how
         small = max(len(seeds) * S, len(lengths) * T) <= REPLAYED
-        if not small or options.steps > REPLAYED_STEPS or not self.graphs.has_seen(key):
+        if not small or options.steps > REPLAYED_STEPS or not self.graphs.has_seen(shape):
             return None
         memory = memory.widened(S)
 
         def function(
             seeds: Tensor,
-            keys: Tensor,
+            noise_keys: Tensor,
             tgt_pad_mask: Tensor,
             src_pad_mask: Tensor,
             hidden: Tensor,
@@ -248,11 +248,11 @@ class SampledModel(Seq2SeqModel):
             pairs = list(zip(keys_values[::2], keys_values[1::2], strict=True))
             dense = Memory(hidden, Layout(src_pad_mask, None, dense=True), pairs)
             layout = Layout(tgt_pad_mask, None, dense=True)
-            return self._sample(dense, layout, seeds, keys, options)
+            return self._sample(dense, layout, seeds, noise_keys, options)
 
         tgt_pad_mask = torch.arange(T, device=lengths.device) >= lengths[:, None]
-        given = [seeds, keys, tgt_pad_mask, memory.layout.pad_mask, memory.hidden]
-        return self.graphs.run(key, function, [*given, *chain(*memory.keys_values)])
+        given = [seeds, noise_keys, tgt_pad_mask, memory.layout.pad_mask, memory.hidden]
+        return self.graphs.run(shape, function, [*given, *chain(*memory.keys_values)])
 
     def _length_candidates(self, memory: Memory, beam: int) -> Tensor:
         """Return the most likely target lengths of each sentence, int64 [B, beam], all >= 1.
@@ -274,15 +274,10 @@ class SampledModel(Seq2SeqModel):
 
     def _read(self, z0_hat: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
         """Return log-probability and id of the best token at every position, both [N, T]."""
-        logits = self._logits(z0_hat, layout)
+        logits = self.embedding.logits(layout.flat(z0_hat))
+        logits[:, self.tgt.bos] = logits[:, self.tgt.pad] = float("-inf")  # in no answer
         best, tokens = logits.max(dim=-1)
         return layout.padded(best - logits.logsumexp(dim=-1)), layout.padded(tokens)
-
-    def _logits(self, z0_hat: Tensor, layout: Layout) -> Tensor:
-        """Score all tokens that an answer may contain, from estimates [N, T, D]; float32 [P, V]."""
-        logits = self.embedding.logits(layout.flat(z0_hat))
-        logits[:, self.tgt.bos] = logits[:, self.tgt.pad] = float("-inf")
-        return logits
 
     def _history(
         self, time: float, z0_hat: Tensor, fresh: Tensor | None, layout: Layout

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastdiss_cli.device import compute_dtype
 from fastdiss_cli.models.cross_entropy import linear_cross_entropy
 
 FORMS = ("raw", "nearest", "expected")  # of an estimate: see `LatentEmbedding.project`
@@ -105,11 +106,10 @@ class LatentEmbedding(nn.Module):
         self._frozen = self.rows().detach().to(dtype)
 
     def _expected(self, z0_hat: Tensor) -> Tensor:
-        kind = z0_hat.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else z0_hat.dtype
+        dtype = compute_dtype(z0_hat)
         query = (z0_hat * self.logit_scale).to(dtype)
         rows, bias = self.rows().to(dtype), self.bias.to(dtype)
-        with torch.autocast(kind, enabled=False):
+        with torch.autocast(z0_hat.device.type, enabled=False):
             if dtype == torch.bfloat16:
                 return (F.linear(query, rows, bias).softmax(-1) @ rows).float()
             # as attention over the table, so that [P, V] is never in memory as a whole

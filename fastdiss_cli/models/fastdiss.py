@@ -126,7 +126,7 @@ class FastDiSS(Difformer):
     def condition(
         self, denoiser: Denoiser, z_0: Tensor, noise: Tensor, tgt_tokens: Tensor, update: int
     ) -> Condition:
-        def confidence(z0_hat: Tensor) -> Tensor:
+        def measure(z0_hat: Tensor) -> Tensor:
             if self.mans.confidence == "distance":
                 return (z0_hat - z_0).square().mean(-1)
             layout = denoiser.layout
@@ -137,7 +137,7 @@ class FastDiSS(Difformer):
         return perturbed_self_conditioning(
             denoiser,
             denoiser.to_self_cond,
-            confidence,
+            measure,
             self.schedule,
             self.scp,
             self.mans,

@@ -8,6 +8,7 @@ never mention a model.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import importlib.util
 import math
@@ -156,6 +157,11 @@ class Seq2SeqModel(nn.Module, ABC):
             src_lengths, tgt_lengths: numbers of tokens of each pair, int [N].
         """
         return None
+
+    @classmethod
+    def decoding_options(cls) -> list[str]:
+        """Return the names of the options of ``Decoding``."""
+        return [field.name for field in dataclasses.fields(cls.Decoding)]
 
     @property
     def device(self) -> torch.device:

@@ -161,13 +161,12 @@ class Training:
                 progress.validation_due = progress.validation_due or self._validation_is_due()
                 if stopped:
                     self._save_stopped()
-                elif self._is_suspect():
-                    continue
-                elif progress.validation_due:
-                    stopped = self._validate_and_save()
-                    self.window.restart_clock()
-                elif progress.update % config.save_interval_updates == 0:
-                    self._save()
+                elif not self._is_suspect():
+                    if progress.validation_due:
+                        stopped = self._validate_and_save()
+                        self.window.restart_clock()
+                    elif progress.update % config.save_interval_updates == 0:
+                        self._save()
             if not stopped and self._is_suspect():
                 raise self._diverged("loss or gradient of the last update was not finite")
         return stopped
@@ -350,7 +349,7 @@ class Training:
         logs.info(
             f"epoch {progress.epoch}  update {progress.update:,}  "
             + "  ".join(f"valid {name} {value:.3f}" for name, value in figures.items())
-            + ("  (best)" if progress.best_update == progress.update else "")
+            + ("  (best)" if progress.is_best else "")
         )
 
     def _record(self, figures: dict[str, Any]) -> None:

@@ -118,7 +118,7 @@ class TrainState:
             FastdissError: the last save failed.
         """
         first, progress = self.processes.rank == 0, self.progress
-        lost = first and progress.is_best
+        best_saved = not (first and progress.is_best)
         checkpoint = self._checkpoint()
         with self.processes.attempt("saving") as attempt:
             if first:
@@ -126,7 +126,7 @@ class TrainState:
                 self.saved = progress.update
                 if progress.is_best:
                     copy_checkpoint(folder / LAST, folder / BEST)
-                lost = False
+                best_saved = True
                 if numbered and self.config.keep_last:
                     name = f"checkpoint_{progress.epoch}_{progress.update}.safetensors"
                     if progress.is_best:
@@ -134,7 +134,9 @@ class TrainState:
                     else:
                         copy_checkpoint(folder / LAST, folder / name)
                     prune_numbered(folder, self.config.keep_last, progress.update)
-        failed, lost = self.processes.sum([float(attempt.failure is not None), float(lost)])
+        failed, lost = self.processes.sum(
+            [float(attempt.failure is not None), float(not best_saved)]
+        )
         if final:
             self.processes.fail_together(attempt, failed)
         if failed:
@@ -194,8 +196,7 @@ class TrainState:
             )
 
     def _new_model(self) -> Seq2SeqModel:
-        tokenizers = (self.dataset.src_tokenizer, self.dataset.tgt_tokenizer)
-        model = self.arch.model(self.model_config, *map(vocabulary, tokenizers))
+        model = self.arch.model(self.model_config, *map(vocabulary, self.dataset.tokenizers))
         return model.to(self.processes.device)
 
     def _begin_with(self, path: Path) -> None:
@@ -229,9 +230,8 @@ class TrainState:
         logs.info(f"starting from the weights of {path} ({checkpoint.arch}){told}")
 
     def _check_tokenizers(self, checkpoint: Checkpoint, where: str, remedy: str) -> None:
-        for side, name in (("src", "source"), ("tgt", "target")):
-            ours = getattr(self.dataset, f"{side}_tokenizer")
-            check_same(name, checkpoint.tokenizer(side), ours, where, remedy)
+        own = checkpoint.tokenizer("src"), checkpoint.tokenizer("tgt")
+        check_same(own, self.dataset.tokenizers, where, remedy)
 
     def _checkpoint(self) -> Checkpoint:
         tensors: dict[str, Tensor] = {f"model.{n}": p for n, p in self.model.named_parameters()}
@@ -239,9 +239,9 @@ class TrainState:
             tensors |= {f"ema.{name}": p for name, p in self.ema.weights.items()}
         packed = pack_optimizer(self.model, self.optimizer)
         tensors |= {f"optimizer.{name}": value for name, value in packed.items()}
-        for side in ("src", "tgt"):
-            model = getattr(self.dataset, f"{side}_tokenizer").model
-            tensors[f"tokenizer.{side}"] = torch.frombuffer(bytearray(model), dtype=torch.uint8)
+        for side, tokenizer in zip(("src", "tgt"), self.dataset.tokenizers, strict=True):
+            model = bytearray(tokenizer.model)
+            tensors[f"tokenizer.{side}"] = torch.frombuffer(model, dtype=torch.uint8)
         return Checkpoint(
             arch=self.arch.name,
             model_config=asdict(self.model_config),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -87,14 +86,14 @@ class Validator:
             self.show(f"{first:,}/{count:,} sentences")
             end = min(first + CHUNK * ranks, count)
             sources = [split["src"][i].tolist() for i in range(first, end)]
-            # one batch per rank
+            # at most about one batch per rank
             max_tokens = min(config.max_tokens, CHUNK * max(map(len, sources)))
             generator = SequenceGenerator(model, by_score, max_tokens, self.dtype)
             if signal := generator.decode_together(
                 sources, [run], self.processes, self.stop, first
             ):
                 raise Stopped(signal)
-            hypotheses += [text(h.tokens) for h in run.best]
+            hypotheses += [text(h.tokens) for h in run.answers]
         references = [text(split["tgt"][i].tolist()) for i in range(count)]
         # effective order: texts of fewer than four words have no 4-grams to count; force: no
         # advice to stderr on text that looks tokenized
@@ -104,8 +103,8 @@ class Validator:
 
 def quick_decoding(model: Seq2SeqModel, steps: int) -> object:
     """Return a model's decoding options for one candidate, with a step count if it has steps."""
-    known = {field.name for field in dataclasses.fields(model.Decoding)}
     wanted = {"steps": steps, "beam": 1}
+    known = model.decoding_options()
     return model.Decoding(**{k: v for k, v in wanted.items() if k in known})
 
 

@@ -305,7 +305,8 @@ def write_results(results: Results, folder: Path) -> None:
         "gap: mean squared difference of a coordinate of z0_hat between the stale and a fresh "
         "self-conditioning; norm: its mean square (1 for true embeddings).\n",
         steps_table,
-        "Anchor loss at time t, given zeros, a fresh estimate (at t) or a stale one (t + 0.2):\n",
+        "Anchor loss at time t, given zeros, a fresh estimate (at t) or a stale one (of the step "
+        "before):\n",
         time_table,
     ]
     write(results, folder, "RESULTS.md", sections, "figures.json")
