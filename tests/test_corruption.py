@@ -480,11 +480,18 @@ def test_another_version_of_a_checkpoint_says_so(
     assert f"checkpoint format {version!r}; this fastdiss reads '3'" in str(caught.value)
 
 
-@pytest.mark.parametrize("text", ["", "eins\n", "a line that is longer than a header's length\n"])
+@pytest.mark.parametrize("text", ["eins\n", "a line that is longer than a header's length\n"])
 def test_a_file_that_is_no_checkpoint_says_so(tmp_path: Path, text: str) -> None:
     (tmp_path / "x").write_text(text)
     with pytest.raises(FastdissError, match=r"x is not a checkpoint: give a .safetensors file"):
         Checkpoint.load(tmp_path / "x")
+
+
+def test_an_empty_checkpoint_is_damaged(tmp_path: Path) -> None:
+    """As after a save to a full disk by another program."""
+    (tmp_path / "x.safetensors").touch()
+    with pytest.raises(FastdissError, match=r"x.safetensors is damaged .*: use another one"):
+        Checkpoint.load(tmp_path / "x.safetensors")
 
 
 def test_facts_that_are_incomplete_under_a_right_hash(

@@ -118,12 +118,13 @@ def test_damage_to_the_last_checkpoint_spares_the_others(data_bin: Path, tmp_pat
     assert last.stat().st_nlink == 1 and best.samefile(numbered)
 
 
-def test_another_architecture_is_all_that_is_reported(data_bin: Path, tmp_path: Path) -> None:
+def test_options_of_another_architecture_are_not_compared(data_bin: Path, tmp_path: Path) -> None:
     start(data_bin, tmp_path, "difformer_tiny", max_update=1).run()
     with pytest.raises(FastdissError) as refused:
         start(data_bin, tmp_path, "transformer_tiny", seed=3)
     message = str(refused.value)
-    assert "arch was difformer_tiny and is now transformer_tiny. Train" in message
+    changed = "arch was difformer_tiny and is now transformer_tiny; train.seed was 1 and is now 3"
+    assert f"{changed}. Train" in message
     with pytest.raises(FastdissError, match=r"and \d+ more \(a forgotten --config\?\)"):
         more = {"seed": 3, "lr": 1, "max_tokens": 9, "update_freq": 2, "warmup_updates": 7}
         start(data_bin, tmp_path, "difformer_tiny", **more)

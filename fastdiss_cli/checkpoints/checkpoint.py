@@ -177,10 +177,11 @@ class Checkpoint:
 
 
 def _begins_as_safetensors(path: Path) -> bool:
-    """Return whether a file begins like safetensors: a header's length, then JSON."""
+    """Return whether a file begins like safetensors (a header's length, then JSON) or is empty."""
     try:
         with open(path, "rb") as file:
-            return file.read(9)[8:] == b"{"
+            head = file.read(9)
+            return not head or head[8:] == b"{"
     except OSError:
         return True
 

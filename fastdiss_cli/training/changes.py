@@ -64,8 +64,6 @@ def forget_changed(progress: Progress, differing: dict[str, tuple[Any, Any]]) ->
 
 def describe_changes(differing: dict[str, tuple[Any, Any]]) -> str:
     """Describe the differences, or the first few of them."""
-    if "arch" in differing:  # then all options may differ, which is uninformative
-        differing = {"arch": differing["arch"]}
     parts = [f"{name} was {was} and is now {now}" for name, (was, now) in differing.items()]
     description = "; ".join(parts[:4])
     if len(parts) > 4:
