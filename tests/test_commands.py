@@ -19,6 +19,7 @@ from conftest import one_line_error, run_cli, run_process
 
 import fastdiss_cli
 from fastdiss_cli import logs
+from fastdiss_cli.__main__ import _in_our_words
 from fastdiss_cli.config import TrainConfig, build, read_recipe
 from fastdiss_cli.decoding import mbr, output
 from fastdiss_cli.decoding.selection import METHODS
@@ -350,6 +351,18 @@ def test_without_docstrings_commands_work() -> None:
     words = [sys.executable, "-OO", "-m", "fastdiss_cli", "train", "--help"]
     done = subprocess.run(words, capture_output=True, text=True)
     assert done.returncode == 0 and "--save-dir" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        ("Input should be a valid integer, unable to parse string as an integer", "a whole number"),
+        ("Input should be a valid number, unable to parse string as a number", "a number"),
+        ("Input should be greater than or equal to 1", "greater than or equal to 1"),
+    ],
+)
+def test_numbers_are_refused_in_our_words(theirs: str, ours: str) -> None:
+    assert _in_our_words(f"Invalid value for '--lr': {theirs}") == f"--lr must be {ours}"
 
 
 def test_models_lists_the_registry() -> None:

@@ -196,6 +196,9 @@ def train(
             other, _ = type(model_config).__dataclass_fields__[key].metadata["needs"]
             now = getattr(model_config, other)
             logs.warn(f"model.{key} has no effect while model.{other} is {now}")
+        own = flags["train"] | settings["train"]
+        if "valid_steps" in own and "steps" not in training.model.decoding_options():
+            logs.warn(f"train.valid_steps has no effect: {chosen.name} decodes without steps")
         plan = _plan(train_config, "valid" in dataset.splits)
         logs.info(f"{plan}; checkpoints and metrics.jsonl go to {save_dir}")
         if processes.device.type == "cpu" and "arch" not in options["train"]:

@@ -44,6 +44,9 @@ class Encoded:
     broken: int
 
 
+_encoder: BlockEncoder  # of a worker process
+
+
 class BlockEncoder:
     """Turn blocks of text into tokens.
 
