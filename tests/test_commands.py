@@ -497,7 +497,7 @@ def test_help_is_there_without_torch(command: str) -> None:
         ("--sed 1", "No such option: --sed"),
         ("train", "(see `fastdiss train --help`)"),
         ("generate --steps", "'--steps' requires an argument (see `fastdiss generate --help`)"),
-        ("generate --nbest x", "Invalid value for '--nbest': "),
+        ("generate --nbest x", "--nbest must be a whole number"),
     ],
 )
 def test_a_line_that_cannot_be_parsed_is_one_line(line: str, message: str) -> None:

@@ -226,7 +226,7 @@ def test_failure_while_workers_run(tmp_path: Path, preprocess: Command) -> None:
     (tmp_path / "spm").write_bytes(train_tokenizer(["eins two"], "char", 300).model)
     given = ("--trainpref", tmp_path / "x", "--tokenizer", tmp_path / "spm", "--workers", 2)
     outcome = preprocess(*given, "--destdir", tmp_path / "d")
-    assert_fails(outcome, f"x.en has {CHUNK + 51} lines", f"x.de has {CHUNK + 50}")
+    assert_fails(outcome, f"x.en has {CHUNK + 51:,} lines", f"x.de has {CHUNK + 50:,}")
     assert not (tmp_path / "d").exists()
 
 

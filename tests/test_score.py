@@ -154,6 +154,11 @@ def test_a_system_comes_from_stdin(tmp_path: Path) -> None:
 def test_a_folder_stands_for_its_generate_files(tmp_path: Path) -> None:
     files = [generated(tmp_path / f"x/generate-test.steps{n}.txt", POOR) for n in (5, 20)]
     assert run_cli("score", tmp_path / "x").stdout == run_cli("score", *files).stdout
+    single = generated(tmp_path / "y/generate-test.txt", REFERENCES)
+    results = [run_cli("score", files[0], "--paired", p).stdout for p in (tmp_path / "y", single)]
+    assert results[0] == results[1] != ""
+    several = run_cli("score", single, "--paired", tmp_path / "x")
+    assert f"--paired {tmp_path / 'x'}: it has several" in one_line_error(several, code=2)
     message = one_line_error(run_cli("score", tmp_path))
     assert f"without generate-*.txt; there are some in {tmp_path / 'x'}" in message
 

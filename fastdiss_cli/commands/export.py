@@ -65,7 +65,8 @@ def export(
     if len(paths) > 1:
         logs.info(f"averaging {', '.join(map(str, paths))}")
     else:
-        logs.info(f"reading {paths[0]}; to average, name several, or a folder with --last N")
+        hint = "" if last else "; to average, name several, or a folder with --last N"
+        logs.info(f"reading {paths[0]}{hint}")
     result = release(paths, license, text)
     if output.exists():
         logs.warn(f"{output} already exists, and is replaced")

@@ -140,6 +140,10 @@ def score(
             f"{' '.join(apart)}: no such file; metrics are one word, as in --metrics bleu,chrf"
         )
     wanted = _names(metrics)
+    if paired is not None and paired.is_dir():
+        paired, *others = _files(paired)
+        if others:
+            raise typer.BadParameter(f"--paired {paired.parent}: it has several: name one file")
     if paired is not None and not paired.exists():
         raise typer.BadParameter(
             f"--paired {paired}: no such file; the baseline is a file of hypotheses, too"
