@@ -487,6 +487,13 @@ def test_a_file_that_is_no_checkpoint_says_so(tmp_path: Path, text: str) -> None
         Checkpoint.load(tmp_path / "x")
 
 
+def test_an_ensemble_is_refused() -> None:
+    with pytest.raises(
+        FastdissError, match="a.safetensors:b.safetensors: .* there are no ensembles"
+    ):
+        Checkpoint.load(Path("a.safetensors:b.safetensors"))
+
+
 def test_an_empty_checkpoint_is_damaged(tmp_path: Path) -> None:
     """As after a save to a full disk by another program."""
     (tmp_path / "x.safetensors").touch()

@@ -126,6 +126,8 @@ class Checkpoint:
         """
         if not path.is_file():
             hint = elsewhere(path.parent) or "; `fastdiss train` writes them"
+            if ":" in str(path):  # as fairseq names an ensemble
+                hint = "; give one: there are no ensembles (but `average`, and --rerank-path)"
             raise FastdissError(f"{path}: no such checkpoint{hint}")
         if path.suffix == ".pt":
             raise FastdissError(
