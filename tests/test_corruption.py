@@ -489,7 +489,7 @@ def test_a_file_that_is_no_checkpoint_says_so(tmp_path: Path, text: str) -> None
 
 def test_an_ensemble_is_refused() -> None:
     with pytest.raises(
-        FastdissError, match="a.safetensors:b.safetensors: .* there are no ensembles"
+        FastdissError, match=r"a.safetensors:b.safetensors: .* there are no ensembles"
     ):
         Checkpoint.load(Path("a.safetensors:b.safetensors"))
 
