@@ -6,6 +6,7 @@ import io
 import multiprocessing
 import os
 import random
+import signal
 import socket
 import subprocess
 import sys
@@ -21,6 +22,9 @@ from fastdiss_cli.__main__ import main
 # bitwise results hold on a CPU only; test_gpu.py alone sees GPUs, in its own processes
 GPU_ENVIRONMENT = dict(os.environ)
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+# a shell that starts the tests in the background ignores it for them and all they start
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # models this small gain nothing from more threads, and lose much on a busy machine
 torch.set_num_threads(1)
