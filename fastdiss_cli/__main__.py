@@ -81,14 +81,6 @@ def options(
     """Few-step diffusion text generation: FastDiSS and the systems it is compared with."""
 
 
-def _in_our_words(message: str) -> str:
-    """Rephrase what typer's validation of numbers says."""
-    message = re.sub(r"^Invalid value for '(\S+)': Input should be ", r"\1 must be ", message)
-    for theirs, ours in (("integer", "whole number"), ("number", "number")):
-        message = re.sub(rf"must be a valid {theirs}\b.*", f"must be a {ours}", message)
-    return message
-
-
 def _flush() -> None:
     """Flush stdout; an error says where it came from."""
     try:
@@ -140,7 +132,6 @@ def main() -> None:
     except UsageError as error:
         command = " ".join(["fastdiss", *(word for word in words[:1] if word in COMMANDS)])
         message = " ".join(error.format_message().removeprefix("Invalid value: ").split())
-        message = _in_our_words(message)
         hint = "" if "`fastdiss " in message else f" (see `{command} --help`)"
         if logs.is_main_process():
             logs.error(message.removesuffix(".") + hint)

@@ -19,7 +19,6 @@ from conftest import one_line_error, run_cli, run_process
 
 import fastdiss_cli
 from fastdiss_cli import logs
-from fastdiss_cli.__main__ import _in_our_words
 from fastdiss_cli.config import TrainConfig, build, read_recipe
 from fastdiss_cli.decoding import mbr, output
 from fastdiss_cli.decoding.selection import METHODS
@@ -353,18 +352,6 @@ def test_without_docstrings_commands_work() -> None:
     assert done.returncode == 0 and "--save-dir" in done.stdout
 
 
-@pytest.mark.parametrize(
-    ("theirs", "ours"),
-    [
-        ("Input should be a valid integer, unable to parse string as an integer", "a whole number"),
-        ("Input should be a valid number, unable to parse string as a number", "a number"),
-        ("Input should be greater than or equal to 1", "greater than or equal to 1"),
-    ],
-)
-def test_numbers_are_refused_in_our_words(theirs: str, ours: str) -> None:
-    assert _in_our_words(f"Invalid value for '--lr': {theirs}") == f"--lr must be {ours}"
-
-
 def test_models_lists_the_registry() -> None:
     done = run_cli("models")
     names = [line.split()[0] for line in done.stdout.splitlines()[1:]]
@@ -497,7 +484,7 @@ def test_help_is_there_without_torch(command: str) -> None:
         ("--sed 1", "No such option: --sed"),
         ("train", "(see `fastdiss train --help`)"),
         ("generate --steps", "'--steps' requires an argument (see `fastdiss generate --help`)"),
-        ("generate --nbest x", "--nbest must be a whole number"),
+        ("generate --nbest x", "Invalid value for '--nbest': "),
     ],
 )
 def test_a_line_that_cannot_be_parsed_is_one_line(line: str, message: str) -> None:
