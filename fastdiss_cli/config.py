@@ -211,10 +211,9 @@ def check_types(cls: type) -> None:
     hints = typing.get_type_hints(cls)
     for name in (field.name for field in dataclasses.fields(cls)):
         hint = hints[name]
-        parts = typing.get_args(hint) or (hint,)
-        scalars = {part for part in parts if part not in (types.NoneType, Ellipsis)}
+        parts = set(typing.get_args(hint) or (hint,)) - {types.NoneType, Ellipsis}
         plain = typing.get_origin(hint) in (None, tuple, types.UnionType)
-        if not plain or not scalars <= {bool, int, float, str}:
+        if not plain or len(parts) > 1 or not parts <= {bool, int, float, str}:
             raise OptionError(
                 name, "must be a bool, int, float, str, one of these | None, or a tuple"
             )

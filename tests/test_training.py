@@ -305,6 +305,10 @@ def test_an_option_without_effect_is_told(data_bin: Path, tmp_path: Path) -> Non
     assert done.returncode == 0
     assert "model.scp_gap has no effect while model.scp_offset is step-matched" in done.stderr
     assert "scp_grid" not in done.stderr
+    recipe = tmp_path / "all.yaml"
+    recipe.write_text(run_cli("models", "fastdiss_tiny").stdout)
+    words = command(data_bin, tmp_path / "c", max_update=1)
+    assert "no effect" not in run_cli(*words, "--config", recipe).stderr
     words = command(data_bin, tmp_path / "b", "transformer_tiny", max_update=1)
     done = run_cli(*words, "--valid-steps", "9")
     assert "train.valid_steps has no effect: transformer_tiny decodes without steps" in done.stderr

@@ -82,6 +82,7 @@ def test_a_model(trained: Path, data_bin: Path) -> None:
         (decoding("beam: int = 1"), "'loud_tiny': Decoding has no property candidates"),
         (decoding("beam: list[int] = ()"), f"Decoding.beam {TYPES}"),
         (decoding("beam: Literal[1] = 1"), f"Decoding.beam {TYPES}"),
+        (decoding("beam: int | str = 1"), f"Decoding.beam {TYPES}"),
     ],
 )  # fmt: skip
 def test_a_mistake_in_a_module(tmp_path: Path, text: str, message: str) -> None:

@@ -70,7 +70,7 @@ def release(paths: Sequence[Path], license: str | None, text: str | None) -> Che
     used: dict[str, Path] = {}  # by the hash of its weights
     updates, seeds = [], set()
     for path in paths:
-        other = Checkpoint.load(path)
+        other = first if path == paths[0] else Checkpoint.load(path)
         _check_same(first, other, paths[0], path)
         weights = other.averaged()
         twin = used.setdefault(digest("", weights), path)

@@ -192,7 +192,10 @@ def train(
                 f"the learning rate rises until update {train_config.warmup_updates:,}, but "
                 f"training ends at {end:,}: lower --warmup-updates"
             )
+        defaults = chosen.config({})
         for key in sorted(idle(model_config) & options["model"].keys()):
+            if getattr(model_config, key) == getattr(defaults, key):
+                continue  # as in a recipe of all options
             other, _ = type(model_config).__dataclass_fields__[key].metadata["needs"]
             now = getattr(model_config, other)
             logs.warn(f"model.{key} has no effect while model.{other} is {now}")
