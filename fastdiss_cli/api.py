@@ -147,7 +147,7 @@ class Translator:
             FastdissError: an option is unknown, not one of this model's, or out of range; or
                 memory ran out.
         """
-        chosen = self._decode(sentences, options)
+        chosen = self._decode(sentences, options, others=False)
         return [hypothesis_text(best, self.loaded.tgt) for best in chosen]
 
     def candidates(
@@ -160,11 +160,13 @@ class Translator:
         tgt = self.loaded.tgt
         return [
             [Candidate(hypothesis_text(h, tgt), h.score) for h in (best, *best.runners_up)]
-            for best in self._decode(sentences, options)
+            for best in self._decode(sentences, options, others=True)
         ]
 
-    def _decode(self, sentences: Sequence[str], options: GenerateOptions) -> list[Hypothesis]:
-        """Return the chosen hypothesis of each sentence, with the others as its `runners_up`."""
+    def _decode(
+        self, sentences: Sequence[str], options: GenerateOptions, others: bool
+    ) -> list[Hypothesis]:
+        """Return the chosen hypothesis of each sentence; ``others`` become its `runners_up`."""
         sentences = _strings(sentences, "sentences")
         model = self.loaded.model
         # accept numpy scalars
@@ -189,7 +191,8 @@ class Translator:
         run = Run(build(model.Decoding, decoding))
         if sentences:
             sources = [self.loaded.src.encode_source(sentence) for sentence in sentences]
-            select = with_runners_up(select, run.options.candidates - 1)
+            if others:
+                select = with_runners_up(select, run.options.candidates - 1)
             SequenceGenerator(model, select, max_tokens, self.loaded.dtype).decode(sources, [run])
         return run.answers
 

@@ -179,9 +179,19 @@ def build(cls: type[C], values: Mapping[str, Any], section: str = "", arch: str 
 
 
 def build_saved(cls: type[C], values: Mapping[str, Any], section: str = "") -> C:
-    """Build the configuration of a checkpoint, possibly an older one; see `build` and `option`."""
+    """Build the configuration of a checkpoint, possibly an older one; see `build` and `option`.
+
+    Raises:
+        OptionError: see `build`; or the checkpoint is from a newer version.
+    """
     fields = dataclasses.fields(cls)  # type: ignore[arg-type]
     before = {field.name: field.metadata.get("before") for field in fields}
+    for name in values:
+        if name not in before:
+            raise OptionError(
+                f"{section}.{name}",
+                "is not an option of this version of fastdiss: the checkpoint is from a newer one",
+            )
     then = {name: value for name, value in before.items() if value is not None}
     return build(cls, {**then, **values}, section)
 
@@ -263,7 +273,8 @@ def parse_settings(settings: Sequence[str]) -> dict[str, dict[str, Any]]:
 def _convert(value: Any, hint: Any, name: str) -> Any:
     """Return ``value`` as the type of a configuration field."""
     if isinstance(hint, types.UnionType):  # X | None
-        return None if value is None else _convert(value, typing.get_args(hint)[0], name)
+        (kind,) = set(typing.get_args(hint)) - {types.NoneType}
+        return None if value is None else _convert(value, kind, name)
     if typing.get_origin(hint) is tuple:
         parts = typing.get_args(hint)
         variadic = len(parts) == 2 and parts[1] is Ellipsis

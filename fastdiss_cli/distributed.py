@@ -101,6 +101,8 @@ class Processes:
                 )
             self.device = torch.device("cuda", local)
             torch.cuda.set_device(self.device)
+        if self.rank:
+            logs.quiet()
 
     def __enter__(self) -> Processes:
         if self.world_size > 1:
@@ -117,8 +119,6 @@ class Processes:
                         f"WORLD_SIZE is {self.world_size}, but the processes cannot connect "
                         f"({' '.join(str(error).split())}): start them with torchrun, or unset it"
                     ) from None
-            if self.rank:
-                logs.quiet()
         return self
 
     def __exit__(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import http.client
 import os
 import shutil
 import tarfile
@@ -91,10 +92,10 @@ class Originals:
             self.store.mkdir(parents=True, exist_ok=True)
             part = path.with_name(f"{name}.part")
             try:
-                with urllib.request.urlopen(url) as answer, open(part, "wb") as file:
+                with urllib.request.urlopen(url, timeout=60) as answer, open(part, "wb") as file:
                     shutil.copyfileobj(answer, file)
                     size = answer.headers.get("Content-Length")
-            except OSError as error:
+            except (OSError, http.client.HTTPException) as error:
                 reason = getattr(error, "reason", None) or error
                 raise FastdissError(
                     f"{url}: {reason}; or give a local copy with --from FOLDER"

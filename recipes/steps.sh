@@ -49,7 +49,9 @@ transformer*) decoding=(--beam 5) distill=0 ;;
 esac
 
 if [ "$distill" = 1 ]; then
-    distilled=$work/distilled
+    # the answers of another teacher, or of a trial run, are another training set
+    name=distilled${TEACHER:+.$TEACHER}${MAX_UPDATE:+.$MAX_UPDATE}
+    distilled=$work/$name
     if [ ! -e "$distilled/train.$tgt" ]; then
         train "$data" "$work/$teacher" "$teacher"
         "${launch[@]}" generate "$data" --path "$work/$teacher/checkpoint_best.safetensors" \
@@ -59,9 +61,9 @@ if [ "$distill" = 1 ]; then
             > "$distilled/answers"
         mv "$distilled/answers" "$distilled/train.$tgt"
     fi
-    preprocess "$work/data-bin.distilled" "$distilled/train" \
+    preprocess "$data.$name" "$distilled/train" \
         --tokenizer "$data/tokenizer.src,$data/tokenizer.tgt"
-    data=$work/data-bin.distilled save=$save.distilled
+    data=$data.$name save=$save.$name
 fi
 
 train "$data" "$save" "$arch"

@@ -82,6 +82,14 @@ def test_the_answers_are_those_of_the_command(diffusion: Path) -> None:
     assert repr(typed) == "<Translator fastdiss_tiny, de to en>"
 
 
+def test_what_is_not_asked_for_is_not_kept(
+    diffusion: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """15 candidates of each sentence would be twenty times the memory."""
+    monkeypatch.setattr("fastdiss_cli.api.with_runners_up", None)
+    assert fastdiss_cli.load(diffusion).generate(SENTENCES, steps=1, noise_beam=15)
+
+
 def test_candidates_are_all_with_the_chosen_one_first(
     diffusion: Path, autoregressive: Path
 ) -> None:

@@ -356,7 +356,7 @@ def no_memory_to_decode(rank: int, on: int, at: int) -> None:
 def test_a_signal_to_any_rank_ends_generate(data_bin: Path, trained: Path) -> None:
     generate = ["generate", data_bin, "--path", trained, "--device=cpu", "--buffer-size", "6"]
     whole = run_cli(*generate).stdout
-    wound = partial(signalled_in_batch, on=0, number=3, signals=(signal.SIGUSR1,))
+    wound = partial(signalled_in_batch, on=0, number=2, signals=(signal.SIGUSR1,))
     first, second = run_ranks(2, *generate, prepare=wound)
     assert (first.returncode, second.returncode) == (138, 138), first.stderr
     assert whole.startswith(first.stdout) and first.stdout.splitlines()[-1].startswith("I-11\t")

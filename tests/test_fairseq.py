@@ -369,6 +369,16 @@ def test_files_of_one_direction_serve_both(joined: Path, raw, tmp_path: Path) ->
     assert [line[1] for line in lines_of(done.stdout, "T")] == raw["test"]["de"]
 
 
+def test_parts_of_a_training_set_are_not_overlooked(
+    text, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """fairseq trains on train, train1, ... together."""
+    folder = write_data_bin(tmp_path / "bin", text | {"train1": text["valid"]})
+    open_dataset(folder)
+    warning = f"{folder}: fairseq would also train on train1; only `train` is used here"
+    assert warning in capsys.readouterr().err
+
+
 def test_an_open_choice_of_languages_is_asked_for(joined: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(joined, tmp_path / "bin")
     shutil.copy(folder / "dict.de.txt", folder / "dict.fr.txt")

@@ -106,13 +106,11 @@ def test_hypotheses_do_not_depend_on_the_order_of_the_corpus(
 def test_a_signal_leaves_the_beginning_of_the_output(
     data_bin: Path, checkpoints: dict[str, Path], number: int
 ) -> None:
-    """Windows of 6 sentences; the signal comes in the second one after the warm-up."""
+    """Windows of 6 sentences; the signal comes in the second one."""
     more = ["generate", data_bin, "--path", checkpoints["fastdiss_tiny"], "--device=cpu"]
     more += ["--buffer-size", "6"]
     whole = run_cli(*more).stdout
-    wound = partial(
-        signalled_in_batch, on=0, number=3, signals=(number,)
-    )  # the first is the warm-up
+    wound = partial(signalled_in_batch, on=0, number=2, signals=(number,))
     (done,) = Ranks(1, *more, prepare=wound).results()
     assert done.returncode == 128 + number
     assert whole.startswith(done.stdout) and done.stdout.splitlines()[-1].startswith("I-11\t")
@@ -140,7 +138,7 @@ def test_a_signal_leaves_whole_files_and_what_was_done(
     more = ["generate", data_bin, "--path", checkpoints["fastdiss_tiny"], "--device=cpu"]
     more += ["--buffer-size", "6", "--results-path", tmp_path, "--steps", "1,2"]
     (tmp_path / "generate-test.steps1.txt").write_text("older")
-    wound = partial(signalled_in_batch, on=0, number=5, signals=(signal.SIGTERM,))
+    wound = partial(signalled_in_batch, on=0, number=4, signals=(signal.SIGTERM,))
     (done,) = Ranks(1, *more, prepare=wound).results()
     assert done.returncode == 128 + signal.SIGTERM and done.stdout == ""
     names = [f"generate-test.steps{steps}.txt.part" for steps in (1, 2)]
@@ -179,7 +177,7 @@ def test_a_second_signal_ends_generate_at_once(
     more = ["generate", data_bin, "--path", checkpoints["fastdiss_tiny"], "--device=cpu"]
     more += ["--buffer-size", "6", "--results-path", tmp_path]
     signals = (signal.SIGINT, signal.SIGINT)
-    wound = partial(signalled_in_batch, on=0, number=2, signals=signals)
+    wound = partial(signalled_in_batch, on=0, number=1, signals=signals)
     (done,) = Ranks(1, *more, prepare=wound).results()
     assert done.returncode == 130 and "Traceback" not in done.stderr
     assert "stopped" not in done.stderr and not list(tmp_path.iterdir())
@@ -297,6 +295,24 @@ def test_an_empty_line_has_an_empty_answer(checkpoints: dict[str, Path], arch: s
     summary = done.stderr.splitlines()[-1]
     assert "4 sentences in" in summary
     assert "transformer" in arch or summary.endswith("NFE 5.0")  # of the one that is decoded
+
+
+def test_a_blank_source_of_a_dataset_has_an_empty_answer(
+    data_bin: Path, checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    """As one that is read from text."""
+    (tmp_path / "test.de").write_text("eins\n \t\n")
+    (tmp_path / "test.en").write_text("one\ntwo\n")
+    tokenizers = ",".join(str(data_bin / f"tokenizer.{side}") for side in ("src", "tgt"))
+    done = run_cli(
+        "preprocess", "-s", "de", "-t", "en", "--testpref", tmp_path / "test", "--destdir",
+        tmp_path / "bin", "--tokenizer", tokenizers,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    plain = ["generate", "--path", checkpoints["fastdiss_tiny"], "--plain"]
+    from_text = run_cli(*plain, "--input", tmp_path / "test.de").stdout
+    assert run_cli(*plain, tmp_path / "bin").stdout == from_text
+    assert from_text.endswith("\n\n") and from_text.strip()
 
 
 def test_the_other_direction_is_refused(

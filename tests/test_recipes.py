@@ -157,20 +157,21 @@ def test_distillation_trains_on_the_answers_of_a_teacher(bench: Bench) -> None:
     done = bench.run(*run, **settings)
     assert done.returncode == 0, done.stderr
     work = bench.folder / "work"
-    lines = read(work / "distilled" / "generate-train.txt")
+    name = "distilled.transformer_tiny.1"  # of this teacher and this number of updates
+    lines = read(work / name / "generate-train.txt")
     answers = [line.split("\t", 2)[2] for line in lines if line.startswith("D-")]
     sources = [line.split("\t", 1)[1] for line in lines if line.startswith("S-")]
-    assert read(work / "distilled" / "train.de") == answers
-    assert read(work / "distilled" / "train.en") == sources == read(bench.folder / "text/train.en")
+    assert read(work / name / "train.de") == answers
+    assert read(work / name / "train.en") == sources == read(bench.folder / "text/train.en")
     manifests = [
         json.loads((work / folder / "manifest.json").read_text())
-        for folder in ("data-bin", "data-bin.distilled")
+        for folder in ("data-bin", f"data-bin.{name}")
     ]
     assert manifests[0]["tokenizers"] == manifests[1]["tokenizers"]
     trained = [command[1:4:2] for command in bench.commands if command[0] == "train"]
     assert trained == [
         ["work/data-bin", "work/transformer_tiny"],
-        ["work/data-bin.distilled", "work/difformer_tiny.distilled"],
+        [f"work/data-bin.{name}", f"work/difformer_tiny.{name}"],
     ]
 
     bench.commands.clear()

@@ -73,6 +73,14 @@ def test_an_option_that_was_renamed_is_read(files: list[Path], tmp_path: Path) -
     assert config["mans_time"] == "token" and "mans_told" not in config
 
 
+def test_a_checkpoint_of_a_newer_version_is_reported(files: list[Path], tmp_path: Path) -> None:
+    checkpoint, newer = Checkpoint.load(files[0]), tmp_path / "newer.safetensors"
+    checkpoint.model_config |= {"unheard_of": 1}
+    checkpoint.save(newer)
+    done = run_cli("generate", "--path", newer, "--input=-", stdin="eins\n")
+    one_line_error(done, f"{newer}: model.unheard_of is not an option of this version")
+
+
 def test_an_option_that_is_newer_than_a_checkpoint_does_not_prevent_a_mean(
     files: list[Path], tmp_path: Path
 ) -> None:

@@ -208,22 +208,22 @@ def test_paired_tests_mark_what_differs_from_the_baseline(
     same = write(tmp_path / "same", POOR)
     # the baseline among the systems is not compared with itself
     command = ["score", good, poor, same, "--ref", ref, "--paired", poor, "--paired-test", test]
-    command += ["--metrics", "bleu,ser,distinct1"]
+    command += ["--metrics", "bleu,ser,distinct1,chrf"]
     done = run_cli(*command)
     assert ("p-values of ser, which count errors" in done.stderr) == (test == "ar")
-    head, *rows, _, _, _, legend = done.stdout.splitlines()
-    assert head.split() == ["system", "BLEU", "p", "SER", "p", "distinct-1"]
+    head, *rows, _, _, _, _, legend = done.stdout.splitlines()
+    assert head.split() == ["system", "BLEU", "p", "SER", "p", "distinct-1", "chrF2", "p"]
     assert [row.split()[0] for row in rows] == [str(poor), str(good), str(same)]
-    assert "(baseline)" in rows[0] and rows[1].count("*") == 2 and "*" not in rows[0] + rows[2]
-    assert rows[2].count("1.0000") == 2  # no significant difference
+    assert "(baseline)" in rows[0] and rows[1].count("*") == 3 and "*" not in rows[0] + rows[2]
+    assert rows[2].count("1.0000") == 3  # no significant difference
     assert legend.startswith("* differs from the baseline with p < 0.05")
     found = json.loads(run_cli(*command, "--json").stdout)
-    assert [row["p_value"] is None for row in found[:3]] == [True] * 3
-    bleu, ser, distinct = found[3:6]
+    assert [row["p_value"] is None for row in found[:4]] == [True] * 4
+    bleu, ser, distinct, chrf = found[4:8]
     assert bleu["score"] == pytest.approx(100) and bleu["p_value"] < 0.01
     assert f"{test}:{drawn}" in bleu["signature"] and ser["score"] == 0
     assert distinct["p_value"] is None  # it is not a sum over sentences
-    assert ("mean" in bleu, "ci" in ser) == (test == "bs", test == "bs")
+    assert ["mean" in row for row in (bleu, ser, chrf)] == [test == "bs"] * 3
     plain = json.loads(run_cli(*command[:6], "--metrics=bleu", "--json").stdout)
     assert plain[0].keys() == bleu.keys() - {"p_value", "mean", "ci"}
     others = [write(tmp_path / name, [name] * len(REFERENCES)) for name in ("wrong", "bad")]

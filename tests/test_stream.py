@@ -175,6 +175,23 @@ def test_an_answer_comes_before_the_next_line(
     assert piped.returncode == 0 and b"61 sentences in" in message.splitlines()[-1]
 
 
+def test_a_pipe_that_does_not_block_is_not_at_its_end(checkpoint: Path) -> None:
+    """As an earlier program may leave it."""
+    line = [sys.executable, "-m", "fastdiss_cli", "generate", "--path", checkpoint, "--input", "-"]
+    end, start = os.pipe()
+    os.set_blocking(end, False)
+    with (
+        os.fdopen(start, "w", encoding="utf-8") as pipe,
+        subprocess.Popen([*line, "--plain"], stdin=end, stdout=subprocess.PIPE) as process,
+    ):
+        os.close(end)
+        for word in ("drei", "vier"):
+            print(word, file=pipe, flush=True)
+            assert process.stdout.readline().strip()
+        pipe.close()
+        assert process.wait(60) == 0 and not process.stdout.read()
+
+
 def test_a_reader_that_stops_ends_it_silently(checkpoint: Path) -> None:
     line = [sys.executable, "-m", "fastdiss_cli", "generate", "--path", checkpoint, "--input", "-"]
     with subprocess.Popen(

@@ -11,6 +11,7 @@ from conftest import one_line_error, run_cli, run_process
 from runs import command
 
 import fastdiss_cli
+from fastdiss_cli.config import build
 from fastdiss_cli.diffusion.solvers import SOLVERS
 from fastdiss_cli.errors import USER_MODULE, FastdissError
 from fastdiss_cli.models import registry
@@ -150,6 +151,15 @@ def test_a_repaired_module_can_be_loaded(trained: Path, tmp_path: Path) -> None:
         fastdiss_cli.load(trained, "cpu", user_module=module)
     module.write_text(MODEL)
     assert fastdiss_cli.load(trained, "cpu", user_module=module).loaded.arch.name == "loud_tiny"
+
+
+@pytest.mark.parametrize("hint", ["int | None", "None | int"])
+def test_an_option_that_may_be_none(tmp_path: Path, hint: str) -> None:
+    module = tmp_path / "loud.py"
+    module.write_text(decoding(f"beam: {hint} = None\n        candidates = 1"))
+    assert run_cli("models", "--user-module", module).returncode == 0
+    options = registry.architecture("loud_tiny").family.Decoding
+    assert build(options, {"beam": 2}).beam == 2 and build(options, {"beam": None}).beam is None
 
 
 def test_a_solver(trained: Path, tmp_path: Path) -> None:

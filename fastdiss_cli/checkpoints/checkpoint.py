@@ -51,6 +51,13 @@ class Progress:
         """Whether the current weights have the best validation score so far."""
         return self.best is not None and self.best_update == self.update
 
+    @property
+    def best_figure(self) -> tuple[str, float] | None:
+        """The best validation as it is shown: ``bleu`` or ``loss``, and its value."""
+        if self.best is None:
+            return None
+        return ("bleu", self.best) if self.best_is_bleu else ("loss", -self.best)
+
 
 @dataclass
 class Checkpoint:

@@ -57,7 +57,10 @@ def load_model(
     except OptionError as error:
         raise FastdissError(f"{path}: its architecture {error.reason}") from None
     src, tgt = checkpoint.tokenizer("src"), checkpoint.tokenizer("tgt")
-    config = build_saved(arch.family.Config, checkpoint.model_config, "model")
+    try:
+        config = build_saved(arch.family.Config, checkpoint.model_config, "model")
+    except OptionError as error:
+        raise FastdissError(f"{path}: {error}") from None
     with torch.random.fork_rng(devices=[]):  # initial weights are drawn, then replaced
         model = arch.model(config, vocabulary(src), vocabulary(tgt))
     load_weights(model, checkpoint.averaged(), path)

@@ -115,9 +115,9 @@ def model_card(checkpoint: Checkpoint) -> dict[str, Any]:
         "updates": progress.update,
         "epochs": progress.epoch,
     }
-    if progress.best is not None:
-        measure = "bleu" if progress.best_is_bleu else "loss"
-        best = {measure: round(abs(progress.best), 3), "update": progress.best_update}
+    if progress.best_figure:
+        measure, value = progress.best_figure
+        best = {measure: round(value, 3), "update": progress.best_update}
         counted = checkpoint.train_config.get("valid_sentences")  # missing in older checkpoints
         if progress.best_is_bleu and counted:
             best["sentences"] = min(counted, dataset.get("sentences", {}).get("valid", counted))

@@ -150,7 +150,7 @@ def preprocess(
                     tokenizers,
                     languages=(source_lang, target_lang),
                     made_with=made_with,
-                    workers=workers or os.cpu_count() or 1,
+                    workers=workers,
                 )
                 replace_folder(temporary, final)
             finally:
@@ -282,7 +282,7 @@ def _binarize(
 ) -> dict[str, SideInfo]:
     """Encode a split of ``pairs`` pairs into a folder; return the facts of each side."""
     from fastdiss_cli.data.dataset import TokenWriter
-    from fastdiss_cli.data.encoding import CHUNK, encode_blocks
+    from fastdiss_cli.data.encoding import CHUNK, available_cores, encode_blocks
 
     src, tgt = tokenizers
     sentences = empty = first_empty = altered = broken = 0
@@ -290,6 +290,7 @@ def _binarize(
         stems = [folder / f"{split}.{side}" for side in ("src", "tgt")]
         writers = [stack.enter_context(TokenWriter(stem, dtype)) for stem in stems]
         bar = stack.enter_context(logs.progress(split, pairs))
+        workers = workers or available_cores()
         for block in encode_blocks(text.blocks(CHUNK), (src.model, tgt.model), dtype, workers):
             for side, writer in enumerate(writers):
                 writer.add(block.sizes[side], block.tokens[side], block.unknown[side])

@@ -325,7 +325,8 @@ def _score(
 def _with_test(result: Result, tested: SignificanceResult, signature: str) -> Result:
     details = dict(result.details)
     if tested.mean is not None:  # of the bootstrap
-        details |= {"mean": tested.mean, "ci": tested.ci}
+        # chrF and TER have numpy's numbers
+        details |= {"mean": float(tested.mean), "ci": float(tested.ci)}
     return replace(result, signature=signature, details=details, p_value=tested.p_value)
 
 

@@ -220,9 +220,10 @@ def train(
     if stopped_by:
         raise SystemExit(128 + stopped_by)
     best, file = "", save_dir / LAST
-    if progress.best is not None:
-        measure = "BLEU" if progress.best_is_bleu else "loss"
-        best = f"; best validation {measure} {abs(progress.best):.2f} at {progress.best_update:,}"
+    if progress.best_figure:
+        measure, value = progress.best_figure
+        measure = measure.replace("bleu", "BLEU")
+        best = f"; best validation {measure} {value:.2f} at {progress.best_update:,}"
         file = save_dir / BEST
     ended = f"done after update {progress.update:,}"
     if 0 < train_config.patience <= progress.bad_validations:

@@ -88,6 +88,13 @@ class BlockEncoder:
         return encoded
 
 
+def available_cores() -> int:
+    """Return the number of cores that this process may use, as restricted by `taskset` or SLURM."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def encode_blocks(
     blocks: Iterator[Block], models: tuple[bytes, bytes], dtype: np.dtype, workers: int
 ) -> Iterator[Encoded]:

@@ -69,6 +69,12 @@ class FairseqDataset(Dataset):
                 )
         tokenizers = _dictionary(folder, src), _dictionary(folder, tgt)
         super().__init__(folder, languages, tokenizers, splits)
+        parts = [split for split in splits if re.fullmatch(r"train\d+", split)]
+        if parts:
+            logs.warn(
+                f"{folder}: fairseq would also train on {', '.join(parts)}; only `train` is used "
+                "here: binarize the text of all of them as one"
+            )
         for split in splits if verify else ():
             self.verify(split)
         logs.info(f"{folder}: a fairseq dataset, {src} to {tgt}")

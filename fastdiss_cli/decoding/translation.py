@@ -23,6 +23,7 @@ from fastdiss_cli.models.registry import Hypothesis
 from fastdiss_cli.signals import Stop, Stopped
 
 WINDOW = 4096  # sentences that are held in memory and sorted by length together
+WARM_UP = 16  # the first sentences, which are decoded once more beforehand if there are others
 
 Pair = tuple[list[int], "list[int] | None"]  # ids of a source, and of its reference if it has one
 
@@ -47,6 +48,8 @@ def dataset_input(
 ) -> Input:
     """Return a split of a dataset, after verifying its bytes.
 
+    White space alone counts as an empty source, as in `Tokenizer.encode_source`.
+
     Args:
         window: pairs per window; 0: all pairs in one.
 
@@ -58,7 +61,7 @@ def dataset_input(
     files = dataset[split]
     dataset.verify(split)
     pairs = zip(files["src"], files["tgt"], strict=True)
-    ids = ((s.tolist(), t.tolist()) for s, t in pairs)
+    ids = (([src.eos] if src.decode(s).isspace() else s.tolist(), t.tolist()) for s, t in pairs)
     return Input(_windows(ids, window or len(files["src"])), len(files["src"]), files)
 
 
@@ -267,11 +270,11 @@ def translate(
             sources, targets = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
             first = so_far.sentences
             answers = targets if gold else None
-            if first == 0 and len(pairs) > 1:  # warm up thread and memory pools, untimed
+            if first == 0 and len(pairs) > WARM_UP:  # of thread and memory pools, untimed
                 options = runs[0].options
                 quick = replace(options, steps=1) if hasattr(options, "steps") else options
                 with processes.attempt("decoding") as attempt:
-                    generator.decode(sources[:16], [Run(quick)], 0, answers)
+                    generator.decode(sources[:WARM_UP], [Run(quick)], 0, answers)
                 processes.agree(attempt, stop)
             so_far.signal = generator.decode_together(
                 sources, runs, processes, stop, first, answers, done=bar.advance

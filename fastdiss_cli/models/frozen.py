@@ -16,16 +16,15 @@ class PackedLinear(nn.Module):
     would reorder the weights in every call. The operators are those that torch.compile uses.
 
     Args:
-        linear: the trained layer.
+        weight, bias: those of the trained layer.
         dtype: the type that it computes in and returns.
     """
 
-    def __init__(self, linear: nn.Linear, dtype: torch.dtype) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> None:
         super().__init__()
         self.dtype = dtype
-        weight = linear.weight.detach().to(dtype)
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight)
-        self.bias = None if linear.bias is None else linear.bias.detach().to(dtype)
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().to(dtype))
+        self.bias = None if bias is None else bias.detach().to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.ops.mkldnn._linear_pointwise(
@@ -37,8 +36,7 @@ class PackedLinear(nn.Module):
 def can_pack(dtype: torch.dtype) -> bool:
     """Return whether this torch and this processor support `PackedLinear`, by trying it."""
     try:
-        probe = nn.utils.skip_init(nn.Linear, 16, 16)  # leaves the random generators alone
-        PackedLinear(probe, dtype)(torch.zeros(1, 16))
+        PackedLinear(torch.zeros(16, 16), torch.zeros(16), dtype)(torch.zeros(1, 16))
     except (RuntimeError, AttributeError):  # no oneDNN, no such operator, or none for the type
         return False
     return True
@@ -63,7 +61,7 @@ def freeze(model: nn.Module, dtype: torch.dtype) -> None:
             if type(child) is not nn.Linear:  # a subclass may compute something else
                 continue
             if on_cpu and can_pack(dtype):
-                setattr(module, name, PackedLinear(child, dtype))
+                setattr(module, name, PackedLinear(child.weight, child.bias, dtype))
             elif not on_cpu and child.weight.dtype != dtype:
                 # a copy: an embedding may share the weights, and must keep them
                 setattr(module, name, copy.deepcopy(child).to(dtype))

@@ -51,7 +51,10 @@ class Vocabulary:
 
 @dataclass
 class Loss:
-    """A training loss: the mean to minimise, and its parts for the log (all 0-d tensors)."""
+    """A training loss: the mean to minimise, and its parts for the log (all 0-d tensors).
+
+    The parts have the same names, in the same order, in every batch: ranks add them up.
+    """
 
     total: Tensor
     parts: dict[str, Tensor] = field(default_factory=dict)
