@@ -36,7 +36,7 @@ from fastdiss_cli.checkpoints.folder import copy_checkpoint, prune_numbered
 from fastdiss_cli.data import encoding
 from fastdiss_cli.data.binarized import BinarizedDataset
 from fastdiss_cli.data.dataset import TokenWriter
-from fastdiss_cli.data.tokenizer import train_tokenizer
+from fastdiss_cli.data.sentencepiece import train_tokenizer
 from fastdiss_cli.errors import FastdissError
 
 DONE, REFUSED, BUG = 0, 1, 3

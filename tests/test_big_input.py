@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from conftest import ENGLISH, GERMAN, run_cli
 
-from fastdiss_cli.data.tokenizer import train_tokenizer
+from fastdiss_cli.data.sentencepiece import train_tokenizer
 
 NETWORK = {"model_dim": 8, "ffn_dim": 8, "heads": 2, "encoder_layers": 1, "decoder_layers": 1}
 FEW, MANY = 200_000, 2_000_000  # lines for preprocess

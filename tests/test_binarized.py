@@ -19,7 +19,7 @@ from hypothesis.extra.numpy import arrays
 from fastdiss_cli.data.binarized import BinarizedDataset, Manifest
 from fastdiss_cli.data.dataset import SideInfo, TokenFile, TokenWriter, token_dtype
 from fastdiss_cli.data.files import replace_folder
-from fastdiss_cli.data.tokenizer import train_tokenizer
+from fastdiss_cli.data.sentencepiece import train_tokenizer
 from fastdiss_cli.errors import FastdissError
 
 U2, I4 = np.dtype("<u2"), np.dtype("<i4")

@@ -30,7 +30,8 @@ from fastdiss_cli.checkpoints.checkpoint import Checkpoint
 from fastdiss_cli.commands.fairseq_flags import OLD_FLAGS, NoEquivalent, rewrite_flags
 from fastdiss_cli.data.dictionary import Dictionary
 from fastdiss_cli.data.opening import open_dataset
-from fastdiss_cli.data.tokenizer import SentencePiece, make_tokenizer, train_tokenizer
+from fastdiss_cli.data.sentencepiece import SentencePiece, train_tokenizer
+from fastdiss_cli.data.tokenizer_file import make_tokenizer
 from fastdiss_cli.errors import FastdissError
 
 CODES = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2", 9: "<u4", 10: "<u8"}

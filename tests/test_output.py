@@ -14,7 +14,8 @@ from rich.console import Console
 from fastdiss_cli import logs
 from fastdiss_cli.checkpoints.loading import Loaded
 from fastdiss_cli.data.layout import Layout
-from fastdiss_cli.data.tokenizer import Tokenizer, train_tokenizer
+from fastdiss_cli.data.sentencepiece import train_tokenizer
+from fastdiss_cli.data.tokenizer import Tokenizer
 from fastdiss_cli.decoding.output import (
     format_lines,
     read_all_references,

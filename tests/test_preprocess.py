@@ -16,7 +16,7 @@ from sentencepiece import SentencePieceTrainer
 from fastdiss_cli.__main__ import main
 from fastdiss_cli.data.binarized import BinarizedDataset
 from fastdiss_cli.data.encoding import CHUNK
-from fastdiss_cli.data.tokenizer import train_tokenizer
+from fastdiss_cli.data.sentencepiece import train_tokenizer
 
 LANGUAGES = ("-s", "de", "-t", "en")
 

@@ -14,13 +14,9 @@ from conftest import GERMAN
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from fastdiss_cli.data.tokenizer import (
-    MODEL_TYPES,
-    SentencePiece,
-    Tokenizer,
-    load_tokenizer,
-    train_tokenizer,
-)
+from fastdiss_cli.data.sentencepiece import MODEL_TYPES, SentencePiece, train_tokenizer
+from fastdiss_cli.data.tokenizer import Tokenizer
+from fastdiss_cli.data.tokenizer_file import load_tokenizer
 from fastdiss_cli.errors import FastdissError
 
 LINES = [f"{a} {b}  {c}" for a in GERMAN for b in GERMAN for c in GERMAN[:3]]
@@ -181,7 +177,7 @@ def test_training_is_repeatable(model_type: str) -> None:
 
 
 def test_training_on_a_sample_is_repeatable(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastdiss_cli.data.tokenizer._TRAINING_LINES", 300)
+    monkeypatch.setattr("fastdiss_cli.data.sentencepiece._TRAINING_LINES", 300)
     lines = [f"{word} {i}" for i in range(2000) for word in ("eins", "Haus")]
     found = [train_tokenizer(lines, "char", 300, total).hash for total in (4000, 4000, 0)]
     assert found[0] == found[1]

@@ -22,7 +22,8 @@ from torch import Tensor
 
 from fastdiss_cli.checkpoints.folder import elsewhere, replacing
 from fastdiss_cli.data.files import sync
-from fastdiss_cli.data.tokenizer import Tokenizer, make_tokenizer
+from fastdiss_cli.data.tokenizer import Tokenizer
+from fastdiss_cli.data.tokenizer_file import make_tokenizer
 from fastdiss_cli.errors import FastdissError
 
 FORMAT_VERSION = "3"

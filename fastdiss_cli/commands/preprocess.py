@@ -18,8 +18,10 @@ import typer
 
 from fastdiss_cli import logs
 from fastdiss_cli.commands.options import choice
+from fastdiss_cli.data.sentencepiece import MODEL_TYPES, train_tokenizer
 from fastdiss_cli.data.text import FORMATS, ParallelText
-from fastdiss_cli.data.tokenizer import MODEL_TYPES, Tokenizer, load_tokenizer, train_tokenizer
+from fastdiss_cli.data.tokenizer import Tokenizer
+from fastdiss_cli.data.tokenizer_file import load_tokenizer
 from fastdiss_cli.errors import FastdissError
 
 if TYPE_CHECKING:

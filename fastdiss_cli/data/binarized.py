@@ -25,7 +25,8 @@ from fastdiss_cli.data.dataset import (
     TokenFile,
 )
 from fastdiss_cli.data.files import file_hash
-from fastdiss_cli.data.tokenizer import Tokenizer, load_tokenizer
+from fastdiss_cli.data.tokenizer import Tokenizer
+from fastdiss_cli.data.tokenizer_file import load_tokenizer
 from fastdiss_cli.errors import FastdissError
 
 FORMAT_VERSION = 1

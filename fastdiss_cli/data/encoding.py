@@ -18,7 +18,7 @@ from threading import Thread
 import numpy as np
 
 from fastdiss_cli.data.text import Block, on_one_line
-from fastdiss_cli.data.tokenizer import make_tokenizer
+from fastdiss_cli.data.tokenizer_file import make_tokenizer
 
 CHUNK = 8192  # sentence pairs per task of a worker
 

@@ -34,8 +34,8 @@ class Window:
         self.seconds, self._since = self.seconds + now - self._since, now
         if not all(map(math.isfinite, figures.values())):  # skipped
             return
-        for name, value in figures.items():
-            self.sums[name] = self.sums.get(name, 0.0) + value
+        # in the order of the figures, which a checkpoint does not keep
+        self.sums = {name: self.sums.get(name, 0.0) + value for name, value in figures.items()}
         self.updates, self.tokens = self.updates + 1, self.tokens + tokens
 
     def restart_clock(self) -> None:
