@@ -86,7 +86,9 @@ class TrainConfig:
     validate_interval_updates: int = option(1000, "updates between validations; 0: every epoch")
     save_interval_updates: int = option(1000, "updates between saves of checkpoint_last")
     valid_sentences: int = option(500, "sentences decoded for validation BLEU; 0: loss only")
-    valid_steps: int = option(5, "sampling steps for validation BLEU")
+    valid_steps: int = option(
+        5, "sampling steps for validation BLEU", needs=("valid_sentences", True)
+    )
     keep_last: int = option(1, "numbered checkpoints kept, one per validation; 0: none")
     log_interval: int = option(50, "updates between lines of metrics.jsonl")
     tensorboard: bool = option(False, "also write TensorBoard event files beside the checkpoints")
@@ -116,19 +118,22 @@ class TrainConfig:
         one_of(self, "dtype", DTYPES)
 
 
-def idle(config: Any) -> set[str]:
-    """Return the names of the options without effect, because another option is off."""
+def idle(config: Any) -> dict[str, str]:
+    """Return the names of the options without effect, each with the option that is the reason."""
+    needs = {field.name: field.metadata.get("needs") for field in dataclasses.fields(config)}
 
-    def is_idle(field: dataclasses.Field) -> bool:
-        if field.metadata.get("needs") is None:
-            return False
-        other, wanted = field.metadata["needs"]
+    def reason(name: str) -> str | None:
+        if needs[name] is None:
+            return None
+        other, wanted = needs[name]
         value = getattr(config, other)
         if wanted is True:
-            return not value
-        return value not in (wanted if isinstance(wanted, tuple) else (wanted,))
+            met = bool(value)
+        else:
+            met = value in (wanted if isinstance(wanted, tuple) else (wanted,))
+        return reason(other) if met else other
 
-    return {field.name for field in dataclasses.fields(config) if is_idle(field)}
+    return {name: other for name in needs if (other := reason(name))}
 
 
 def require(config: object, key: str, holds: bool, what: str) -> None:
@@ -208,7 +213,7 @@ def option_changes(saved: Mapping[str, Any], now: Any, section: str) -> dict[str
     """
     then = build_saved(type(now), saved, section)
     values = {name: (value, getattr(now, name)) for name, value in vars(then).items()}
-    ignored = idle(then) | idle(now)
+    ignored = {**idle(then), **idle(now)}
     return {n: (old, new) for n, (old, new) in values.items() if old != new and n not in ignored}
 
 

@@ -180,6 +180,23 @@ def test_verify_finds_ids_outside_the_vocabulary(tmp_path: Path) -> None:
         TokenFile(tmp_path / "x.src").verify(info, vocab_size=9)
 
 
+@pytest.mark.parametrize(
+    ("change", "when_opened"),
+    [
+        (lambda facts: facts.update(dtype="int64"), True),
+        (lambda facts: facts["sentences"].update(train=1), True),
+        (lambda facts: facts["splits"]["valid"]["src"].update(tokens=9), False),
+        (lambda facts: facts["splits"]["valid"]["tgt"].update(longest=99), False),
+    ],
+)
+def test_counts_of_the_manifest_that_are_wrong(
+    dataset: Path, change: Callable[[dict[str, Any]], object], when_opened: bool
+) -> None:
+    edit_manifest(dataset, change)
+    with pytest.raises(FastdissError, match="but the manifest says"):
+        BinarizedDataset(dataset, verify=not when_opened)
+
+
 def test_no_dataset(tmp_path: Path) -> None:
     with pytest.raises(FastdissError, match="no such folder"):
         BinarizedDataset(tmp_path / "nowhere")

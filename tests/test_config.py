@@ -128,9 +128,13 @@ def test_options_that_an_other_one_switches_off_are_idle() -> None:
     options = {"scp_offset": "none", "scp_gap": 0.1, "mans_strength": 0.0}
     config = architecture("fastdiss_tiny").config(options)
     off = {"scp_gap", "scp_unroll", "scp_step_counts", "scp_grid", "mans_time"}
-    assert off <= idle(config)
+    assert off <= idle(config).keys()
     config = architecture("fastdiss_tiny").config({"scp_offset": "fixed"})
     assert {"scp_gap", "scp_unroll"}.isdisjoint(idle(config)) and "scp_grid" in idle(config)
+    config = architecture("fastdiss_tiny").config({"self_cond_rate": 0.0})
+    # what is switched off switches off in turn; the reason is the first of them
+    off = {"scp_offset", "scp_coupling", "scp_unroll", "scp_grid"}
+    assert {name: idle(config)[name] for name in off} == dict.fromkeys(off, "self_cond_rate")
 
 
 @pytest.mark.parametrize("name", ["quickstart", "multi30k_de_en"])

@@ -305,6 +305,9 @@ def test_an_option_without_effect_is_told(data_bin: Path, tmp_path: Path) -> Non
     assert done.returncode == 0
     assert "model.scp_gap has no effect while model.scp_offset is step-matched" in done.stderr
     assert "scp_grid" not in done.stderr
+    words = command(data_bin, tmp_path / "a", max_update=1, valid_sentences=0, valid_steps=3)
+    done = run_cli(*words)
+    assert "train.valid_steps has no effect while train.valid_sentences is 0" in done.stderr
     recipe = tmp_path / "all.yaml"
     recipe.write_text(run_cli("models", "fastdiss_tiny").stdout)
     words = command(data_bin, tmp_path / "c", max_update=1)

@@ -192,13 +192,14 @@ def train(
                 f"the learning rate rises until update {train_config.warmup_updates:,}, but "
                 f"training ends at {end:,}: lower --warmup-updates"
             )
-        defaults = chosen.config({})
-        for key in sorted(idle(model_config) & options["model"].keys()):
-            if getattr(model_config, key) == getattr(defaults, key):
-                continue  # as in a recipe of all options
-            other, _ = type(model_config).__dataclass_fields__[key].metadata["needs"]
-            now = getattr(model_config, other)
-            logs.warn(f"model.{key} has no effect while model.{other} is {now}")
+        for section, config, defaults in (
+            ("model", model_config, chosen.config({})),
+            ("train", train_config, TrainConfig()),
+        ):
+            for key, other in idle(config).items():
+                if getattr(config, key) != getattr(defaults, key):
+                    now = f"{section}.{other} is {getattr(config, other)}"
+                    logs.warn(f"{section}.{key} has no effect while {now}")
         own = flags["train"] | settings["train"]
         if "valid_steps" in own and "steps" not in training.model.decoding_options():
             logs.warn(f"train.valid_steps has no effect: {chosen.name} decodes without steps")

@@ -92,9 +92,11 @@ class Manifest:
         infos = [sides[side] for sides in self.splits.values() for side in SIDES]
         hashes = [self.tokenizers[side] for side in SIDES]
         hashes += [info.sha256[ending] for info in infos for ending in ENDINGS]
+        words = [*hashes, self.dtype]
         counts = [self.vocab_sizes[side] for side in SIDES]
         counts += [self.sentences[split] for split in self.splits]
-        for kind, values in ((str, hashes), (int, counts)):
+        counts += [count for info in infos for count in (info.tokens, info.longest)]
+        for kind, values in ((str, words), (int, counts)):
             for value in values:
                 if not isinstance(value, kind):
                     raise TypeError(f"{value!r} where {kind.__name__} is expected")
@@ -122,10 +124,13 @@ class BinarizedDataset(Dataset):
         super().__init__(folder, (manifest.source, manifest.target), tokenizers, splits)
         for split, files in splits.items():
             for file in files.values():
-                if len(file) != manifest.sentences[split]:
+                found = len(file), file.tokens.dtype.name
+                wanted = manifest.sentences[split], manifest.dtype
+                if found != wanted:
                     raise FastdissError(
-                        f"{file.stem}.idx holds {len(file):,} sentences, but the manifest says "
-                        f"{manifest.sentences[split]:,}; run `fastdiss preprocess` again"
+                        f"{file.stem}.idx holds {found[0]:,} sentences of {found[1]}, but the "
+                        f"manifest says {wanted[0]:,} of {wanted[1]}; run `fastdiss preprocess` "
+                        "again"
                     )
             if verify:
                 self.verify(split)

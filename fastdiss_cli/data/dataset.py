@@ -233,10 +233,20 @@ class TokenFile:
         return self._sizes
 
     def verify(self, info: SideInfo, vocab_size: int) -> None:
-        """Check both files against the manifest's hashes, and every id against the vocabulary."""
+        """Check both files against the manifest, and every id against the vocabulary."""
         for ending in ENDINGS:
             if file_hash(Path(f"{self.stem}.{ending}")) != info.sha256[ending]:
                 raise self._damaged(f".{ending}", "its bytes differ from the manifest's sha256")
+        found, wanted = (
+            (len(self.tokens), int(self.sizes.max(initial=0))),
+            (info.tokens, info.longest),
+        )
+        if found != wanted:
+            raise self._damaged(
+                ".idx",
+                f"{found[0]:,} tokens, {found[1]:,} in the longest sentence, but the manifest says "
+                f"{wanted[0]:,} and {wanted[1]:,}",
+            )
         self.check_ids(vocab_size)
 
     def check_ids(self, vocab_size: int) -> None:

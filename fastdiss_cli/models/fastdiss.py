@@ -26,6 +26,7 @@ from fastdiss_cli.models.denoiser import Denoiser
 from fastdiss_cli.models.difformer import Difformer, DiffusionConfig, register_sizes
 from fastdiss_cli.models.registry import Vocabulary
 
+ESTIMATED = ("self_cond_rate", True)
 MANS_ON = ("mans_strength", True)
 STEP_MATCHED = ("scp_offset", "step-matched")
 PERTURBED = ("scp_offset", tuple(name for name in SCP_OFFSETS if name != "none"))
@@ -37,8 +38,12 @@ class FastDiSSConfig(DiffusionConfig):
     """Options of SCP and MANS; see `SCP` and `MANS` for what they mean."""
 
     self_cond_rate: float = option(1.0, "share of batches with a first pass at t' > t")
-    scp_offset: str = option("step-matched", f"how t' is drawn: {', '.join(SCP_OFFSETS)}")
-    scp_coupling: str = option("markov", f"coupling of z_t' and z_t: {', '.join(SCP_COUPLINGS)}")
+    scp_offset: str = option(
+        "step-matched", f"how t' is drawn: {', '.join(SCP_OFFSETS)}", needs=ESTIMATED
+    )
+    scp_coupling: str = option(
+        "markov", f"coupling of z_t' and z_t: {', '.join(SCP_COUPLINGS)}", needs=ESTIMATED
+    )
     scp_gap: float = option(0.2, "t' - t where scp_offset is fixed", needs=("scp_offset", "fixed"))
     scp_step_counts: tuple[int, ...] = option(
         (2, 3, 5, 10, 20), "step counts that step-matched draws from", needs=STEP_MATCHED
