@@ -16,8 +16,9 @@ import torch
 from fastdiss_cli.checkpoints.loading import Loaded, load_model
 from fastdiss_cli.config import build
 from fastdiss_cli.decoding.generation import Run, SequenceGenerator, default_max_tokens
-from fastdiss_cli.decoding.output import hypothesis_text, reference_streams
+from fastdiss_cli.decoding.output import hypothesis_text
 from fastdiss_cli.decoding.selection import selector, with_runners_up
+from fastdiss_cli.decoding.systems import reference_streams
 from fastdiss_cli.device import pick_device, pick_dtype
 from fastdiss_cli.errors import FastdissError, suggest
 from fastdiss_cli.models.registry import Hypothesis
@@ -83,6 +84,7 @@ if hasattr(os, "register_at_fork"):
 
 _OF_ALL_MODELS = ("select", "mbr_metric", "reranker", "max_tokens")
 _OBSERVING = ("history", "diagnose")  # `Decoding` fields that only record more
+_NO_LIST = (str, bytes, Set, Mapping)  # iterables that are no lists of strings
 
 
 @dataclass(frozen=True)
@@ -253,7 +255,7 @@ def score(
 
     hypotheses = _strings(hypotheses, "hypotheses")
     metrics = _strings(metrics, "metrics")
-    if isinstance(references, str) or not isinstance(references, Iterable):
+    if isinstance(references, _NO_LIST) or not isinstance(references, Iterable):
         raise FastdissError(f"references: give a list of strings, not {type(references).__name__}")
     alternatives = [
         _strings([r] if isinstance(r, str) else r, f"references of sentence {i}")
@@ -286,8 +288,7 @@ def score(
 
 def _strings(values: Sequence[str], what: str) -> list[str]:
     """Return the values as a list, or raise a FastdissError if they are not strings."""
-    unordered = isinstance(values, (str, bytes, Set, Mapping))
-    if unordered or not isinstance(values, Iterable):
+    if isinstance(values, _NO_LIST) or not isinstance(values, Iterable):
         raise FastdissError(f"{what}: give a list of strings, not {type(values).__name__}")
     values = list(values)
     for i, value in enumerate(values):

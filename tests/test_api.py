@@ -126,6 +126,7 @@ def test_candidates_are_all_with_the_chosen_one_first(
         ({"temperature": "cold"}, "temperature must be a number, not 'cold'"),
         ({"temperature": 0.5, "solver": "ddim"}, "temperature must be 0 with ddim"),
         ({"self_cond": "gold"}, "self_cond='gold'"),
+        ({"select": ""}, "select : choose from"),
         ({"select": "best"}, "select best: choose from score, mbr, rerank"),
         ({"mbr_metric": "ter"}, "mbr_metric ter: choose from bleu, chrf"),
         ({"select": "rerank"}, "select rerank needs a reranker"),
@@ -148,7 +149,14 @@ def test_other_wrong_use_is_named(diffusion: Path, corpus: Path, tmp_path: Path)
         translator.generate("drei vier")
     with pytest.raises(FastdissError, match="item 1 is NoneType, not a string"):
         translator.generate(["drei", None])
-    for wrong in (("a b", ["a"]), (["a"], "a"), (["a"], None), (["a"], [None]), (["a"], [[]])):
+    for wrong in (
+        ("a b", ["a"]),
+        (["a"], "a"),
+        (["a"], None),
+        (["a"], [None]),
+        (["a"], [[]]),
+        (["a", "b"], {"a", "b"}),
+    ):
         with pytest.raises(FastdissError, match=r"string|needs a reference"):
             fastdiss_cli.score(*wrong)
     assert fastdiss_cli.load(diffusion, device=torch.device("cpu", 0)).generate(["drei"], steps=1)

@@ -70,8 +70,8 @@ def test_every_operator_is_of_one_kind() -> None:
     for name, kind in (
         ("mkldnn::_linear_pointwise", "matrix products"),
         ("aten::mm", "matrix products"),
-        ("aten::bmm", "attention"),
-        ("aten::_softmax", "attention"),
+        ("aten::bmm", "attention, expected embeddings"),
+        ("aten::_softmax", "attention, expected embeddings"),
         ("aten::native_layer_norm", "norms"),
         ("aten::copy_", "copies, casts, gathering"),
         ("aten::mul", "elementwise, reductions"),

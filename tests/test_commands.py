@@ -20,7 +20,7 @@ from conftest import one_line_error, run_cli, run_process
 import fastdiss_cli
 from fastdiss_cli import logs
 from fastdiss_cli.config import TrainConfig, build, read_recipe
-from fastdiss_cli.decoding import mbr, output
+from fastdiss_cli.decoding import mbr, systems
 from fastdiss_cli.decoding.selection import METHODS
 from fastdiss_cli.device import DTYPES
 from fastdiss_cli.diffusion.sampler import SELF_COND_MODES
@@ -503,7 +503,7 @@ def test_an_interrupted_command_says_so(
     def interrupted(path: Path) -> None:
         raise how
 
-    monkeypatch.setattr(output, "read_system", interrupted)
+    monkeypatch.setattr(systems, "read_system", interrupted)
     one_line_error(run_cli("score", "--sys", "hyp"), "error: interrupted", code=130)
 
 

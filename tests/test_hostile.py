@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from fastdiss_cli.config import parse_settings, read_recipe
 from fastdiss_cli.data.binarized import BinarizedDataset
-from fastdiss_cli.decoding.output import format_lines, read_system
+from fastdiss_cli.decoding.output import format_lines
+from fastdiss_cli.decoding.systems import read_system
 from fastdiss_cli.errors import FastdissError
 from fastdiss_cli.models.registry import Hypothesis
 

@@ -14,7 +14,7 @@ import sacrebleu
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastdiss_cli.decoding.output import reference_streams
+from fastdiss_cli.decoding.systems import reference_streams
 from fastdiss_cli.errors import FastdissError
 from fastdiss_cli.metrics import DIVERSITY, METRICS, paired_test, similarity
 from fastdiss_cli.metrics.rates import edit_distance

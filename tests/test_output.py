@@ -16,12 +16,7 @@ from fastdiss_cli.checkpoints.loading import Loaded
 from fastdiss_cli.data.layout import Layout
 from fastdiss_cli.data.sentencepiece import train_tokenizer
 from fastdiss_cli.data.tokenizer import Tokenizer
-from fastdiss_cli.decoding.output import (
-    format_lines,
-    read_all_references,
-    read_system,
-    reference_streams,
-)
+from fastdiss_cli.decoding.output import format_lines
 from fastdiss_cli.decoding.selection import (
     by_mbr,
     by_reranking,
@@ -29,6 +24,7 @@ from fastdiss_cli.decoding.selection import (
     selector,
     with_runners_up,
 )
+from fastdiss_cli.decoding.systems import read_all_references, read_system, reference_streams
 from fastdiss_cli.device import autocast
 from fastdiss_cli.errors import FastdissError
 from fastdiss_cli.models.registry import HistoryStep, Hypothesis

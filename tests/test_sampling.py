@@ -18,8 +18,9 @@ from fastdiss_cli.decoding.generation import Run, SequenceGenerator
 from fastdiss_cli.decoding.selection import by_score
 from fastdiss_cli.diffusion.solvers import SOLVERS
 from fastdiss_cli.errors import FastdissError
-from fastdiss_cli.models.denoiser import Candidates, Denoiser
-from fastdiss_cli.models.diffusion_decoding import TEMPERATURE
+from fastdiss_cli.models.candidates import Candidates
+from fastdiss_cli.models.denoiser import Denoiser
+from fastdiss_cli.models.diffusion_decoding import TEMPERATURE, DiffusionDecoding
 from fastdiss_cli.models.graphs import GraphCache
 from fastdiss_cli.models.layers import Memory
 from fastdiss_cli.models.registry import Hypothesis, Seq2SeqModel
@@ -317,14 +318,15 @@ def test_a_sentence_is_settled_when_all_its_candidates_are() -> None:
     memory = Memory(torch.zeros(5, 2, 32), Layout.of(torch.zeros(5, 2) > 0), [])
     denoiser = Denoiser(make_model("difformer"), memory, Layout.of(torch.zeros(10, 3) > 0))
     rows = torch.arange(10)
-    running = Candidates(denoiser, rows // 2, rows % 2, torch.zeros(10, 2, 0))
+    options = DiffusionDecoding(early_exit=True)
+    running = Candidates(denoiser, options, rows // 2, rows % 2, torch.zeros(10, 2, 0))
     running.best = before, sure_before
-    assert running.drop_settled() is None
+    assert running.drop() is None
     running.best = tokens, sure
-    assert running.drop_settled().tolist() == [2, 3, 4, 5, 6, 7]
+    assert running.drop().tolist() == [2, 3, 4, 5, 6, 7]
     assert running.seeds.tolist() == [1, 1, 2, 2, 3, 3] and len(denoiser.memory.hidden) == 3
     running.best = tokens[2:8], torch.ones(6).bool()
-    assert running.drop_settled().tolist() == [4, 5]  # was not sure before
+    assert running.drop().tolist() == [4, 5]  # was not sure before
 
 
 @pytest.mark.parametrize("solver", ["ddim", "dpm-solver++"])

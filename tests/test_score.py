@@ -18,7 +18,8 @@ from conftest import one_line_error, run_cli
 
 from fastdiss_cli import metrics
 from fastdiss_cli.commands import score
-from fastdiss_cli.decoding.report import Summary, parse_summary
+from fastdiss_cli.decoding.report import Summary
+from fastdiss_cli.decoding.systems import parse_summary
 
 REFERENCES = [f"the {n} small cats sat on {n} mats" for n in range(30)]
 POOR = [line.replace("small", "big") if n % 2 else line for n, line in enumerate(REFERENCES)]

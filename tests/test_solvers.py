@@ -7,6 +7,8 @@ gain = alpha v / (alpha^2 v + sigma^2), and z_t itself is N(alpha mu, alpha^2 v 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import pytest
@@ -14,12 +16,21 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastdiss_cli.diffusion.sampler import SELF_COND_MODES, sample
+from fastdiss_cli.diffusion.sampler import SELF_COND_MODES, Sampled, sample
 from fastdiss_cli.diffusion.schedule import TIME_GRIDS, NoiseSchedule, time_grid
 from fastdiss_cli.diffusion.solvers import SOLVERS
 
 MU, V = 0.7, 0.3
 SCHEDULE = NoiseSchedule("cosine", factor=2.0)
+
+
+@dataclass
+class Rows(Sampled):
+    """What two functions make of it; see `Sampled`."""
+
+    denoise: Callable[[Tensor, Tensor, Tensor], Tensor] = None
+    noise: Callable[[int], Tensor] = None
+    gold: Tensor | None = None
 
 
 def best_denoiser(z: Tensor, t: Tensor) -> Tensor:
@@ -104,10 +115,8 @@ def test_many_steps_are_finite(solver: str, grid: str) -> None:
     """In float32, noise levels of neighbouring times hardly differ, and are 0 near t = 0."""
     schedule = NoiseSchedule("cosine", factor=4.0)  # with the least noise near t = 0
     noise = torch.randn(1, 1, 2)
-    z0_hat, _ = sample(
-        lambda z, t, self_cond: 0.5 * schedule.unit(z, t), schedule, lambda k: noise, 2000, solver,
-        grid=grid,
-    )  # fmt: skip
+    rows = Rows(lambda z, t, self_cond: 0.5 * schedule.unit(z, t), lambda k: noise)
+    z0_hat, _ = sample(rows, schedule, 2000, solver, grid, "reuse", 1.0)
     assert z0_hat.isfinite().all() and 0 < z0_hat.abs().max() < 100
 
 
@@ -121,10 +130,8 @@ def test_n_steps_are_n_evaluations(solver: str, self_cond: str, steps: int) -> N
         seen.append(t.item())
         return z * 0.1
 
-    gold = torch.randn(2, 3, 4)
-    _, nfe = sample(
-        denoise, SCHEDULE, lambda k: torch.randn(2, 3, 4), steps, solver, self_cond, gold
-    )
+    rows = Rows(denoise, lambda k: torch.randn(2, 3, 4), gold=torch.randn(2, 3, 4))
+    _, nfe = sample(rows, SCHEDULE, steps, solver, "log-snr", self_cond, 1.0)
     passes = 2 if self_cond == "recompute" else 1
     assert nfe.tolist() == [passes * steps] * 2 and len(seen) == passes * steps
     assert seen[::passes] == pytest.approx(time_grid(steps, "log-snr", SCHEDULE)[:-1].tolist())
@@ -139,8 +146,8 @@ def test_what_each_self_conditioning_mode_gives_the_network() -> None:
 
     def run(mode: str) -> list[float]:
         self_conds.clear()
-        gold = torch.full((1, 1, 1), 9.0)
-        sample(denoise, SCHEDULE, lambda k: torch.ones(1, 1, 1), 3, "ddim", mode, gold)
+        rows = Rows(denoise, lambda k: torch.ones(1, 1, 1), gold=torch.full((1, 1, 1), 9.0))
+        sample(rows, SCHEDULE, 3, "ddim", "log-snr", mode, 0.0)
         return [given.item() for given in self_conds]
 
     assert run("reuse") == [0, 1, 2]  # the estimate of the step before
@@ -158,7 +165,8 @@ def test_the_temperature_scales_the_noise_of_a_step_and_not_the_start(temperatur
         return torch.full_like(z, 2.0)
 
     draws = [torch.full((1, 2, 3), 3.0), torch.full((1, 2, 3), 5.0)]
-    sample(denoise, SCHEDULE, draws.__getitem__, 2, "ddpm", grid="uniform", temperature=temperature)
+    rows = Rows(denoise, draws.__getitem__)
+    sample(rows, SCHEDULE, 2, "ddpm", "uniform", "reuse", temperature)
     half, one = torch.tensor(0.5), torch.tensor(1.0)
     torch.testing.assert_close(seen[0], SCHEDULE.sigma(one) * 3.0 * torch.ones(1, 2, 3))
     # from pure noise z at s is a noised estimate: alpha_s x + sigma_s noise
@@ -178,11 +186,14 @@ def test_the_solver_gets_the_clamped_estimate_and_the_network_its_form(
         seen.append((z, self_cond))
         return torch.full_like(z, 2.0)
 
-    sample(
-        denoise, SCHEDULE, lambda _: start, 2, "ddim", grid="uniform",
-        to_self_cond=lambda z0_hat: z0_hat + 1,
-        clamp=(lambda z0_hat: z0_hat * 5) if clamped else None,
-    )  # fmt: skip
+    class Formed(Rows):
+        def to_self_cond(self, z0_hat: Tensor) -> Tensor:
+            return z0_hat + 1
+
+        def clamp(self, z0_hat: Tensor, self_cond: Tensor) -> Tensor:
+            return z0_hat * 5 if clamped else super().clamp(z0_hat, self_cond)
+
+    sample(Formed(denoise, lambda _: start), SCHEDULE, 2, "ddim", "uniform", "reuse", 0.0)
     half = torch.tensor(0.5)
     taken = 10.0 if clamped else 3.0
     wanted = SCHEDULE.alpha(half) * taken + SCHEDULE.sigma(half) * start
@@ -205,6 +216,7 @@ def test_the_levels_of_a_step_cost_the_device_nothing(solver: str) -> None:
 
     start = torch.zeros(2, 3, 4, device="meta")
     with Numbers() as numbers:
-        sample(lambda z, t, self_cond: z + t, SCHEDULE, lambda draw: start, 4, solver)
+        rows = Rows(lambda z, t, self_cond: z + t, lambda draw: start)
+        sample(rows, SCHEDULE, 4, solver, "log-snr", "reuse", 1.0)
     # the times that the network gets, one launch each
     assert numbers.seen == ["aten.full.default"] * 5

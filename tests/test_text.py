@@ -10,7 +10,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from fastdiss_cli.data.text import ParallelText, read_lines, read_references
+from fastdiss_cli.data.text import ParallelText, read_lines
+from fastdiss_cli.decoding.systems import read_references
 from fastdiss_cli.errors import FastdissError
 
 PAIRS = [("ein Hund", "a dog"), ("", "nothing"), ("zwei\u2028Hunde", "two\rdogs"), ("ö\x85", "𝔬")]

@@ -222,7 +222,8 @@ def generate(
     from fastdiss_cli.checkpoints.folder import best_of
     from fastdiss_cli.checkpoints.loading import load_model
     from fastdiss_cli.decoding.generation import Run, SequenceGenerator, default_max_tokens
-    from fastdiss_cli.decoding.output import confidence_legend, read_all_references
+    from fastdiss_cli.decoding.output import confidence_legend
+    from fastdiss_cli.decoding.systems import read_all_references
     from fastdiss_cli.decoding.translation import open_outputs, translate
     from fastdiss_cli.device import dtype_name, keep_freed_memory, pick_device, pick_dtype
     from fastdiss_cli.distributed import Processes

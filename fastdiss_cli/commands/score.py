@@ -20,8 +20,7 @@ from fastdiss_cli.errors import FastdissError, OptionError, suggest
 if TYPE_CHECKING:
     from sacrebleu.significance import Result as SignificanceResult
 
-    from fastdiss_cli.decoding.output import Generated
-    from fastdiss_cli.decoding.report import Figures
+    from fastdiss_cli.decoding.systems import Figures, Generated
 
 # listed here, because --help must not wait for sacreBLEU's import
 AGAINST_REFERENCES = ("bleu", "chrf", "ter", "rouge1", "rouge2", "rougeL")
@@ -177,7 +176,7 @@ def score(
             "use bs"
         )
 
-    from fastdiss_cli.decoding.output import read_system
+    from fastdiss_cli.decoding.systems import read_system
 
     read = [read_system(path) for path in paths]
     for path, system in zip(paths, read, strict=True):
@@ -253,7 +252,7 @@ def _streams(
     paths: list[Path], systems: list[Generated], ref: list[Path] | None
 ) -> list[list[str | None]]:
     """Return sacreBLEU's reference streams, from files or from the T- lines of the systems."""
-    from fastdiss_cli.decoding.output import read_all_references, reference_streams
+    from fastdiss_cli.decoding.systems import read_all_references, reference_streams
 
     if ref:
         return reference_streams(read_all_references(ref, len(systems[0].candidates)))
@@ -375,7 +374,7 @@ def _table(paths: list[Path], rows: list[list[Result]], test: str | None) -> str
 
 def _figures(path: Path, system: Generated) -> Figures:
     """Return what `_plot` needs of a system besides its score."""
-    from fastdiss_cli.decoding.report import parse_summary
+    from fastdiss_cli.decoding.systems import parse_summary
 
     figures = parse_summary(system.summary)
     if figures is None:

@@ -18,7 +18,6 @@ from operator import itemgetter
 from pathlib import Path
 from typing import IO, Any
 
-from fastdiss_cli import logs
 from fastdiss_cli.errors import FastdissError
 
 FORMATS = ("text", "jsonl", "tsv")
@@ -188,22 +187,6 @@ class ParallelText:
 def on_one_line(text: str) -> str:
     """Return the text with line breaks replaced by blanks."""
     return text.replace("\n", " ")
-
-
-def read_references(path: Path) -> list[list[str]]:
-    """Return the references of each sentence.
-
-    A ``.tsv`` (or ``.tsv.gz``) file holds any number of tab-separated alternatives per line, every
-    other file exactly one. Empty ones beside others, as spreadsheets pad lines with, are left out
-    with a warning: they would make an empty answer correct.
-    """
-    if not path.name.removesuffix(".gz").endswith(".tsv"):
-        return [[line] for line in read_lines(path)]
-    rows = [line.split("\t") for line in read_lines(path)]
-    kept = [[text for text in row if text.strip()] or [""] for row in rows]
-    if padded := sum(len(row) != len(own) for row, own in zip(rows, kept, strict=True)):
-        logs.warn(f"{path}: ignoring empty alternatives in {logs.counted(padded, 'line')}")
-    return kept
 
 
 def _existing(prefix: str, *names: str) -> Path:

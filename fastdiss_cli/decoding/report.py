@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -10,17 +9,12 @@ from typing import TYPE_CHECKING
 from sacrebleu.metrics import BLEU
 from sacrebleu.metrics.bleu import BLEUScore
 
-from fastdiss_cli.decoding.output import reference_streams
+from fastdiss_cli.decoding.systems import reference_streams
 from fastdiss_cli.errors import FastdissError
 from fastdiss_cli.logs import counted
 
-if TYPE_CHECKING:  # `score` reads summaries, and should not wait for torch
+if TYPE_CHECKING:
     from fastdiss_cli.decoding.generation import Run
-
-_LINE = re.compile(
-    r"Generate \S+ with (?P<arch>\S+)(?P<options>( \w+=\S+)*): .*?"
-    r"(?P<speed>[\d.,]+) sentences/s, NFE (?P<nfe>[\d.]+)$"
-)
 
 
 @dataclass
@@ -55,42 +49,6 @@ class Summary:
             f"{counted(self.run.sentences, 'sentence')} in {self.run.seconds:.1f} s, "
             f"{_digits(self.speed)} sentences/s, NFE {self.nfe:.1f}"
         )
-
-
-@dataclass
-class Figures:
-    """The figures in a summary line.
-
-    Attributes:
-        arch: the architecture.
-        options: the options of decoding, as text.
-        speed: sentences per second.
-        nfe: decoder evaluations per non-empty sentence.
-    """
-
-    arch: str
-    options: dict[str, str]
-    speed: float
-    nfe: float
-
-    @property
-    def steps(self) -> int | None:
-        """Denoising steps; None for a model that has none."""
-        return int(self.options["steps"]) if "steps" in self.options else None
-
-    @property
-    def stops_early(self) -> bool:
-        return "early_exit" in self.options
-
-
-def parse_summary(line: str) -> Figures | None:
-    """Parse a line of `Summary.line`; return None for any other line."""
-    match = _LINE.match(line)
-    if match is None:
-        return None
-    options = dict(option.split("=", 1) for option in match["options"].split())
-    speed = float(match["speed"].replace(",", ""))
-    return Figures(match["arch"], options, speed, float(match["nfe"]))
 
 
 def summarise(

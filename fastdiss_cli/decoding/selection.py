@@ -73,12 +73,15 @@ def selector(
 
     Arguments and errors are those of `check_selection` and `check_reranker`.
     """
-    method = method or ("rerank" if reranker else model.model.default_select)
+    if method is None:
+        method = "rerank" if reranker else model.model.default_select
     check_selection(method, metric, reranker is not None)
     if reranker is not None:
         check_reranker(model, reranker)
         return method, by_reranking(reranker.model, reranker.dtype)
-    return method, by_mbr(model.tgt, metric or MBR_METRIC) if method == "mbr" else by_score
+    return method, by_mbr(
+        model.tgt, MBR_METRIC if metric is None else metric
+    ) if method == "mbr" else by_score
 
 
 def by_score(

@@ -3,63 +3,85 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from abc import ABC, abstractmethod
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from fastdiss_cli.diffusion import Denoise, ToSelfCond
 from fastdiss_cli.diffusion.schedule import NoiseSchedule, time_grid
 from fastdiss_cli.diffusion.solvers import SOLVERS
 
 SELF_COND_MODES = ("reuse", "none", "recompute", "gold")
 
 
+class Sampled(ABC):
+    """What is sampled: N rows that are denoised together.
+
+    Attributes:
+        gold: the true embeddings of all rows, float [N, T, D], for a diagnosis.
+    """
+
+    gold: Tensor | None = None
+
+    @abstractmethod
+    def noise(self, draw: int) -> Tensor:
+        """Return the k-th standard normal draw, float [N, T, D].
+
+        Draw 0 is the start. Each is requested at most once; at temperature 0, only draw 0 is.
+        """
+
+    @abstractmethod
+    def denoise(self, z: Tensor, t: Tensor, self_cond: Tensor) -> Tensor:
+        """Return z0_hat from z and self_cond, float [N, T, D] all, at time t (0-d)."""
+
+    def to_self_cond(self, z0_hat: Tensor) -> Tensor:
+        """Return the ``self_cond`` of the next evaluation that an estimate becomes."""
+        return z0_hat
+
+    def clamp(self, z0_hat: Tensor, self_cond: Tensor) -> Tensor:
+        """Return what the solver takes for z_0, from an estimate and what it became."""
+        return self_cond
+
+    def watch(self, rows: Tensor, t: Tensor, z: Tensor, z0_hat: Tensor) -> None:  # noqa: B027
+        """Take note of a step; ``rows``: those still sampled, int64 indices into the first N."""
+
+    def drop(self) -> Tensor | None:
+        """Return the rows that go on, int64 indices into N, or None: all; called between steps.
+
+        From then on N is their number.
+        """
+        return None
+
+
 def sample(
-    denoise: Denoise,
+    batch: Sampled,
     schedule: NoiseSchedule,
-    noise: Callable[[int], Tensor],
     steps: int,
-    solver: str = "ddpm",
-    self_cond: str = "reuse",
-    gold: Tensor | None = None,
-    grid: str = "log-snr",
-    temperature: float = 1.0,
-    to_self_cond: ToSelfCond = lambda z0_hat: z0_hat,
-    clamp: Callable[[Tensor], Tensor] | None = None,
-    watch: Callable[[Tensor, Tensor, Tensor, Tensor], None] | None = None,
-    drop: Callable[[], Tensor | None] | None = None,
+    solver: str,
+    grid: str,
+    self_cond: str,
+    temperature: float,
 ) -> tuple[Tensor, Tensor]:
     """Sample with exactly ``steps`` steps.
 
     Args:
-        denoise: (z [N, T, D], t [], self_cond [N, T, D]) -> z0_hat [N, T, D].
+        batch: the rows, and what the network makes of them.
         schedule: the one that the network was trained with.
-        noise: returns the k-th standard normal draw, float [N, T, D]. Draw 0 is the start. Each is
-            requested at most once; at temperature 0, only draw 0 is.
-        steps: N, at least 1.
+        steps: at least 1.
         solver: a key of `SOLVERS`.
+        grid: one of `TIME_GRIDS`.
         self_cond: the estimate that the network is conditioned on. ``reuse``: that of the previous
             step, zeros in the first; ``none``: zeros; ``recompute``: one of the current step, from
-            a second evaluation; ``gold``: the true embeddings (for diagnosis).
-        gold: float [N, T, D], needed for ``gold``.
-        grid: one of `TIME_GRIDS`.
+            a second evaluation; ``gold``: the true embeddings.
         temperature: scale of the noise that the solver adds in a step; 1 is the formula's own.
             With ddpm the first step discards the noise of the start, so that from then on z has
             ``temperature`` times the noise of the schedule.
-        to_self_cond: maps an estimate z0_hat to the ``self_cond`` of the next evaluation.
-        clamp: maps an estimate to what the solver takes for z_0; None: ``to_self_cond``.
-        watch: called at every step with the rows that are still sampled (int64 indices into the
-            first N), its t (0-d), z and z0_hat.
-        drop: called between steps, after ``to_self_cond``; returns the rows that go on (int64
-            indices into N), or None: all. From then on N is their number, for all of these
-            functions.
 
     Returns:
         The last z0_hat of each row, float [N, T, D], and its number of denoiser evaluations [N].
     """
-    z = noise(0)
+    z = batch.noise(0)
     device = z.device
     solver_times = time_grid(steps, grid, schedule)  # on the CPU: its levels cost no launches
     # filled, not copied: a copy would wait for the device, and cannot be captured as a graph
@@ -72,35 +94,29 @@ def sample(
     evaluations = 2 if self_cond == "recompute" else 1  # in a step
 
     def added(draw: int) -> Tensor:
-        return temperature * noise(draw) if temperature else torch.zeros_like(z)
+        return temperature * batch.noise(draw) if temperature else torch.zeros_like(z)
 
     for k in range(steps):
         given = earlier
         if self_cond == "recompute":
-            given = to_self_cond(denoise(z, times[k], torch.zeros_like(z)))
+            given = batch.to_self_cond(batch.denoise(z, times[k], torch.zeros_like(z)))
         elif self_cond == "gold":
-            assert gold is not None
-            given = gold[rows]
-        z0_hat = denoise(z, times[k], given)
+            assert batch.gold is not None
+            given = batch.gold[rows]
+        z0_hat = batch.denoise(z, times[k], given)
         answer[rows] = z0_hat
         nfe.index_fill_(0, rows, (k + 1) * evaluations)
-        if watch is not None:
-            watch(rows, times[k], z, z0_hat)
+        batch.watch(rows, times[k], z, z0_hat)
         if k + 1 == steps:
             break
-        estimate = to_self_cond(z0_hat)
-        kept = drop() if drop else None
+        estimate = batch.to_self_cond(z0_hat)
+        kept = batch.drop()
         if kept is not None:
             rows, z, z0_hat, estimate = rows[kept], z[kept], z0_hat[kept], estimate[kept]
             move.select(kept)
             if not len(rows):
                 break
         earlier = estimate if self_cond == "reuse" else torch.zeros_like(z)
-        z = move(
-            z,
-            clamp(z0_hat) if clamp else estimate,
-            solver_times[k],
-            solver_times[k + 1],
-            partial(added, k + 1),
-        )
+        clean = batch.clamp(z0_hat, estimate)
+        z = move(z, clean, solver_times[k], solver_times[k + 1], partial(added, k + 1))
     return answer, nfe

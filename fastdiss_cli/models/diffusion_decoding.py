@@ -4,11 +4,9 @@
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -22,7 +20,8 @@ from fastdiss_cli.diffusion.sampler import SELF_COND_MODES, sample
 from fastdiss_cli.diffusion.schedule import TIME_GRIDS, NoiseSchedule
 from fastdiss_cli.diffusion.solvers import SOLVERS
 from fastdiss_cli.errors import FastdissError
-from fastdiss_cli.models.denoiser import Candidates, Denoiser
+from fastdiss_cli.models.candidates import Candidates
+from fastdiss_cli.models.denoiser import Denoiser
 from fastdiss_cli.models.embedding import FORMS, LatentEmbedding
 from fastdiss_cli.models.graphs import GraphCache
 from fastdiss_cli.models.layers import Memory
@@ -143,7 +142,7 @@ class SampledModel(Seq2SeqModel):
         scores, tokens, nfe = (x.tolist() for x in results)
         answers = []
         for row, (length, cost) in enumerate(zip(lengths.tolist(), nfe, strict=True)):
-            ids, token_scores = self._trim(tokens[row][:length], scores[row])
+            ids, token_scores = self.trim(tokens[row][:length], scores[row])
             score = sum(token_scores) / len(token_scores)
             answers.append(Hypothesis(ids, score, token_scores, cost, history[row]))
         return [
@@ -177,42 +176,27 @@ class SampledModel(Seq2SeqModel):
             denoiser evaluations each candidate took, int64 [N].
         """
         count, device = len(layout.pad_mask) // len(seeds), seeds.device
-        denoiser = Denoiser(self, memory, layout)
-        running = Candidates(
-            denoiser,
+        candidates = Candidates(
+            Denoiser(self, memory, layout),
+            options,
             seeds.repeat_interleave(count),
             torch.arange(count, device=device).repeat(len(seeds)),
             noise_keys,
+            gold_z0,
+            history or [],
         )
-
-        def watch(rows: Tensor, t: Tensor, z: Tensor, z0_hat: Tensor) -> None:
-            fresh = None
-            if options.diagnose and self.self_conditioned:
-                fresh = denoiser(z, t, denoiser.to_self_cond(denoiser(z, t, torch.zeros_like(z))))
-            steps = self._history(float(t), z0_hat, fresh, denoiser.layout)
-            for row, step in zip(rows.tolist(), steps, strict=True):
-                history[row].append(step)
-
-        clamp = None  # not computed twice where it is the same as self_cond
-        if options.clamp != self.config.self_cond_form:
-            clamp = partial(denoiser.project, form=options.clamp)
+        # a model that was trained without self-conditioning gets none
+        self_cond = options.self_cond if self.self_conditioned else "none"
         z0_hat, nfe = sample(
-            denoiser,
+            candidates,
             self.schedule,
-            partial(running.noise, self.config.latent_dim),
             options.steps,
-            solver=options.solver,
-            temperature=options.temperature,
-            # a model that was trained without self-conditioning gets none
-            self_cond=options.self_cond if self.self_conditioned else "none",
-            gold=gold_z0,
-            grid=options.time_grid,
-            to_self_cond=(running if options.early_exit else denoiser).to_self_cond,
-            clamp=clamp,
-            watch=watch if options.history or options.diagnose else None,
-            drop=running.drop_settled if options.early_exit else None,
+            options.solver,
+            options.time_grid,
+            self_cond,
+            options.temperature,
         )
-        return *self._read(z0_hat, layout), nfe
+        return *self.read(z0_hat, layout), nfe
 
     def _replay(
         self,
@@ -272,33 +256,14 @@ class SampledModel(Seq2SeqModel):
             )
         return src_lengths + log_probs.topk(beam, dim=1).indices - limit
 
-    def _read(self, z0_hat: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
+    def read(self, z0_hat: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
         """Return log-probability and id of the best token at every position, both [N, T]."""
         logits = self.embedding.logits(layout.flat(z0_hat))
         logits[:, self.tgt.bos] = logits[:, self.tgt.pad] = float("-inf")  # in no answer
         best, tokens = logits.max(dim=-1)
         return layout.padded(best - logits.logsumexp(dim=-1)), layout.padded(tokens)
 
-    def _history(
-        self, time: float, z0_hat: Tensor, fresh: Tensor | None, layout: Layout
-    ) -> list[HistoryStep]:
-        """Return the history of each row at one step; means are over non-padding positions."""
-        scores, tokens = self._read(z0_hat, layout)
-        own = ~layout.pad_mask
-        lengths = own.sum(1)
-
-        def mean(squares: Tensor) -> list[float]:
-            return ((squares.mean(-1) * own).sum(1) / lengths).tolist()
-
-        norms = mean(z0_hat.square())
-        gaps = [math.nan] * len(norms) if fresh is None else mean((z0_hat - fresh).square())
-        rows = zip(lengths.tolist(), tokens.tolist(), scores.exp().tolist(), strict=True)
-        return [
-            HistoryStep(time, *self._trim(ids[:length], values), norm, gap)
-            for (length, ids, values), norm, gap in zip(rows, norms, gaps, strict=True)
-        ]
-
-    def _trim(self, tokens: list[int], values: list[float]) -> tuple[list[int], list[float]]:
+    def trim(self, tokens: list[int], values: list[float]) -> tuple[list[int], list[float]]:
         """Truncate a row before its first eos; the values keep the one of the eos."""
         end = tokens.index(self.tgt.eos) if self.tgt.eos in tokens else len(tokens)
         return tokens[:end], values[: min(end + 1, len(tokens))]

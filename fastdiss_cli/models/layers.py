@@ -71,7 +71,7 @@ class Memory:
 
 
 class Cache:
-    """The self-attention keys and values of all positions so far, in a buffer that is reused."""
+    """The self-attention keys and values of all positions so far, in a buffer with free ones."""
 
     def __init__(self) -> None:
         self.buffer: Tensor | None = None  # [2, N, h, capacity, H/h]
@@ -92,9 +92,8 @@ class Cache:
     def select(self, rows: Tensor) -> None:
         """Keep some rows, in the order given; int64 indices into N, repeats allowed."""
         assert self.buffer is not None
-        chosen = self.buffer[:, :, :, : self.length].index_select(1, rows)
-        self.buffer = self.buffer[:, : len(rows)]
-        self.buffer[:, :, :, : self.length] = chosen
+        # with its free positions: whole rows are copied several times as fast as parts of them
+        self.buffer = self.buffer.index_select(1, rows)
 
 
 class SelfAttention(nn.Module):

@@ -18,7 +18,7 @@ from plots import plot, plot_gap, plot_quality, plot_speed
 from results import FEW, METRIC, NAMES, Results, figures_of
 from trials import CLAMPS, GRIDS, HERE, SWEEPS, TEMPERATURES, VARIANTS, trial_folder
 
-from fastdiss_cli.decoding.output import read_system
+from fastdiss_cli.decoding.systems import read_system
 from fastdiss_cli.metrics import METRICS, paired_test
 
 
@@ -79,7 +79,8 @@ def interval(differences: Sequence[float]) -> tuple[float, float]:
     mean, count = statistics.fmean(differences), len(differences)
     if count == 1:
         return mean, math.inf
-    return mean, T_975[count] * statistics.stdev(differences) / math.sqrt(count)
+    t = T_975[min(count, max(T_975))]  # of more trainings it is slightly less
+    return mean, t * statistics.stdev(differences) / math.sqrt(count)
 
 
 def significance(results: Results) -> tuple[str, dict[str, tuple[float, str, bool]]]:

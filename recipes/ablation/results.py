@@ -11,8 +11,13 @@ from typing import Any
 import yaml
 from trials import ALL_STEPS, FEW_STEPS, HERE, VARIANTS, trial_folder
 
-from fastdiss_cli.decoding.output import read_all_references, read_system, reference_streams
-from fastdiss_cli.decoding.report import Figures, parse_summary
+from fastdiss_cli.decoding.systems import (
+    Figures,
+    parse_summary,
+    read_all_references,
+    read_system,
+    reference_streams,
+)
 from fastdiss_cli.metrics import METRICS
 
 # corpus -> the metric of its tables, and whether a higher value is better

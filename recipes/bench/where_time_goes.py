@@ -31,14 +31,18 @@ BATCHED, SINGLE = 192, 12  # sentences
 # the first kind one of whose words is in the name of an operator
 KINDS = {
     "matrix products": ("linear_pointwise", "::mm", "::addmm", "::linear", "mkldnn_linear"),
-    "attention": ("bmm", "baddbmm", "softmax", "scaled_dot_product", "flash_attention"),
+    "attention, expected embeddings": (
+        "bmm", "baddbmm", "softmax", "scaled_dot_product", "flash_attention",
+    ),
     "optimizer and average": ("adamw", "foreach"),
     "norms": ("layer_norm",),
     "copies, casts, gathering": (
         "copy", "::to", "cat", "index", "pad", "gather", "repeat", "arange", "contiguous", "clone",
         "fill", "zero", "embedding", "select", "narrow", "slice", "nonzero", "stack", "one_hot",
     ),
-    "random numbers": ("random", "normal", "rand", "sin", "cos", "bitwise", "__and__", "rshift"),
+    "random numbers": (
+        "random", "normal", "rand", "::sin", "::cos", "bitwise", "__and__", "rshift",
+    ),
 }  # fmt: skip
 ELEMENTWISE, PYTHON = "elementwise, reductions", "Python, dispatch"
 
