@@ -13,7 +13,7 @@ quickstart: $(VENV)/.torch-$(TORCH)
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" bash recipes/quickstart/run.sh
 
 test: $(VENV)/.dev-$(TORCH) lint
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
 bench: $(VENV)/.torch-$(TORCH)
 	$(VENV)/bin/python recipes/bench/bench.py

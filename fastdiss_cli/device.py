@@ -6,7 +6,7 @@ import ctypes
 import platform
 import re
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from threading import Lock
 
@@ -99,12 +99,9 @@ def autocast(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
     On a GPU it disables cuDNN attention, which spends up to half a second on a plan for every new
     batch shape.
     """
-    with ExitStack() as stack:
-        if device.type == "cuda":
-            stack.enter_context(_without_cudnn)
-        stack.enter_context(
-            torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
-        )
+    without_cudnn = _without_cudnn if device.type == "cuda" else nullcontext()
+    bfloat16 = dtype == torch.bfloat16
+    with without_cudnn, torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
         yield
 
 

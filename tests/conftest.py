@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from fastdiss_cli import logs
 from fastdiss_cli.__main__ import main
 
 # bitwise results hold on a CPU only; test_gpu.py alone sees GPUs, in its own processes
@@ -138,6 +139,12 @@ def one_line_error(done: subprocess.CompletedProcess[str], *parts: str, code: in
     for part in parts:
         assert part in line
     return line
+
+
+@pytest.fixture(autouse=True)
+def speaking(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Log as the first rank; a test that is another one for a while leaves no silence."""
+    monkeypatch.setattr(logs, "_quiet", False)
 
 
 def write_pairs(prefix: Path, count: int, seed: int | str = 1) -> None:

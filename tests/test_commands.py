@@ -547,6 +547,6 @@ def test_help_names_all_choices() -> None:
     shown = " ".join(run_cli("generate", "--help").stdout.replace("│", " ").split())
     for flag, words in {
         "solver": tuple(SOLVERS), "time-grid": TIME_GRIDS, "clamp": FORMS, "dtype": DTYPES,
-        "self-cond": SELF_COND_MODES, "select": METHODS, "mbr-metric": mbr.METRICS,
+        "self-cond": SELF_COND_MODES, "select": METHODS, "mbr-metric": mbr.UTILITIES,
     }.items():  # fmt: skip
         assert f"{', '.join(words[:-1])} or {words[-1]}" in shown.split(f"--{flag} ")[1][:120]

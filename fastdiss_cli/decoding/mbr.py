@@ -16,7 +16,7 @@ from sacrebleu import BLEU
 
 from fastdiss_cli.errors import FastdissError
 
-METRICS = ("bleu", "chrf")
+UTILITIES = ("bleu", "chrf")
 BLEU_ORDER = 4
 # The k-th order without any match counts as 2^-k matches: m such orders give a factor of
 # 2^-(1 + ... + m).
@@ -91,8 +91,8 @@ def pairwise_utilities(
     Source: Papineni et al. 2002 (BLEU); Chen and Cherry 2014, method 3 (smoothing); Popović
     2015 (chrF); Post 2018 (sacreBLEU).
     """
-    if metric not in METRICS:
-        raise FastdissError(f"unknown MBR metric {metric!r}: choose one of {', '.join(METRICS)}")
+    if metric not in UTILITIES:
+        raise FastdissError(f"unknown MBR metric {metric!r}: choose one of {', '.join(UTILITIES)}")
     if metric == "bleu":
         words = _word_cache()
         lines = [[_ids_13a(text, words) for text in texts] for texts in sentences]

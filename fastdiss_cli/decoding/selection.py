@@ -11,7 +11,7 @@ import torch
 
 from fastdiss_cli.data.batching import pad
 from fastdiss_cli.data.tokenizer import Tokenizer, check_same
-from fastdiss_cli.decoding.mbr import METRICS, expected_utilities
+from fastdiss_cli.decoding.mbr import UTILITIES, expected_utilities
 from fastdiss_cli.device import autocast
 from fastdiss_cli.errors import FastdissError, OptionError
 from fastdiss_cli.models.registry import Hypothesis, Seq2SeqModel
@@ -32,7 +32,7 @@ def check_selection(method: str | None, metric: str | None, reranked: bool) -> N
     Args:
         method: one of `METHODS`; None: the default of the model, or ``rerank`` if there is a
             reranker.
-        metric: the metric of MBR, one of `mbr.METRICS`; None: `MBR_METRIC`.
+        metric: the metric of MBR, one of `mbr.UTILITIES`; None: `MBR_METRIC`.
         reranked: whether there is a reranker.
 
     Raises:
@@ -41,8 +41,8 @@ def check_selection(method: str | None, metric: str | None, reranked: bool) -> N
     """
     if method not in (None, *METHODS):
         raise OptionError("select", f"{method}: choose from {', '.join(METHODS)}")
-    if metric not in (None, *METRICS):
-        raise OptionError("mbr_metric", f"{metric}: choose from {', '.join(METRICS)}")
+    if metric not in (None, *UTILITIES):
+        raise OptionError("mbr_metric", f"{metric}: choose from {', '.join(UTILITIES)}")
     if method is not None and (method == "rerank") != reranked:
         wanted = "needs a reranker" if method == "rerank" else "takes no reranker"
         raise OptionError("select", f"{method} {wanted}")
@@ -98,7 +98,7 @@ def by_mbr(tokenizer: Tokenizer, metric: str) -> Select:
 
     Args:
         tokenizer: of the target side.
-        metric: a sentence metric of `mbr.METRICS`.
+        metric: a sentence metric of `mbr.UTILITIES`.
 
     Source: Kumar & Byrne 2004, "Minimum Bayes-risk decoding for statistical machine translation".
     """

@@ -48,8 +48,6 @@ def dataset_input(
 ) -> Input:
     """Return a split of a dataset, after verifying its bytes.
 
-    White space alone counts as an empty source, as in `Tokenizer.encode_source`.
-
     Args:
         window: pairs per window; 0: all pairs in one.
 
@@ -61,7 +59,7 @@ def dataset_input(
     files = dataset[split]
     dataset.verify(split)
     pairs = zip(files["src"], files["tgt"], strict=True)
-    ids = (([src.eos] if src.decode(s).isspace() else s.tolist(), t.tolist()) for s, t in pairs)
+    ids = ((s.tolist(), t.tolist()) for s, t in pairs)
     return Input(_windows(ids, window or len(files["src"])), len(files["src"]), files)
 
 
@@ -268,6 +266,8 @@ def translate(
             if not pairs:
                 break
             sources, targets = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+            # a dataset has not been through `encode_source`
+            sources = [[src.eos] if src.decode(ids).isspace() else ids for ids in sources]
             first = so_far.sentences
             answers = targets if gold else None
             if first == 0 and len(pairs) > WARM_UP:  # of thread and memory pools, untimed

@@ -1,6 +1,6 @@
 """The diffusion process, whatever the network: its noise, its sampling, its training.
 
-What the modules here need of a network are two functions.
+What training needs of a network are two functions; what sampling needs is `sampler.Sampled`.
 """
 # B rows, T target length, D latent
 
