@@ -149,7 +149,7 @@ class Training:
                 self.bar.expect(end)
                 rate = learning_rate(progress.update + 1, config, end)
                 batches, tokens = self._next_batches()
-                figures, stopped = self._update(batches, tokens, rate)
+                figures, signal = self._update(batches, tokens, rate)
                 window = self.window
                 window.add(figures, tokens)
                 self.bar.advance(loss=f"{window.loss:.3f}", **{"tok/s": f"{window.speed:,.0f}"})
@@ -159,14 +159,16 @@ class Training:
                     self.window = Window()
 
                 progress.validation_due = progress.validation_due or self._validation_is_due()
+                if self._is_suspect():
+                    continue  # saves, validations and signals wait for the end of the skipped ones
+                stopped = signal
                 if stopped:
                     self._save_stopped()
-                elif not self._is_suspect():
-                    if progress.validation_due:
-                        stopped = self._validate_and_save()
-                        self.window.restart_clock()
-                    elif progress.update % config.save_interval_updates == 0:
-                        self._save()
+                elif progress.validation_due:
+                    stopped = self._validate_and_save()
+                    self.window.restart_clock()
+                elif progress.update % config.save_interval_updates == 0:
+                    self._save()
             if not stopped and self._is_suspect():
                 raise self._diverged("loss or gradient of the last update was not finite")
         return stopped
