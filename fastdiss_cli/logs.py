@@ -76,7 +76,7 @@ class Bar:
     ) -> None:
         self.what, self.total, self.done, self._bar = what, total, done, bar
         self._hidden = hidden
-        self._started = self._reported = time.monotonic()
+        self._started = self._reported = self._latest = time.monotonic()
         self._first: tuple[float, int] | None = None  # when the first items were done, and how many
         if bar is not None:
             self._task = bar.add_task(
@@ -86,8 +86,9 @@ class Bar:
     def advance(self, count: int = 1, **figures: Any) -> None:
         """Count items as done and show the figures, such as ``loss="2.1"``."""
         self.done += count
-        if self._first is None and count:  # the rate excludes start-up
-            self._first = time.monotonic(), self.done
+        if count:
+            self._latest = time.monotonic()  # the rate excludes what is between two items now
+            self._first = self._first or (self._latest, self.done)  # and start-up
         text = "  ".join(f"{name} {value}" for name, value in figures.items())
         if self._bar is not None:
             shown = {"figures": text} if figures else {}
@@ -110,7 +111,7 @@ class Bar:
         if self.total is None:
             return f"{self._count()} in {_clock(elapsed)}"
         since, before = self._first or (self._started, self.done)
-        rate = (self.done - before) / max(time.monotonic() - since, 1e-9)
+        rate = (self.done - before) / max(self._latest - since, 1e-9)
         left = _clock((self.total - self.done) / rate) if rate else "?"
         share = 100 * self.done / max(self.total, 1)
         return f"{self._count()} ({share:.0f} %), {_clock(elapsed)} < {left}"

@@ -194,12 +194,13 @@ def test_a_narrow_terminal_shows_all_figures(monkeypatch: pytest.MonkeyPatch) ->
 def test_the_time_left_counts_from_the_first_item(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Start-up, such as a trial of the largest batch, is not part of the speed."""
+    """Start-up, such as a trial of the largest batch, or a running validation does not count."""
     now = [0.0]
     monkeypatch.setattr(logs, "time", SimpleNamespace(monotonic=lambda: now[0]))
     bar = logs.Bar("training", 105, 0, None)
-    for now[0], count in ((60.0, 5), (80.0, 10)):
+    for now[0], count in ((60.0, 5), (80.0, 10), (100.0, 0)):
         bar.advance(count)
-    first, second = capsys.readouterr().err.splitlines()
+    first, second, third = capsys.readouterr().err.splitlines()
     assert first == "training 5/105 (5 %), 1:00 < ?"
     assert second == "training 15/105 (14 %), 1:20 < 3:00"
+    assert third == "training 15/105 (14 %), 1:40 < 3:00"
