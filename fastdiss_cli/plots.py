@@ -83,7 +83,8 @@ def plot_quality(path: Path, points: Sequence[Point], quality: str) -> None:
         steps = [_steps_taken(p.figures) for p in group]
         if None in steps:
             for score in scores:
-                left.axhline(score, **style, clip_on=False)  # markers at both ends
+                left.axhline(score, color=style["color"], linestyle=style["linestyle"])
+            left.plot([], [], **style)  # for the legend
             right.plot(speeds, scores, **{**style, "linestyle": "", "markersize": 8})
             continue
         left.plot(steps, scores, **style)

@@ -403,6 +403,15 @@ def test_a_picture_is_whole_or_the_older_one(
     assert picture.read_text() == "the older one\n" and len(list(picture.parent.iterdir())) == 1
 
 
+@needs_matplotlib
+def test_a_picture_is_there_though_nobody_reads_the_table(tmp_path: Path) -> None:
+    file = generated(tmp_path / "out.txt", POOR, summary("fastdiss_tiny", 9, steps=5))
+    command = [sys.executable, "-m", "fastdiss_cli", "score", file, "--plot", tmp_path / "out.svg"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+        process.stdout.close()
+    assert process.returncode == 141 and (tmp_path / "out.svg").stat().st_size
+
+
 def test_what_cannot_be_plotted_is_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -436,6 +436,28 @@ def test_validation_bleu_leaves_a_batch_for_each_process(
     assert sizes and all(size == validation.CHUNK * longest for size, longest in sizes)
 
 
+def test_an_untrained_transformer_does_not_go_on_and_on_in_validation(
+    data_bin: Path, tmp_path: Path
+) -> None:
+    training = start(data_bin, tmp_path, "transformer_tiny", valid_sentences=3)
+    longest = max(map(len, list(training.dataset["valid"]["tgt"])[:3]))
+    with torch.no_grad():  # it never ends an answer by itself
+        training.model.output.weight[training.model.tgt.eos].fill_(0)
+        training.model.output.weight[5:].add_(9)
+    lengths = []
+    right = training.model.decode
+
+    def decode(*given):
+        found = right(*given)
+        lengths.extend(len(h.tokens) for (h,) in found)
+        return found
+
+    training.model.decode = decode
+    training.validator.show = lambda far: None
+    training.validator.bleu(training.model.eval())
+    assert lengths == [2 * longest] * 3
+
+
 @pytest.mark.parametrize("change", [{"valid_sentences": 3}, {"valid_steps": 2}])
 def test_another_validation_starts_anew(
     data_bin: Path, tmp_path: Path, change: dict[str, int]

@@ -195,9 +195,9 @@ def score(
         figures = [_figures(path, system) for path, system in zip(paths, read, strict=True)]
     with _gc_paused():
         rows = _score(read, streams, wanted, options, test)
-    _print(paths, rows, test, as_json)
-    if plot is not None:
+    if plot is not None:  # first, because the reader of the output may stop early
         _plot(plot, paths, figures, [results[0] for results in rows], wanted[0])
+    _print(paths, rows, test, as_json)
 
 
 def _warn_of_tokenized(path: Path, system: Generated) -> None:

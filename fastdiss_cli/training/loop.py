@@ -35,11 +35,7 @@ from fastdiss_cli.training.gradient import (
 from fastdiss_cli.training.log import Events, MetricsFile, Window
 from fastdiss_cli.training.optimizer import learning_rate
 from fastdiss_cli.training.state import TrainState
-from fastdiss_cli.training.validation import (
-    Validator,
-    judge,
-    quick_decoding,
-)
+from fastdiss_cli.training.validation import Validator, judge
 
 
 class Training:
@@ -96,7 +92,7 @@ class Training:
                 self._show_validation,
             )
             if config.valid_sentences:
-                quick_decoding(self.model, config.valid_steps)  # fail now, not hours later
+                self.validator.decoding(self.model)  # fail now, not hours later
         if misfits := self.model.misfits(*self.batcher.sizes):
             logs.warn(f"train: {misfits}")
         self._schedule: tuple[int, list[list[np.ndarray]]] | None = None

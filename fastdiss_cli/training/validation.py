@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from sacrebleu import BLEU
@@ -45,6 +46,19 @@ class Validator:
     dtype: torch.dtype
     show: Callable[[str], None]
 
+    def decoding(self, model: Seq2SeqModel) -> Any:
+        """Return a model's options for validation BLEU: one candidate, and no endless answers.
+
+        An autoregressive model that has learnt little goes on to its limit, here twice the longest
+        reference.
+        """
+        references = self.dataset["valid"]["tgt"]
+        count = min(self.config.valid_sentences, len(references))
+        longest = max((len(references[i]) for i in range(count)), default=1)
+        wanted = {"steps": self.config.valid_steps, "beam": 1, "max_len_b": 2 * longest}
+        known = model.decoding_options()
+        return model.Decoding(**{k: v for k, v in wanted.items() if k in known})
+
     @torch.no_grad()
     def loss(self, model: Seq2SeqModel, update: int) -> dict[str, float]:
         """Return the mean loss per token and its parts; every call draws the same noise.
@@ -72,14 +86,14 @@ class Validator:
         return {name: total / tokens_everywhere for name, total in zip(sums, totals, strict=True)}
 
     def bleu(self, model: Seq2SeqModel) -> float:
-        """Return sacreBLEU of the first ``valid_sentences`` sentences, decoded without a beam.
+        """Return sacreBLEU of the first ``valid_sentences`` sentences; see `decoding`.
 
         Raises:
             Stopped: a signal came to any rank.
         """
         config, ranks, split = self.config, self.processes.world_size, self.dataset["valid"]
         count = min(config.valid_sentences, len(split["src"]))
-        run = Run(quick_decoding(model, config.valid_steps))
+        run = Run(self.decoding(model))
         text = self.dataset.tgt_tokenizer.decode
         hypotheses: list[str] = []
         for first in range(0, count, CHUNK * ranks):
@@ -99,13 +113,6 @@ class Validator:
         # advice to stderr on text that looks tokenized
         metric = BLEU(effective_order=True, force=True)
         return metric.corpus_score(hypotheses, [references]).score
-
-
-def quick_decoding(model: Seq2SeqModel, steps: int) -> object:
-    """Return a model's decoding options for one candidate, with a step count if it has steps."""
-    wanted = {"steps": steps, "beam": 1}
-    known = model.decoding_options()
-    return model.Decoding(**{k: v for k, v in wanted.items() if k in known})
 
 
 def judge(progress: Progress, figures: dict[str, float]) -> None:
