@@ -355,6 +355,25 @@ def test_a_reranker_that_goes_the_other_way_is_refused(
     one_line_error(done, "the reranker translates from en to de, the model from de to en")
 
 
+@pytest.mark.parametrize("from_text", [True, False])
+def test_the_references_that_were_given_are_those_of_the_file(
+    data_bin: Path, corpus: Path, checkpoints: dict[str, Path], tmp_path: Path, from_text: bool
+) -> None:
+    """So that scoring the file gives the BLEU of its summary."""
+    lines = (corpus / "test.en").read_text().upper().splitlines()
+    (tmp_path / "ref.tsv").write_text("".join(f"{line}\tother\n" for line in lines))
+    (tmp_path / "one").write_text("".join(f"{line}\n" for line in lines))
+    text = ["--input", corpus / "test.de"] if from_text else [data_bin]
+    generate = ["generate", *text, "--path", checkpoints["transformer_tiny"], "--beam", "1"]
+    for name, count in (("one", "nrefs:1"), ("ref.tsv", "nrefs:2")):
+        done = run_cli(*generate, "--ref", tmp_path / name)
+        found = [line[2:] for line in done.stdout.splitlines() if line.startswith("T-")]
+        assert found == [f"{n}\t{line}" for n, line in enumerate(lines)] and count in done.stdout
+    (tmp_path / "out").write_text(run_cli(*generate, "--ref", tmp_path / "one").stdout)
+    bleu = run_cli("score", tmp_path / "out", "--metrics=bleu").stdout.strip()
+    assert f": {bleu} | 20 sentences" in (tmp_path / "out").read_text()
+
+
 def test_hypotheses_are_kept_where_references_are_too_few(
     corpus: Path, checkpoints: dict[str, Path], tmp_path: Path
 ) -> None:

@@ -277,6 +277,7 @@ def generate(
             corpus,
             runs,
             outputs,
+            references=given_references,
             gold=self_cond == "gold",
             keep=data is not None or given_references is not None,
             plain=plain,

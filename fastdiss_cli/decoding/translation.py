@@ -223,6 +223,7 @@ def translate(
     runs: list[Run],
     outputs: list[Output],
     *,
+    references: list[list[str]] | None,
     gold: bool,
     keep: bool,
     plain: bool,
@@ -239,7 +240,9 @@ def translate(
         tokenizers: those of the source and the target.
         corpus: the text to translate.
         outputs: one per run on the first rank; empty on the others.
-        gold: give the references to the model.
+        references: those of each sentence, whose first is shown instead of the corpus's own; if
+            there are too few, the last sentences have none.
+        gold: give the corpus's references to the model.
         keep: keep texts and references for scoring, on the first rank.
         plain: write only the text of the hypotheses.
         processes: the process group.
@@ -286,6 +289,9 @@ def translate(
                     source, target = pairs[i]
                     source_text = src.decode(source)
                     reference = None if target is None else tgt.decode(target)
+                    if references is not None:
+                        own = references[first + i : first + i + 1]
+                        reference = own[0][0] if own else None
                     if keep and reference is not None:
                         so_far.references.append(reference)
                     for n, run in enumerate(runs):
