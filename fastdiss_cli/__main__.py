@@ -101,9 +101,11 @@ def _drop_output() -> None:
 
 def main() -> None:
     """Run the command line; every expected failure is one line on stderr and exit code 1 or 2."""
-    for name in ("stdin", "stdout", "stderr"):
-        if getattr(sys, name) is None:  # closed, e.g. for a daemon
-            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115
+    if sys.stderr is None:  # closed, e.g. for a daemon
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    for name, mode, closed in (("stdin", "r", os.O_WRONLY), ("stdout", "w", os.O_RDONLY)):
+        if getattr(sys, name) is None:  # using it is an error
+            setattr(sys, name, open(os.open(os.devnull, closed), mode))  # noqa: SIM115
     with suppress(OSError):  # not a file
         # a pipe that another program left non-blocking would seem to end where it is empty
         os.set_blocking(sys.stdin.fileno(), True)

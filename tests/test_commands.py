@@ -517,13 +517,15 @@ def test_a_closed_pipe_is_no_crash(data_bin: Path, fastdiss: Path) -> None:
     assert "Traceback" not in log and "Exception" not in log
 
 
-def test_closed_streams_are_no_traceback(fastdiss: Path) -> None:
-    """As under cron, or in a daemon."""
+def test_closed_streams_are_no_empty_ones(fastdiss: Path) -> None:
+    """As after >&-: no answer is lost, and no input taken for none, without a word."""
     program = f"{sys.executable} -m fastdiss_cli generate --path {fastdiss} --input"
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     for closed in (f"{program} {__file__} >&-", f"{program} - <&-"):
         done = subprocess.run(["bash", "-c", closed], capture_output=True, text=True, env=env)
-        assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+        one_line_error(done, "Bad file descriptor")
+    silent = subprocess.run(["bash", "-c", f"{program} {__file__} --plain 2>&-"], env=env)
+    assert silent.returncode == 0
 
 
 def test_there_are_limits_to_a_beam(data_bin: Path, transformer: Path) -> None:
