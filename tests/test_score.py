@@ -162,6 +162,9 @@ def test_a_folder_stands_for_its_generate_files(tmp_path: Path) -> None:
     assert f"--paired {tmp_path / 'x'}: it has several" in one_line_error(several, code=2)
     message = one_line_error(run_cli("score", tmp_path))
     assert f"without generate-*.txt; there are some in {tmp_path / 'x'}" in message
+    generated(tmp_path / "generate-test.txt.part", POOR)
+    message = one_line_error(run_cli("score", tmp_path))
+    assert message.endswith("generate-test.txt.part is of a run that did not finish")
 
 
 # several systems

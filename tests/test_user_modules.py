@@ -139,7 +139,8 @@ def test_a_module_may_print_and_import_its_neighbours(tmp_path: Path) -> None:
 
 def test_what_is_no_module(tmp_path: Path) -> None:
     (tmp_path / "loud.txt").write_text(MODEL)
-    for name, message in (("loud.txt", "must be a .py file"), ("loud.py", "no such file")):
+    no_file, no_module = "no such file", "must be a .py file"
+    for name, message in (("loud.txt", no_module), (".", no_module), ("loud.py", no_file)):
         one_line_error(run_cli("models", "--user-module", tmp_path / name), message)
 
 

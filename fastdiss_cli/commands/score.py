@@ -222,6 +222,8 @@ def _files(path: Path) -> list[Path]:
     if not found:
         below = sorted({str(file.parent) for file in path.glob("*/generate-*.txt")})
         hint = f"; there are some in {', '.join(below[:4])}" if below else ""
+        if parts := sorted(path.glob("generate-*.txt.part")):
+            hint = f"; {parts[0].name} is of a run that did not finish"
         raise FastdissError(f"{path} is a folder without generate-*.txt{hint}")
     return found
 

@@ -268,7 +268,7 @@ def _import_user_module(path: Path) -> None:
     before = set(_ARCHITECTURES)
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None or not path.is_file():
-        reason = "must be a .py file" if path.is_file() else "no such file"
+        reason = "must be a .py file" if path.exists() else "no such file"
         raise FastdissError(f"--user-module {path}: {reason}")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
