@@ -36,6 +36,23 @@ UsageError: type[Exception] = typer.BadParameter.__base__  # from the click that
 HELP = {"average": "Average checkpoints into one file (the same as export)."}
 
 
+class Command(typer.core.TyperCommand):
+    """A command that tells of flags whose earlier values are not used."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        *_, order = self.make_parser(ctx).parse_args(args=list(args))
+        single = [
+            option
+            for option in order
+            if option.param_type_name == "option" and not (option.multiple or option.is_flag)
+        ]
+        tells = logs.is_main_process() and not ctx.resilient_parsing  # which is completion
+        for option in dict.fromkeys(single if tells else ()):
+            if single.count(option) > 1:
+                logs.warn(f"{option.opts[0]} is given more than once: the last one counts")
+        return super().parse_args(ctx, args)
+
+
 def command_line(name: str = "") -> typer.Typer:
     """Return the app with the named command only, or with all if there is no such command.
 
@@ -51,7 +68,8 @@ def command_line(name: str = "") -> typer.Typer:
         function = getattr(import_module(f"fastdiss_cli.commands.{module}"), module)
         # typer would keep the line breaks of the source; under -OO there is no docstring
         help = re.sub(r"(?<!\n)\n(?!\n)", " ", inspect.getdoc(function) or "")
-        app.command(command, help=HELP.get(command, help))(_exit_on_broken_pipe(function))
+        run = _exit_on_broken_pipe(function)
+        app.command(command, cls=Command, help=HELP.get(command, help))(run)
     return app
 
 

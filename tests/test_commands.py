@@ -491,6 +491,16 @@ def test_a_line_that_cannot_be_parsed_is_one_line(line: str, message: str) -> No
     one_line_error(run_cli(*line.split()), message, code=2)
 
 
+def test_a_flag_that_is_given_twice_is_told(tmp_path: Path) -> None:
+    """Its first value has no effect, unless it is repeatable."""
+    for name in ("hyp", "ref"):
+        (tmp_path / name).write_text("one two three four\n")
+    twice = ["score", tmp_path / "hyp", *["--ref", tmp_path / "ref"] * 2, "--lowercase"]
+    done = run_cli(*twice, "--metrics=ser", "--lowercase", "--metrics", "bleu")
+    assert done.stdout.startswith("BLEU") and "SER" not in done.stdout
+    assert done.stderr == "warning: --metrics is given more than once: the last one counts\n"
+
+
 def test_no_words_ask_for_help() -> None:
     assert run_cli().stdout == run_cli("--help").stdout
     assert run_cli("--version").stdout.startswith("fastdiss ")

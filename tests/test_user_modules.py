@@ -12,9 +12,10 @@ from runs import command
 
 import fastdiss_cli
 from fastdiss_cli.config import build
+from fastdiss_cli.diffusion import schedule
 from fastdiss_cli.diffusion.solvers import SOLVERS
 from fastdiss_cli.errors import USER_MODULE, FastdissError
-from fastdiss_cli.models import registry
+from fastdiss_cli.models import difformer, registry
 
 MODEL = """
 from fastdiss_cli.models.difformer import Difformer
@@ -161,6 +162,23 @@ def test_an_option_that_may_be_none(tmp_path: Path, hint: str) -> None:
     assert run_cli("models", "--user-module", module).returncode == 0
     options = registry.architecture("loud_tiny").family.Decoding
     assert build(options, {"beam": 2}).beam == 2 and build(options, {"beam": None}).beam is None
+
+
+def test_a_schedule(data_bin: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(schedule, "ABAR", dict(schedule.ABAR))
+    monkeypatch.setattr(difformer, "ABAR", schedule.ABAR)
+    module = tmp_path / "power.py"
+    module.write_text(
+        "from fastdiss_cli.diffusion import schedule\n"
+        "schedule.ABAR['power'] = lambda t: 1 - t**0.7\n"
+    )
+    train = command(data_bin, tmp_path / "c", max_update=1)
+    own = ["--set=model.noise_schedule=power", "--user-module", module]
+    done = run_cli(*train, *own)
+    assert done.returncode == 0, done.stderr
+    del schedule.ABAR["power"]  # as in another process
+    line = ["generate", data_bin, "--path", tmp_path / "c" / "checkpoint_last.safetensors"]
+    one_line_error(run_cli(*line), "not 'power'; if that is your own, give --user-module")
 
 
 def test_a_solver(trained: Path, tmp_path: Path) -> None:

@@ -60,7 +60,9 @@ def load_model(
     try:
         config = build_saved(arch.family.Config, checkpoint.model_config, "model")
     except OptionError as error:
-        raise FastdissError(f"{path}: {error}") from None
+        own = "must be one of" in error.reason and user_module is None
+        hint = "; if that is your own, give --user-module" if own else ""
+        raise FastdissError(f"{path}: {error}{hint}") from None
     with torch.random.fork_rng(devices=[]):  # initial weights are drawn, then replaced
         model = arch.model(config, vocabulary(src), vocabulary(tgt))
     load_weights(model, checkpoint.averaged(), path)
