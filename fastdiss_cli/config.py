@@ -295,7 +295,7 @@ def _convert(value: Any, hint: Any, name: str) -> Any:
         if math.isfinite(number):
             return number
     elif hint is int and isinstance(value, int) and abs(value) >= 2**63:
-        pass  # more than 64 bits
+        raise OptionError(name, f"must fit into 64 bits, not {_shown(value)}")
     elif isinstance(value, hint) and (hint is bool or not isinstance(value, bool)):
         return value
     what = {float: "a number", int: "a whole number", bool: "true or false", str: "a word"}[hint]

@@ -12,9 +12,11 @@ from threading import Lock
 
 import torch
 
+from fastdiss_cli import logs
 from fastdiss_cli.config import DTYPES
 from fastdiss_cli.errors import OptionError, suggest
 
+CPUINFO = Path("/proc/cpuinfo")
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3  # of <malloc.h>
 # from the messages of torch's CPU allocator, cuBLAS and cuDNN
 _OUT_OF_MEMORY = (
@@ -82,12 +84,19 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def warn_of_emulation(device: torch.device, dtype: torch.dtype) -> None:
+    """Warn of bfloat16 on a CPU without instructions for it, where float32 is faster."""
+    if device.type != "cpu" or dtype != torch.bfloat16 or not CPUINFO.exists():
+        return
+    if not re.search(r"\b(avx512_bf16|amx_bf16|bf16)\b", CPUINFO.read_text()):
+        logs.warn("this CPU has no instructions for bfloat16: --dtype float32 is faster")
+
+
 def machine(device: torch.device) -> str:
     """Describe the machine for a report: CPU and threads or GPU, and the version of torch."""
     if device.type == "cuda":
         return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
-    cpuinfo = Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else None
+    found = re.search(r"model name\s*: (.*)", CPUINFO.read_text()) if CPUINFO.exists() else None
     model = found[1] if found else platform.processor() or platform.machine()
     return f"{model}, {torch.get_num_threads()} threads, torch {torch.__version__}"
 

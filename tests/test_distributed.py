@@ -27,6 +27,7 @@ from runs import (
     start,
 )
 
+from fastdiss_cli import device
 from fastdiss_cli.decoding.generation import SequenceGenerator
 from fastdiss_cli.device import pick_dtype
 from fastdiss_cli.distributed import Processes
@@ -187,6 +188,19 @@ def test_only_errors_of_the_transport_mean_a_lost_peer() -> None:
         raise RuntimeError("Connection closed by peer")
     with pytest.raises(RuntimeError, match="device-side assert"), ranks.reporting_lost_peers():
         raise RuntimeError("CUDA error: device-side assert triggered")
+
+
+def test_a_cpu_that_emulates_bfloat16_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(device, "CPUINFO", tmp_path / "cpuinfo")
+    for flags, dtype, told in (
+        ("avx2 avx512f", torch.bfloat16, True), ("avx2", torch.float32, False),
+        ("avx512_bf16", torch.bfloat16, False), ("asimd bf16", torch.bfloat16, False),
+    ):  # fmt: skip
+        (tmp_path / "cpuinfo").write_text(f"flags : fpu {flags} sse\n")
+        device.warn_of_emulation(torch.device("cpu"), dtype)
+        assert ("--dtype float32 is faster" in capsys.readouterr().err) == told
 
 
 def test_no_gpu_emulates_bfloat16_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:

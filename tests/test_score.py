@@ -203,6 +203,16 @@ def test_references_of_generate_files_must_agree(tmp_path: Path) -> None:
     assert "1 sentences" in one_line_error(run_cli("score", good, short), "30")
 
 
+def test_systems_on_different_texts_are_told(tmp_path: Path) -> None:
+    """Their references may be the same: those of --ref."""
+    one, other = (generated(tmp_path / name, POOR) for name in ("one", "other"))
+    assert "S- lines" not in run_cli("score", one, other).stderr
+    other.write_text(other.read_text().replace("S-3\tx", "S-3\ty").replace("S-4\tx", "S-4\tz"))
+    done = run_cli("score", one, other, "--metrics=bleu")
+    assert done.returncode == 0
+    assert f"{other} and {one} differ in 2 sources (S- lines)" in done.stderr
+
+
 @pytest.mark.parametrize(("test", "drawn"), [("bs", 1000), ("ar", 10000)])
 def test_paired_tests_mark_what_differs_from_the_baseline(
     tmp_path: Path, test: str, drawn: int
@@ -441,12 +451,12 @@ def log(path: Path, validations: bool = True) -> Path:
 def test_training_curves_of_several_runs(tmp_path: Path) -> None:
     runs = [log(tmp_path / name / "metrics.jsonl", name != "b") for name in "abc"]
     out = tmp_path / "curves.svg"
-    done = run_cli("plot", runs[0].parent, *runs[1:], "--output", out)
+    done = run_cli("plot", runs[0].parent, *runs[1:], runs[1], "--output", out)
     assert done.returncode == 0, done.stderr
     shown = out.read_text()
     for text in (">loss<", ">learning rate<", ">validation BLEU<", ">updates<", ">training<"):
         assert text in shown
-    assert all(f">{name}<" in shown for name in "abc")
+    assert all(shown.count(f">{name}<") == 1 for name in "abc")
     assert "skipped" not in shown  # nothing but zeros
 
 

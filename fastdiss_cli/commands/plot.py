@@ -37,7 +37,7 @@ def plot(
     """
     from fastdiss_cli.plots import plot_training
 
-    plot_training(output, [read_curves(path) for path in runs])
+    plot_training(output, [read_curves(path) for path in dict.fromkeys(runs)])
     logs.info(f"wrote {output}")
 
 

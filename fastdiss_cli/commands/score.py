@@ -185,6 +185,13 @@ def score(
                 f"{path} has {len(system.candidates):,} sentences and {paths[0]} "
                 f"{len(read[0].candidates):,}: give systems on the same text"
             )
+        if system.sources and read[0].sources:
+            pairs = zip(system.sources, read[0].sources, strict=True)
+            if others := sum(one != other for one, other in pairs):
+                logs.warn(
+                    f"{path} and {paths[0]} differ in {logs.counted(others, 'source')} (S- lines): "
+                    "scores of different texts do not compare"
+                )
         if "bleu" in wanted and tokenize != "none":
             _warn_of_tokenized(path, system)
     needed = any(name in AGAINST_REFERENCES for name in wanted)

@@ -64,11 +64,12 @@ class Generated:
 
     Attributes:
         candidates: the hypotheses of each sentence, the chosen one first.
-        references: the references, if the file has them.
+        sources, references: those of the file, if it has them.
         summary: the last line of a complete generate file, or "".
     """
 
     candidates: list[list[str]]
+    sources: list[str] | None = None
     references: list[str] | None = None
     summary: str = ""
 
@@ -104,7 +105,7 @@ def read_system(path: Path) -> Generated:
         if kind == "D":
             newest, rest = number, rest.split("\t", 1)[-1]
         found[kind].setdefault(number, []).append(rest)
-    answers, references = found["D"], found["T"]
+    answers = found["D"]
     if not answers:
         if any(match and match[1] == "H" for match in map(_LINE.match, lines)):
             raise FastdissError(
@@ -124,13 +125,12 @@ def read_system(path: Path) -> Generated:
             f"{path} has no last line (Generate ...) and may be truncated: scoring its "
             f"{logs.counted(len(answers), 'sentence')}"
         )
-    return Generated(
-        [answers[number] for number in sorted(answers)],
-        [references[number][0] for number in sorted(answers)]
-        if references.keys() == answers.keys()
-        else None,
-        summary,
+    numbers = sorted(answers)
+    sources, references = (
+        [rows[number][0] for number in numbers] if rows.keys() == answers.keys() else None
+        for rows in (found["S"], found["T"])
     )
+    return Generated([answers[number] for number in numbers], sources, references, summary)
 
 
 def read_references(path: Path) -> list[list[str]]:
