@@ -666,21 +666,27 @@ def test_a_log_that_was_killed_before_a_save_is_of_the_same_training(
     assert not [*tmp_path.glob("metrics.old*")]
 
 
+@pytest.mark.parametrize("last", [4, 9])
 def test_a_signal_saves_no_weights_that_may_be_broken(
-    data_bin: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    data_bin: Path, tmp_path: Path, last: int
 ) -> None:
+    """It waits for an update that is not skipped; here none comes, or the training ends with it."""
     start(data_bin, tmp_path, max_update=2).run()
     before = (tmp_path / "checkpoint_last.safetensors").read_bytes()
-    training = start(data_bin, tmp_path, max_update=9, max_skipped=3)
+    training = start(data_bin, tmp_path, max_update=last, max_skipped=3)
     right = training.model.loss
 
     def wrong(batch, update):
-        training.stop.signal = signal.SIGTERM if update == 4 else 0
+        training.stop.signal = signal.SIGTERM if update >= 4 else 0
         return Loss(right(batch, update).total * math.nan)
 
     training.model.loss = wrong
-    assert training.run() == signal.SIGTERM
-    assert (training.progress.update, training.state.saved) == (4, 2)
+    if last == 4:
+        assert training.run() == signal.SIGTERM
+    else:
+        with pytest.raises(FastdissError, match=r"3 updates in a row .* is from update 2"):
+            training.run()
+    assert training.state.saved == 2
     assert (tmp_path / "checkpoint_last.safetensors").read_bytes() == before
 
 
