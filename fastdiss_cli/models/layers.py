@@ -92,7 +92,7 @@ class Cache:
     def select(self, rows: Tensor) -> None:
         """Keep some rows, in the order given; int64 indices into N, repeats allowed."""
         assert self.buffer is not None
-        # with its free positions: whole rows are copied several times as fast as parts of them
+        # with its free positions: copying whole rows is faster than copying parts of them
         self.buffer = self.buffer.index_select(1, rows)
 
 
