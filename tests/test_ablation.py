@@ -66,6 +66,10 @@ def test_trials_and_report(corpus: Path, tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(trials, "ALL_STEPS", "1,2,5,20,100")
     few = {name: trials.SWEEPS[name] for name in ("SCP: rate", "Self-conditioning")}
     monkeypatch.setattr(trials, "SWEEPS", few)
+    short = {"max_length_offset": "5"}  # untrained, the length head would draw up to 128 more
+    monkeypatch.setattr(trials, "BASE", trials.BASE | short)
+    variants = {name: settings | short for name, settings in trials.VARIANTS.items()}
+    monkeypatch.setattr(trials, "VARIANTS", variants)
     import report
 
     arguments = ["embedded", str(work)]
@@ -86,7 +90,7 @@ def test_trials_and_report(corpus: Path, tmp_path: Path, monkeypatch: pytest.Mon
     assert run() == (first, choices)
     # finished trials are checked for completeness, and not sampled again
     assert commands == trained
-    monkeypatch.setitem(trials.VARIANTS, "difformer", trials.DIFFORMER | {"noise_factor": "3"})
+    monkeypatch.setitem(variants, "difformer", variants["difformer"] | {"noise_factor": "3"})
     with pytest.raises(AssertionError, match=r"model.noise_factor was 4.0 and is now 3.0"):
         run()
 
