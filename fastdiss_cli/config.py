@@ -183,7 +183,7 @@ def build(cls: type[C], values: Mapping[str, Any], section: str = "", arch: str 
         raise OptionError(f"{prefix}{error.option}", error.reason) from None
 
 
-def build_saved(cls: type[C], values: Mapping[str, Any], section: str = "") -> C:
+def build_saved(cls: type[C], values: Mapping[str, Any], section: str) -> C:
     """Build the configuration of a checkpoint, possibly an older one; see `build` and `option`.
 
     Raises:

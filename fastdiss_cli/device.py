@@ -17,6 +17,7 @@ from fastdiss_cli.config import DTYPES
 from fastdiss_cli.errors import OptionError, suggest
 
 CPUINFO = Path("/proc/cpuinfo")
+_BFLOAT16 = re.compile(r"\b(avx512_bf16|amx_bf16|bf16)\b")  # x86 and ARM
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3  # of <malloc.h>
 # from the messages of torch's CPU allocator, cuBLAS and cuDNN
 _OUT_OF_MEMORY = (
@@ -66,6 +67,8 @@ def pick_device(name: str | torch.device) -> torch.device:
 def pick_dtype(name: str | torch.dtype, device: torch.device) -> torch.dtype:
     """Return the type for a ``--dtype`` value; ``auto`` is bfloat16 on GPUs that support it.
 
+    bfloat16 on a CPU that has no instructions for it gives a warning.
+
     Raises:
         OptionError: no such type.
     """
@@ -76,20 +79,15 @@ def pick_dtype(name: str | torch.dtype, device: torch.device) -> torch.dtype:
     if name == "auto":
         has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         name = "bfloat16" if has_bf16 else "float32"
+    on_cpu = device.type == "cpu" and CPUINFO.exists()
+    if name == "bfloat16" and on_cpu and not _BFLOAT16.search(CPUINFO.read_text()):
+        logs.warn("this CPU has no instructions for bfloat16: float32 may be much faster")
     return getattr(torch, name)
 
 
 def dtype_name(dtype: torch.dtype) -> str:
     """Return the name of a type, as `pick_dtype` takes it."""
     return str(dtype).removeprefix("torch.")
-
-
-def warn_of_emulation(device: torch.device, dtype: torch.dtype) -> None:
-    """Warn of bfloat16 on a CPU without instructions for it, where float32 is faster."""
-    if device.type != "cpu" or dtype != torch.bfloat16 or not CPUINFO.exists():
-        return
-    if not re.search(r"\b(avx512_bf16|amx_bf16|bf16)\b", CPUINFO.read_text()):
-        logs.warn("this CPU has no instructions for bfloat16: --dtype float32 is faster")
 
 
 def machine(device: torch.device) -> str:

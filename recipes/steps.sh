@@ -11,6 +11,7 @@
 #   MAX_UPDATE  updates of each training (default: that of config.yaml)
 #   LAUNCH      the command that starts train and generate (default: fastdiss), such as
 #               "torchrun --nproc-per-node 8 -m fastdiss_cli"
+# TEACHER and MAX_UPDATE, if set, are in the names of the folders of distilled text and its models.
 # When run again, preprocess, distil and train resume where they were stopped, or are skipped if they
 # are complete; average, generate and score are repeated.
 

@@ -195,12 +195,12 @@ def test_a_cpu_that_emulates_bfloat16_is_told(
 ) -> None:
     monkeypatch.setattr(device, "CPUINFO", tmp_path / "cpuinfo")
     for flags, dtype, told in (
-        ("avx2 avx512f", torch.bfloat16, True), ("avx2", torch.float32, False),
-        ("avx512_bf16", torch.bfloat16, False), ("asimd bf16", torch.bfloat16, False),
+        ("avx2 avx512f", "bfloat16", True), ("avx2", "auto", False),
+        ("avx512_bf16", "bfloat16", False), ("asimd bf16", "bfloat16", False),
     ):  # fmt: skip
         (tmp_path / "cpuinfo").write_text(f"flags : fpu {flags} sse\n")
-        device.warn_of_emulation(torch.device("cpu"), dtype)
-        assert ("--dtype float32 is faster" in capsys.readouterr().err) == told
+        pick_dtype(dtype, torch.device("cpu"))
+        assert ("no instructions for bfloat16" in capsys.readouterr().err) == told
 
 
 def test_no_gpu_emulates_bfloat16_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:

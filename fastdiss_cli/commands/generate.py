@@ -225,13 +225,7 @@ def generate(
     from fastdiss_cli.decoding.output import confidence_legend
     from fastdiss_cli.decoding.systems import read_all_references
     from fastdiss_cli.decoding.translation import open_outputs, translate
-    from fastdiss_cli.device import (
-        dtype_name,
-        keep_freed_memory,
-        pick_device,
-        pick_dtype,
-        warn_of_emulation,
-    )
+    from fastdiss_cli.device import dtype_name, keep_freed_memory, pick_device, pick_dtype
     from fastdiss_cli.distributed import Processes
     from fastdiss_cli.signals import Stop, stop_on_signal
 
@@ -245,7 +239,6 @@ def generate(
     if diagnose and processes.world_size > 1:
         raise typer.BadParameter("--diagnose needs a single process: run it without torchrun")
     torch_device, torch_dtype = processes.device, pick_dtype(dtype, processes.device)
-    warn_of_emulation(torch_device, torch_dtype)
     load = partial(load_model, device=torch_device, user_module=user_module, dtype=torch_dtype)
     loaded = load(path)
     model, arch = loaded.model, loaded.arch.name

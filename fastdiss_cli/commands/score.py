@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import json
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -125,10 +124,12 @@ def score(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Score hypotheses with sacreBLEU and others; every score comes with its signature."""
+    from fastdiss_cli.decoding.systems import by_steps, generate_files, read_system
+
     named = [*(sys or []), *(systems or [])]
     if not named and not logs.stdin_is_terminal():
         named = [STDIN]
-    paths = _by_steps([file for path in named for file in _files(path)])
+    paths = by_steps([file for path in named for file in generate_files(path)])
     if not paths:
         raise typer.BadParameter("give --sys FILE, or several files")
     if paths.count(STDIN) > 1:
@@ -140,7 +141,7 @@ def score(
         )
     wanted = _names(metrics)
     if paired is not None and paired.is_dir():
-        paired, *others = _files(paired)
+        paired, *others = generate_files(paired)
         if others:
             raise typer.BadParameter(f"--paired {paired.parent}: it has several: name one file")
     if paired is not None and not paired.exists():
@@ -175,8 +176,6 @@ def score(
             f"{', '.join(counted)}, which count errors, are too small if few sentences differ: "
             "use bs"
         )
-
-    from fastdiss_cli.decoding.systems import read_system
 
     read = [read_system(path) for path in paths]
     for path, system in zip(paths, read, strict=True):
@@ -215,32 +214,6 @@ def _warn_of_tokenized(path: Path, system: Generated) -> None:
             f"{path}: {count:,} lines end in a tokenized full stop (' .'): detokenize the text, or "
             "BLEU is not comparable with that of others"
         )
-
-
-def _files(path: Path) -> list[Path]:
-    """Return a file, or the generate files of a folder.
-
-    Raises:
-        FastdissError: a folder has none.
-    """
-    if not path.is_dir():
-        return [path]
-    found = sorted(path.glob("generate-*.txt"))
-    if not found:
-        below = sorted({str(file.parent) for file in path.glob("*/generate-*.txt")})
-        hint = f"; there are some in {', '.join(below[:4])}" if below else ""
-        if parts := sorted(path.glob("generate-*.txt.part")):
-            hint = f"; {parts[0].name} is of a run that did not finish"
-        raise FastdissError(f"{path} is a folder without generate-*.txt{hint}")
-    return found
-
-
-def _by_steps(paths: list[Path]) -> list[Path]:
-    """Sort the files of one run by their number of steps; all others keep their place."""
-    runs = [re.sub(r"\.steps\d+", "", str(path)) for path in paths]
-    steps = [int(n[1]) if (n := re.search(r"\.steps(\d+)", str(path))) else 0 for path in paths]
-    order = sorted(range(len(paths)), key=lambda i: (runs.index(runs[i]), steps[i]))
-    return [paths[i] for i in order]
 
 
 def _names(metrics: str) -> list[str]:

@@ -147,12 +147,7 @@ def train(
 
     from fastdiss_cli.checkpoints.folder import BEST, LAST, occupied
     from fastdiss_cli.data.opening import open_dataset
-    from fastdiss_cli.device import (
-        dtype_name,
-        keep_freed_memory,
-        pick_device,
-        warn_of_emulation,
-    )
+    from fastdiss_cli.device import dtype_name, keep_freed_memory, pick_device
     from fastdiss_cli.distributed import Processes
     from fastdiss_cli.models.registry import architecture
     from fastdiss_cli.training.loop import Training
@@ -191,7 +186,6 @@ def train(
             f"{processes.world_size} x {processes.device.type}, "
             f"{dtype_name(training.dtype)}"
         )
-        warn_of_emulation(processes.device, training.dtype)
         end = training.expected_end()
         if train_config.warmup_updates >= end:
             logs.warn(

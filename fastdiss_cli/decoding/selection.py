@@ -79,9 +79,9 @@ def selector(
     if reranker is not None:
         check_reranker(model, reranker)
         return method, by_reranking(reranker.model, reranker.dtype)
-    return method, by_mbr(
-        model.tgt, MBR_METRIC if metric is None else metric
-    ) if method == "mbr" else by_score
+    if method == "mbr":
+        return method, by_mbr(model.tgt, MBR_METRIC if metric is None else metric)
+    return method, by_score
 
 
 def by_score(

@@ -78,6 +78,32 @@ class Generated:
         return [candidates[0] for candidates in self.candidates]
 
 
+def generate_files(path: Path) -> list[Path]:
+    """Return a file, or the generate files of a folder.
+
+    Raises:
+        FastdissError: a folder has none.
+    """
+    if not path.is_dir():
+        return [path]
+    found = sorted(path.glob("generate-*.txt"))
+    if not found:
+        below = sorted({str(file.parent) for file in path.glob("*/generate-*.txt")})
+        hint = f"; there are some in {', '.join(below[:4])}" if below else ""
+        if parts := sorted(path.glob("generate-*.txt.part")):
+            hint = f"; {parts[0].name} is of a run that did not finish"
+        raise FastdissError(f"{path} is a folder without generate-*.txt{hint}")
+    return found
+
+
+def by_steps(paths: list[Path]) -> list[Path]:
+    """Sort the files of one run by their number of steps; all others keep their place."""
+    runs = [re.sub(r"\.steps\d+", "", str(path)) for path in paths]
+    steps = [int(n[1]) if (n := re.search(r"\.steps(\d+)", str(path))) else 0 for path in paths]
+    order = sorted(range(len(paths)), key=lambda i: (runs.index(runs[i]), steps[i]))
+    return [paths[i] for i in order]
+
+
 def read_system(path: Path) -> Generated:
     """Read a system's answers from plain text or from a generate file; ``-`` is stdin.
 

@@ -273,7 +273,7 @@ def translate(
             sources = [[src.eos] if src.decode(ids).isspace() else ids for ids in sources]
             first = so_far.sentences
             answers = targets if gold else None
-            if first == 0 and len(pairs) > WARM_UP:  # of thread and memory pools, untimed
+            if first == 0 and len(pairs) > WARM_UP:  # warm up thread and memory pools, untimed
                 options = runs[0].options
                 quick = replace(options, steps=1) if hasattr(options, "steps") else options
                 with processes.attempt("decoding") as attempt:
