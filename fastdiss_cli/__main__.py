@@ -156,7 +156,8 @@ def main() -> None:
     except UsageError as error:
         command = " ".join(["fastdiss", *(word for word in words[:1] if word in COMMANDS)])
         message = " ".join(error.format_message().removeprefix("Invalid value: ").split())
-        hint = "" if "`fastdiss " in message else f" (see `{command} --help`)"
+        helps = "`fastdiss " in message or "did you mean" in message
+        hint = "" if helps else f" (see `{command} --help`)"
         if logs.is_main_process():
             logs.error(message.removesuffix(".") + hint)
         sys.exit(2)

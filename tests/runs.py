@@ -39,7 +39,7 @@ def start(data_bin: Path, save_dir: Path, arch: str = "fastdiss_tiny", **options
     accept, begin_with = bool(options.pop("accept_changes", False)), options.pop("begin_with", None)
     network = dict(NETWORK, **({} if arch.startswith("transformer") else {"latent_dim": 8}))
     network.update(options.pop("model", {}))
-    config = build(TrainConfig, {**OPTIONS, **options}, "train")
+    config = build(TrainConfig, {"arch": arch, **OPTIONS, **options}, "train")
     dataset = BinarizedDataset(data_bin)
     where = (dataset, save_dir, Processes(CPU))
     chosen = architecture(arch)

@@ -294,6 +294,8 @@ def test_train_names_what_it_does_not_know(data_bin: Path, tmp_path: Path) -> No
         (["--lr-scheduler", "cosin"], "--lr-scheduler must be one of inverse_sqrt, cosine"),
     ):
         assert message in error_of(*wrong, code=2)
+    misspelt = error_of("--set", "model.nois_factor=2", code=2)
+    assert misspelt.endswith("did you mean 'noise_factor'?")  # the help would not tell
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("modle: {dropout: 0.1}\n")
     assert f"--save-dir {recipe} is a file" in error_of("--save-dir", str(recipe))

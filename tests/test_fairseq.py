@@ -519,6 +519,12 @@ def test_old_flags_are_translated_with_a_line_each(capsys: pytest.CaptureFixture
     assert lines[3].startswith("--remove-bpe is not needed here: D- and T- lines are text")
 
 
+def test_a_translated_flag_can_be_pasted(capsys: pytest.CaptureFixture[str]) -> None:
+    new = rewrite_flags(["train", "D", "--adam-betas", "(0.9, 0.98)"])
+    hint = capsys.readouterr().err.removeprefix("--adam-betas is ").removesuffix(" here\n")
+    assert ["train", "D", *shlex.split(hint)] == new
+
+
 def test_difformers_noise_of_decoding_is_the_temperature_here(
     capsys: pytest.CaptureFixture[str],
 ) -> None:

@@ -115,8 +115,13 @@ def test_tsv_has_two_columns(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("format", ["text", "jsonl", "tsv"])
 def test_missing_file(tmp_path: Path, format: str) -> None:
-    message = failure(tmp_path / "x", format)
-    assert f"x.{'de' if format == 'text' else format}: no such file" in message
+    path = tmp_path / "x"
+    if format == "text":
+        assert f"{path}.de: no such file (nor {path}.de.gz)" in failure(path, format)
+        return
+    named = tmp_path / f"x.{format}"
+    assert f"{path}: no such file (nor {named}, {named}.gz)" in failure(path, format)
+    assert f"{named}: no such file (nor {named}.gz)" in failure(named, format)
 
 
 def test_missing_target(tmp_path: Path) -> None:

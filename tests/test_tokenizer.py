@@ -224,6 +224,8 @@ def test_a_vocabulary_larger_than_the_text_is_smaller(model_type: str) -> None:
 def test_a_vocabulary_that_is_too_small(model_type: str, vocab_size: int) -> None:
     message = failure(LINES, model_type, vocab_size)
     assert f"--vocab-size {vocab_size} is too small" in message
+    least = FIXED + len(set("".join(LINES)))  # which unigram and bpe find out for themselves
+    assert f"the bytes alone need {FIXED} ids" in message or f"use at least {least}" in message
     assert "character_coverage" not in message  # not one of our options
 
 

@@ -124,7 +124,7 @@ def test_options_of_another_architecture_are_not_compared(data_bin: Path, tmp_pa
         start(data_bin, tmp_path, "transformer_tiny", seed=3)
     message = str(refused.value)
     changed = "arch was difformer_tiny and is now transformer_tiny; train.seed was 1 and is now 3"
-    assert f"{changed}. Train" in message
+    assert f"settings: {changed}. Train" in message
     with pytest.raises(FastdissError, match=r"and \d+ more \(a forgotten --config\?\)"):
         more = {"seed": 3, "lr": 1, "max_tokens": 9, "update_freq": 2, "warmup_updates": 7}
         start(data_bin, tmp_path, "difformer_tiny", **more)

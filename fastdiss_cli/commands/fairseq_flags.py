@@ -7,6 +7,7 @@ table.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -325,7 +326,7 @@ def rewrite_flags(arguments: Sequence[str]) -> list[str]:
             refused.append(f"{flag} ({reason})")
             continue
         translated += new
-        _log(f"{flag} is {' '.join(new) if new else 'not needed'} here", old.remark)
+        _log(f"{flag} is {shlex.join(new) if new else 'not needed'} here", old.remark)
     if refused:
         logs.error(f"no equivalent, leave out: {'; '.join(refused)}")
         raise SystemExit(2)

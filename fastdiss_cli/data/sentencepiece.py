@@ -200,9 +200,10 @@ class _CountedLines:
 def _explain(message: str, model_type: str, vocab_size: int) -> str:
     reason = message.rsplit("] ", 1)[-1].strip()
     needed = re.search(r"smaller than required_chars\. \d+ vs (\d+)", message)
-    if needed or vocab_size < _FIXED_PIECES:
-        least = needed[1] if needed else _FIXED_PIECES
-        return f"--vocab-size {vocab_size} is too small for the text: use at least {least}"
+    if needed:
+        return f"--vocab-size {vocab_size} is too small for the text: use at least {needed[1]}"
+    if vocab_size < _FIXED_PIECES:
+        return f"--vocab-size {vocab_size} is too small: the bytes alone need {_FIXED_PIECES} ids"
     if "sentences_.empty()" in message:
         return (
             f"no line of the text can train a tokenizer: all are longer than {_LONGEST_LINE:,} "

@@ -144,7 +144,9 @@ class ParallelText:
         if format == "text":
             self.paths = tuple(_existing(prefix, f"{prefix}.{side}") for side in (source, target))
         else:
-            self.paths = (_existing(prefix, prefix, f"{prefix}.{format}"),)
+            ending = f".{format}"
+            names = [prefix] if prefix.endswith(ending) else [prefix, prefix + ending]
+            self.paths = (_existing(prefix, *names),)
             self._pair_of = partial(_json_pair, source, target) if format == "jsonl" else _tsv_pair
 
     def count(self) -> int:
@@ -199,7 +201,8 @@ def _existing(prefix: str, *names: str) -> Path:
     hint = f"; there are {', '.join(found[:4])}" if found else ""
     if begin.is_file():
         hint = f"; {prefix} is itself a file: give the common prefix of both names, or its --format"
-    raise FastdissError(f"{names[-1]}: no such file (nor {Path(names[-1]).name}.gz){hint}")
+    others = [*names[1:], f"{names[-1]}.gz"]
+    raise FastdissError(f"{names[0]}: no such file (nor {', '.join(others)}){hint}")
 
 
 @contextmanager

@@ -27,7 +27,7 @@ def changes(
     world_size: int,
 ) -> dict[str, tuple[Any, Any]]:
     """Return (old, new) by name for all settings that differ and affect the result."""
-    may_differ = set(HARMLESS)
+    may_differ = {*HARMLESS, "arch"}  # which is compared first
     if config.lr_scheduler == "cosine":
         may_differ -= {"max_update", "max_epoch"}
     pairs = {
