@@ -7,6 +7,7 @@ import inspect
 import io
 import os
 import re
+import shutil
 import sys
 from collections.abc import Callable
 from contextlib import suppress
@@ -60,6 +61,8 @@ def command_line(name: str = "") -> typer.Typer:
     """
     app = typer.Typer(
         pretty_exceptions_enable=False,
+        # in a narrow terminal rich would cut the names of flags
+        rich_markup_mode="rich" if shutil.get_terminal_size().columns >= 60 else None,
         context_settings={"help_option_names": ["-h", "--help"]},
     )
     app.callback()(options)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -118,7 +118,7 @@ class Score:
         return self.line
 
 
-@dataclass(repr=False)
+@dataclass(repr=False, eq=False)
 class Translator:
     """A loaded model with its tokenizers.
 
@@ -207,9 +207,9 @@ def load(
 ) -> Translator:
     """Load a checkpoint; no other file is needed.
 
-    No global state of this process is changed (signal handlers, random generators, environment
-    variables), and any thread may call it. (A thread that draws from torch's generator meanwhile
-    gets different numbers.)
+    No global state of this process is changed (signal handlers, torch's random generators,
+    environment variables), and any thread may call it. (A thread that draws from torch's generator
+    meanwhile gets different numbers.)
 
     Args:
         path: as written by ``fastdiss train`` or ``fastdiss export``; a folder stands for its
@@ -255,7 +255,7 @@ def score(
 
     hypotheses = _strings(hypotheses, "hypotheses")
     metrics = _strings(metrics, "metrics")
-    if isinstance(references, _NO_LIST) or not isinstance(references, Iterable):
+    if isinstance(references, _NO_LIST) or not np.iterable(references):
         raise FastdissError(f"references: give a list of strings, not {type(references).__name__}")
     alternatives = [
         _strings([r] if isinstance(r, str) else r, f"references of sentence {i}")
@@ -288,7 +288,7 @@ def score(
 
 def _strings(values: Sequence[str], what: str) -> list[str]:
     """Return the values as a list, or raise a FastdissError if they are not strings."""
-    if isinstance(values, _NO_LIST) or not isinstance(values, Iterable):
+    if isinstance(values, _NO_LIST) or not np.iterable(values):
         raise FastdissError(f"{what}: give a list of strings, not {type(values).__name__}")
     values = list(values)
     for i, value in enumerate(values):

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 import yaml
 
+from fastdiss_cli import logs
 from fastdiss_cli.errors import FastdissError, OptionError, suggest
 
 C = TypeVar("C")
@@ -268,6 +269,8 @@ def parse_settings(settings: Sequence[str]) -> dict[str, dict[str, Any]]:
         section, dot, key = name.partition(".")
         if not equals or not dot or section not in SECTIONS:
             raise FastdissError(f"--set {item}: write model.KEY=VALUE or train.KEY=VALUE")
+        if key in parsed[section] and logs.is_main_process():
+            logs.warn(f"--set {name} is given more than once: the last one counts")
         try:
             parsed[section][key] = yaml.safe_load(value)
         except _NOT_YAML:

@@ -109,7 +109,7 @@ class Bar:
     def _progress(self) -> str:
         elapsed = time.monotonic() - self._started
         if self.total is None:
-            return f"{self._count()} in {_clock(elapsed)}"
+            return f"{self._count()} done, {_clock(elapsed)}"
         since, before = self._first or (self._started, self.done)
         rate = (self.done - before) / max(self._latest - since, 1e-9)
         left = _clock((self.total - self.done) / rate) if rate else "?"

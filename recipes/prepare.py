@@ -44,6 +44,10 @@ def prepare(name: str, text: Path, local: Path | None, cut: bool) -> None:
         FastdissError: what was read is not what it should be.
     """
     record = _read_record(name, text)
+    if record and record["cut"] and not cut:
+        raise FastdissError(
+            f"{text} was made of a part of {name}: give --cut again, or another folder"
+        )
     if record and all(_is_right(text / file, facts) for file, facts in record["text"].items()):
         logs.info(f"{text} is complete: {_counts(record)}")
         return
@@ -189,6 +193,7 @@ def _read_record(name: str, text: Path) -> dict[str, Any] | None:
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         corpus, _, _ = record["corpus"], record["originals"].items(), record["text"].items()
+        record["cut"]
     except (ValueError, KeyError, TypeError, AttributeError):
         raise FastdissError(f"{path} is damaged: remove {text}, then run this again") from None
     if corpus != name:

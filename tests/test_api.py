@@ -138,6 +138,11 @@ def test_a_wrong_option_is_named(diffusion: Path, options: dict[str, object], me
         fastdiss_cli.load(diffusion).generate(SENTENCES, **options)
 
 
+def test_a_translator_can_be_a_key(diffusion: Path) -> None:
+    one, other = fastdiss_cli.load(diffusion), fastdiss_cli.load(diffusion)
+    assert len({one, other, one}) == 2
+
+
 def test_errors_travel_between_processes() -> None:
     error = pickle.loads(pickle.dumps(OptionError("steps", "must be positive")))
     assert (error.option, str(error)) == ("steps", "steps must be positive")
@@ -166,7 +171,8 @@ def test_other_wrong_use_is_named(diffusion: Path, corpus: Path, tmp_path: Path)
     for wrong in ({"max_tokens": 0}, {"max_tokens": "a"}, {"reranker": "x"}):
         with pytest.raises(FastdissError, match="must be"):
             translator.generate(["drei"], **wrong)
-    for several in ({"a", "b"}, {"a": 1}, b"a"):  # without an order, or none
+    # without an order, without one for strings, without items
+    for several in ({"a", "b"}, {"a": 1}, b"a", np.array("a"), 3):
         with pytest.raises(FastdissError, match="give a list of strings, not "):
             translator.generate(several)
     for wrong in ({"path": None}, {"path": 5}, {"path": diffusion, "user_module": 5}):

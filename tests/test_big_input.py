@@ -93,7 +93,7 @@ def test_generate_in_flat_memory(checkpoint: Path, tmp_path: Path) -> None:
             "--buffer-size", "1000", "--results-path", tmp_path,
         ))  # fmt: skip
     print(f"peak: {peaks[0]:,} and {peaks[1]:,} kB")
-    assert (tmp_path / "generate-input.txt").read_text("utf-8").count("\nD-") == 16_000
+    assert (tmp_path / "generate-x.txt").read_text("utf-8").count("\nD-") == 16_000
     # -4,000 to 50,000 more were measured, as glibc takes 64,000 at a time (`keep_freed_memory`);
     # with --buffer-size 16000 it is 143,000 more
     assert peaks[1] - peaks[0] < 96_000

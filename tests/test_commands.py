@@ -503,6 +503,13 @@ def test_a_flag_that_is_given_twice_is_told(tmp_path: Path) -> None:
     assert done.stderr == "warning: --metrics is given more than once: the last one counts\n"
 
 
+def test_a_narrow_terminal_shows_whole_flags(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    shown = run_cli("generate", "--help").stdout
+    assert "--source-lang" in shown and "--rerank-path" in shown
+    assert max(map(len, shown.splitlines())) <= 50  # click's least
+
+
 def test_no_words_ask_for_help() -> None:
     assert run_cli().stdout == run_cli("--help").stdout
     assert run_cli("--version").stdout.startswith("fastdiss ")

@@ -60,6 +60,13 @@ def test_what_is_wrong_is_named(item: str, message: str) -> None:
         build(TrainConfig, parse_settings([item])["train"], "train")
 
 
+def test_a_setting_that_is_given_twice_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    settings = ["train.lr=1", "model.lr=2", "train.lr=3"]
+    assert parse_settings(settings) == {"model": {"lr": 2}, "train": {"lr": 3}}
+    told = "warning: --set train.lr is given more than once: the last one counts\n"
+    assert capsys.readouterr().err == told
+
+
 def test_a_duplicate_option_is_reported(tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
     for text in ("train:\n  lr: 1\n  seed: 3\n  lr: 2\n", "train:\n  <<:\n   lr: 1\n   lr: 2\n"):

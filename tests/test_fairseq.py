@@ -525,6 +525,13 @@ def test_a_translated_flag_can_be_pasted(capsys: pytest.CaptureFixture[str]) -> 
     assert ["train", "D", *shlex.split(hint)] == new
 
 
+@pytest.mark.parametrize("line", ["train D --decoding-steps", "train --decoding-steps --lr 1"])
+def test_an_old_flag_without_its_value(line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        rewrite_flags(line.split())
+    assert capsys.readouterr().err == "fastdiss: error: --decoding-steps needs a value\n"
+
+
 def test_difformers_noise_of_decoding_is_the_temperature_here(
     capsys: pytest.CaptureFixture[str],
 ) -> None:

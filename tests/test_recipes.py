@@ -315,8 +315,9 @@ def test_a_second_run_changes_nothing_and_needs_no_originals(tmp_path: Path) -> 
     before = snapshot(tmp_path / "text")
     for path in local.iterdir():
         path.unlink()
-    done = prepared("multi30k_de_en", tmp_path)
+    done = prepared("multi30k_de_en", tmp_path, "--cut")
     assert done.returncode == 0 and f"complete: train {TRAIN}, valid 6, test 6" in done.stderr
+    one_line_error(prepared("multi30k_de_en", tmp_path), "was made of a part of multi30k_de_en")
     assert snapshot(tmp_path / "text") == before
 
 

@@ -134,7 +134,8 @@ def test_names_are_those_of_the_metrics() -> None:
 )
 def test_wrong_usage_exits_with_2(tmp_path: Path, options: list[str], message: str) -> None:
     done = run_cli("score", "--sys", write(tmp_path / "hyp", ["a"]), *options)
-    one_line_error(done, message, "(see `fastdiss score --help`)", code=2)
+    line = one_line_error(done, message, code=2)
+    assert ("did you mean" in line) != line.endswith("(see `fastdiss score --help`)")
 
 
 def test_a_system_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -221,7 +222,10 @@ def test_paired_tests_mark_what_differs_from_the_baseline(
     good, poor = write(tmp_path / "good", REFERENCES), write(tmp_path / "poor", POOR)
     same = write(tmp_path / "same", POOR)
     # the baseline among the systems is not compared with itself
-    command = ["score", good, poor, same, "--ref", ref, "--paired", poor, "--paired-test", test]
+    spelt_otherwise = tmp_path / "x" / ".." / "poor"
+    (tmp_path / "x").mkdir()
+    command = ["score", good, spelt_otherwise, same, "--ref", ref]
+    command += ["--paired", poor, "--paired-test", test]
     command += ["--metrics", "bleu,ser,distinct1,chrf"]
     done = run_cli(*command)
     assert ("p-values of ser, which count errors" in done.stderr) == (test == "ar")
@@ -477,6 +481,31 @@ def test_tokenized_text_is_reported(tmp_path: Path) -> None:
     assert f"{text}: 100 lines end in a tokenized full stop" in warning
     more = ["--ref", text, "--metrics", "bleu", "--tokenize", "none"]  # it is meant to be
     assert not run_cli("score", "--sys", text, *more).stderr
+
+
+@pytest.mark.parametrize("line", ["▁one ▁two", "on@@ e two"])
+def test_subwords_are_reported(line: str, tmp_path: Path) -> None:
+    """As `grep ^H | cut -f3` takes them from a generate file."""
+    pieces = write(tmp_path / "pieces", [line, line, ""])
+    text = write(tmp_path / "text", ["one two", "an @@ in it", "or ▁"])
+    done = run_cli("score", "--sys", pieces, "--ref", text)
+    assert f"warning: {pieces}: the lines hold subwords" in done.stderr
+    assert not run_cli("score", "--sys", text, "--ref", text).stderr
+
+
+def test_several_references_of_a_generate_file_are_asked_for(tmp_path: Path) -> None:
+    """Its T- lines have one of them."""
+    line = summary("fastdiss_tiny", 8, steps=5)
+    paths = [
+        generated(tmp_path / f"{i}", POOR, line.replace("nrefs:1", f"nrefs:{n}"))
+        for i, n in enumerate((1, "var", 12))
+    ]
+    told = "the last line has BLEU against several references a sentence"
+    assert f"{paths[1]} and 1 more: {told}" in run_cli("score", *paths).stderr
+    assert f"{paths[2]}: {told}" in run_cli("score", paths[2]).stderr
+    refs = write(tmp_path / "refs", REFERENCES)
+    assert not run_cli("score", *paths, "--ref", refs).stderr
+    assert not run_cli("score", paths[0]).stderr
 
 
 def test_a_truncated_generate_file_is_reported(tmp_path: Path) -> None:

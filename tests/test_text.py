@@ -126,7 +126,9 @@ def test_missing_file(tmp_path: Path, format: str) -> None:
 
 def test_missing_target(tmp_path: Path) -> None:
     write(tmp_path / "x.de", "a\n")
-    assert "x.en: no such file" in failure(tmp_path / "x")
+    message = failure(tmp_path / "x")
+    assert "x.en: no such file" in message
+    assert message.endswith("there are x.de (-s and -t name the languages)")
 
 
 @pytest.mark.parametrize(("longer", "shorter"), [("de", "en"), ("en", "de")])

@@ -613,6 +613,11 @@ def test_what_validation_would_refuse_is_refused_before_the_first_update(
         architecture("difformer_tiny").config({"latent_dim": 1})
 
 
+def test_checkpoints_do_not_go_into_a_dataset(data_bin: Path) -> None:
+    with pytest.raises(FastdissError, match=f"--save-dir {data_bin} is a dataset"):
+        start(data_bin, data_bin, max_update=2)
+
+
 def test_checkpoints_of_another_training_are_not_replaced(
     data_bin: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

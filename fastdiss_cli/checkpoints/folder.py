@@ -59,11 +59,13 @@ def number_of(path: Path) -> int:
 
 
 def refuse_others(folder: Path) -> None:
-    """Refuse to start a training where it would replace the checkpoints of another one.
+    """Refuse to start a training among the checkpoints of another one, or in a dataset.
 
     Raises:
-        FastdissError: there are such checkpoints.
+        FastdissError: there are such checkpoints, or it is a dataset.
     """
+    if (folder / "manifest.json").exists():
+        raise FastdissError(f"--save-dir {folder} is a dataset: give a folder of its own")
     found = [*folder.glob(BEST), *(numbered(folder) if folder.is_dir() else [])]
     found = [path for path in found if path.is_file()]
     if found:

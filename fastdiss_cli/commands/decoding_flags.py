@@ -130,8 +130,9 @@ def selection(
         method, choose = selector(loaded, given.get("select"), given.get("mbr_metric"), reranker)
     except OptionError as error:
         raise _wrong_usage(error) from None
-    if candidates == 1 and (reranker or "select" in given):
-        logs.warn(f"--select {method} has no effect: there is one candidate")
+    idle = [name for name in ("select", "mbr_metric", "rerank_path") if name in given]
+    if candidates == 1 and idle:
+        logs.warn(f"{_flag(idle[0])} has no effect: there is one candidate")
     if given["nbest"] > 1:
         choose = with_runners_up(choose, given["nbest"] - 1)
     shown = {"select": method} if candidates > 1 else {}

@@ -307,7 +307,8 @@ def rewrite_flags(arguments: Sequence[str]) -> list[str]:
         arguments: the command line, its first word the command.
 
     Raises:
-        SystemExit: with code 2, after one line that names every flag which has no equivalent.
+        SystemExit: with code 2, after one line that names every flag which has no equivalent, or
+            one that lacks its value.
     """
     table = OLD_FLAGS.get(arguments[0], {}) if arguments else {}
     rest, translated, refused = list(arguments), [], []
@@ -318,6 +319,9 @@ def rewrite_flags(arguments: Sequence[str]) -> list[str]:
         if old is None:
             translated.append(word)
             continue
+        if not equals and old.takes == "one" and (not rest or rest[0].startswith("--")):
+            logs.error(f"{flag} needs a value")
+            raise SystemExit(2)
         if not equals and rest and old.is_value(rest[0]):
             value = rest.pop(0)
         try:

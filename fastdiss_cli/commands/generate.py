@@ -314,8 +314,10 @@ def _open_input(given: dict[str, Any], loaded: Loaded) -> tuple[Input, str, str]
 
     if "data" not in given:
         text = given["input"]
-        what = "standard input" if text == "-" else text
-        return text_input(text, loaded.src, given["buffer_size"]), "input", what
+        corpus = text_input(text, loaded.src, given["buffer_size"])
+        if text == "-":
+            return corpus, "input", "standard input"
+        return corpus, "_".join(Path(text).name.split()), text
     dataset = open_dataset(given["data"], given.get("source_lang"), given.get("target_lang"))
     check_direction(loaded.languages, dataset)
     # a diagnosis covers all sentences at once

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -167,7 +168,7 @@ def score(
                 f"--paired: there is no test for --metrics {metrics}, which are not sums over "
                 "sentences"
             )
-        paths = [paired, *(path for path in paths if path != paired)]
+        paths = [paired, *(path for path in paths if not _is_same(path, paired))]
         if len(paths) == 1:
             raise typer.BadParameter("--paired needs another system than the baseline itself")
     if counted := [name for name in wanted if test == "ar" and name in COUNTED]:
@@ -191,6 +192,7 @@ def score(
                     f"{path} and {paths[0]} differ in {logs.counted(others, 'source')} (S- lines): "
                     "scores of different texts do not compare"
                 )
+        _warn_of_pieces(path, system)
         if "bleu" in wanted and tokenize != "none":
             _warn_of_tokenized(path, system)
     needed = any(name in AGAINST_REFERENCES for name in wanted)
@@ -214,6 +216,25 @@ def _warn_of_tokenized(path: Path, system: Generated) -> None:
             f"{path}: {count:,} lines end in a tokenized full stop (' .'): detokenize the text, or "
             "BLEU is not comparable with that of others"
         )
+
+
+def _is_same(path: Path, other: Path) -> bool:
+    return path == other or (path.exists() and path.samefile(other))
+
+
+def _warn_of_pieces(path: Path, system: Generated) -> None:
+    """Warn of lines that look like the subwords of SentencePiece or subword-nmt."""
+    lines = [text for text in system.hypotheses if text]
+    if lines and all("▁" in text for text in lines):
+        mark = "▁"
+    elif sum("@@ " in text for text in lines) > len(lines) / 2:
+        mark = "@@"
+    else:
+        return
+    logs.warn(
+        f"{path}: the lines hold subwords ({mark}), not text, and score too low: take the D- lines "
+        "of a generate file, not H-, or give the file itself"
+    )
 
 
 def _names(metrics: str) -> list[str]:
@@ -244,6 +265,14 @@ def _streams(
     for path, references in found:
         if references != found[0][1]:
             raise FastdissError(f"{path} and {found[0][0]} hold different references: give --ref")
+    pairs = zip(paths, systems, strict=True)
+    several = [path for path, system in pairs if re.search(r"\|nrefs:(?!1\|)", system.summary)]
+    if several:
+        more = f" and {len(several) - 1} more" if len(several) > 1 else ""
+        logs.warn(
+            f"{several[0]}{more}: the last line has BLEU against several references a sentence, "
+            "but T- lines hold only the first: to score against all, give --ref"
+        )
     return [list(found[0][1])]
 
 

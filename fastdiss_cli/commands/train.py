@@ -192,13 +192,13 @@ def train(
                 f"the learning rate rises until update {train_config.warmup_updates:,}, but "
                 f"training ends at {end:,}: lower --warmup-updates"
             )
-        for section, config, defaults in (
+        for section, used, defaults in (
             ("model", model_config, chosen.config({})),
             ("train", train_config, TrainConfig()),
         ):
-            for key, other in idle(config).items():
-                if getattr(config, key) != getattr(defaults, key):
-                    now = f"{section}.{other} is {getattr(config, other)}"
+            for key, other in idle(used).items():
+                if getattr(used, key) != getattr(defaults, key):
+                    now = f"{section}.{other} is {getattr(used, other)}"
                     logs.warn(f"{section}.{key} has no effect while {now}")
         own = flags["train"] | settings["train"]
         if "valid_steps" in own and "steps" not in training.model.decoding_options():

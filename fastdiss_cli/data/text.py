@@ -199,6 +199,8 @@ def _existing(prefix: str, *names: str) -> Path:
     begin = Path(prefix)
     found = sorted(p.name for p in begin.parent.glob(f"{escape(begin.name)}.*"))
     hint = f"; there are {', '.join(found[:4])}" if found else ""
+    if found and names[0] != prefix:
+        hint += " (-s and -t name the languages)"
     if begin.is_file():
         hint = f"; {prefix} is itself a file: give the common prefix of both names, or its --format"
     others = [*names[1:], f"{names[-1]}.gz"]

@@ -268,9 +268,13 @@ def translate(
             pairs = processes.gather(window)
             if not pairs:
                 break
-            sources, targets = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+            targets = [target for _, target in pairs]
+            texts = [src.decode(source) for source, _ in pairs]
             # a dataset has not been through `encode_source`
-            sources = [[src.eos] if src.decode(ids).isspace() else ids for ids in sources]
+            sources = [
+                [src.eos] if text.isspace() else source
+                for text, (source, _) in zip(texts, pairs, strict=True)
+            ]
             first = so_far.sentences
             answers = targets if gold else None
             if first == 0 and len(pairs) > WARM_UP:  # warm up thread and memory pools, untimed
@@ -286,9 +290,7 @@ def translate(
             with processes.attempt("writing") as attempt:
                 lines: list[list[str]] = [[] for _ in outputs]
                 for i in answered if first_rank else ():
-                    source, target = pairs[i]
-                    source_text = src.decode(source)
-                    reference = None if target is None else tgt.decode(target)
+                    reference = None if targets[i] is None else tgt.decode(targets[i])
                     if references is not None:
                         own = references[first + i : first + i + 1]
                         reference = own[0][0] if own else None
@@ -302,7 +304,7 @@ def translate(
                             lines[n].append(hypothesis_text(best, tgt) + "\n")
                         else:
                             lines[n].append(
-                                format_lines(first + i, source_text, best, tgt, reference, colour)
+                                format_lines(first + i, texts[i], best, tgt, reference, colour)
                             )
                 for output, written in zip(outputs, lines, strict=True):
                     output.write("".join(written))

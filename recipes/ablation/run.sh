@@ -10,6 +10,13 @@ corpus=${1:?usage: run.sh CORPUS [TEXT] [WORK]}
 text=${2:-}
 work=${3:-work/ablation}/$corpus
 
+case $corpus in
+embedded | cmudict_g2p | multi30k | multi30k_small) ;;
+*)
+    echo "run.sh: no corpus $corpus: embedded, cmudict_g2p, multi30k or multi30k_small" >&2
+    exit 2
+    ;;
+esac
 if [ "$corpus" != embedded ] && [ -z "$text" ]; then
     echo "run.sh: $corpus needs the folder with its text" >&2
     exit 2
@@ -32,10 +39,6 @@ if [ ! -e "$work/data-bin/manifest.json" ]; then
     multi30k*)
         cp "$text"/{train,valid,test}.* "$work/text"
         options=(-s de -t en --vocab-size 6000)
-        ;;
-    *)
-        echo "run.sh: no corpus $corpus: embedded, cmudict_g2p, multi30k or multi30k_small" >&2
-        exit 2
         ;;
     esac
     fastdiss preprocess "${options[@]}" --trainpref "$work/text/train" \
