@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Set
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
+from typing_extensions import Unpack  # of Python 3.11; torch needs this package, too
 
 from fastdiss_cli.checkpoints.loading import Loaded, load_model
 from fastdiss_cli.config import build
@@ -22,9 +23,6 @@ from fastdiss_cli.decoding.systems import reference_streams
 from fastdiss_cli.device import pick_device, pick_dtype
 from fastdiss_cli.errors import FastdissError, suggest
 from fastdiss_cli.models.registry import Hypothesis
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack  # of Python 3.11
 
 
 class GenerateOptions(TypedDict, total=False):
@@ -135,7 +133,7 @@ class Translator:
         source, target = self.loaded.languages
         return f"<Translator {self.loaded.arch.name}, {source or '?'} to {target or '?'}>"
 
-    def generate(self, sentences: Sequence[str], **options: Unpack[GenerateOptions]) -> list[str]:
+    def generate(self, sentences: Iterable[str], **options: Unpack[GenerateOptions]) -> list[str]:
         """Translate sentences.
 
         Args:
@@ -153,7 +151,7 @@ class Translator:
         return [hypothesis_text(best, self.loaded.tgt) for best in chosen]
 
     def candidates(
-        self, sentences: Sequence[str], **options: Unpack[GenerateOptions]
+        self, sentences: Iterable[str], **options: Unpack[GenerateOptions]
     ) -> list[list[Candidate]]:
         """Return all candidates of each sentence: the chosen one, then the others by score.
 
@@ -166,7 +164,7 @@ class Translator:
         ]
 
     def _decode(
-        self, sentences: Sequence[str], options: GenerateOptions, others: bool
+        self, sentences: Iterable[str], options: GenerateOptions, others: bool
     ) -> list[Hypothesis]:
         """Return the chosen hypothesis of each sentence; ``others`` become its `runners_up`."""
         sentences = _strings(sentences, "sentences")
@@ -234,9 +232,9 @@ def load(
 
 
 def score(
-    hypotheses: Sequence[str],
-    references: Sequence[str] | Sequence[Sequence[str]],
-    metrics: Sequence[str] = ("bleu", "chrf", "ter"),
+    hypotheses: Iterable[str],
+    references: Iterable[str] | Iterable[Iterable[str]],
+    metrics: Iterable[str] = ("bleu", "chrf", "ter"),
 ) -> dict[str, Score]:
     """Score translations with sacreBLEU.
 
@@ -286,7 +284,7 @@ def score(
     return scores
 
 
-def _strings(values: Sequence[str], what: str) -> list[str]:
+def _strings(values: Iterable[str], what: str) -> list[str]:
     """Return the values as a list, or raise a FastdissError if they are not strings."""
     if isinstance(values, _NO_LIST) or not np.iterable(values):
         raise FastdissError(f"{what}: give a list of strings, not {type(values).__name__}")

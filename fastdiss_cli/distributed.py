@@ -97,7 +97,8 @@ class Processes:
             if local >= count:
                 raise FastdissError(
                     f"local rank {local}: this machine has {count} GPU(s), for one process each; "
-                    f"start torchrun with --nproc-per-node {count}"
+                    f"start torchrun with --nproc-per-node {count}, or set LOCAL_RANK=0 where a "
+                    "process sees only its own GPU"
                 )
             self.device = torch.device("cuda", local)
             torch.cuda.set_device(self.device)

@@ -75,7 +75,8 @@ class Bar:
         hidden: bool = False,
     ) -> None:
         self.what, self.total, self.done, self._bar = what, total, done, bar
-        self._hidden = hidden
+        # a stream may go on for months, and nobody may read the log
+        self._logs = not hidden and total is not None
         self._started = self._reported = self._latest = time.monotonic()
         self._first: tuple[float, int] | None = None  # when the first items were done, and how many
         if bar is not None:
@@ -93,7 +94,7 @@ class Bar:
         if self._bar is not None:
             shown = {"figures": text} if figures else {}
             self._bar.update(self._task, completed=self.done, count=self._count(), **shown)
-        elif not self._hidden and time.monotonic() - self._reported >= PLAIN_EVERY:
+        elif self._logs and time.monotonic() - self._reported >= PLAIN_EVERY:
             self._reported = time.monotonic()
             info(f"{self.what} {self._progress()}  {text}".rstrip())
 
@@ -108,8 +109,6 @@ class Bar:
 
     def _progress(self) -> str:
         elapsed = time.monotonic() - self._started
-        if self.total is None:
-            return f"{self._count()} done, {_clock(elapsed)}"
         since, before = self._first or (self._started, self.done)
         rate = (self.done - before) / max(self._latest - since, 1e-9)
         left = _clock((self.total - self.done) / rate) if rate else "?"

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import typing
 from pathlib import Path
 
 import numpy as np
@@ -136,6 +137,11 @@ def test_candidates_are_all_with_the_chosen_one_first(
 def test_a_wrong_option_is_named(diffusion: Path, options: dict[str, object], message: str) -> None:
     with pytest.raises(FastdissError, match=re.escape(message)):
         fastdiss_cli.load(diffusion).generate(SENTENCES, **options)
+
+
+def test_the_annotations_can_be_read() -> None:
+    for function in (fastdiss_cli.load, fastdiss_cli.score, Translator.generate):
+        assert "return" in typing.get_type_hints(function)
 
 
 def test_a_translator_can_be_a_key(diffusion: Path) -> None:

@@ -177,7 +177,7 @@ def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    with pytest.raises(FastdissError, match=r"1 GPU.*--nproc-per-node 1"):
+    with pytest.raises(FastdissError, match=r"1 GPU.*--nproc-per-node 1.*LOCAL_RANK=0"):
         Processes(torch.device("cuda"))
 
 

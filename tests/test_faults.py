@@ -383,7 +383,7 @@ def test_weights_that_may_be_broken_take_the_place_of_no_checkpoint(
 def test_what_ends_diverged_takes_the_place_of_no_checkpoint(
     data_bin: Path, tmp_path: Path
 ) -> None:
-    """If training ends before enough updates are skipped to stop it."""
+    """Without validation, training goes on until an update is not skipped or too many are."""
     often = {"save_interval_updates": 1, "validate_interval_updates": 99}
     for folder, validated in ((tmp_path / "a", True), (tmp_path / "b", False)):
         training = start(data_bin, folder, max_update=4, max_skipped=4, **often)
@@ -397,6 +397,21 @@ def test_what_ends_diverged_takes_the_place_of_no_checkpoint(
         with pytest.raises(FastdissError, match=r"finite: lower --lr.* is from update 2$"):
             training.run()
         assert newest(folder).progress.update == 2
+
+
+def test_a_save_and_the_end_wait_for_an_update_that_is_not_skipped(
+    data_bin: Path, tmp_path: Path
+) -> None:
+    training = start(data_bin, tmp_path, max_update=5, save_interval_updates=2)
+    right, saved, before = training.model.loss, training.state.save, []
+    training.model.loss = lambda batch, update: Loss(
+        right(batch, update).total * (math.nan if update in (2, 5) else 1)
+    )
+    training.state.save = lambda *given: before.append(training.progress.update) or saved(*given)
+    training.validator = None
+    training._try_largest_batch = lambda: 0
+    assert training.run() == 0
+    assert before == [3, 4, 6] and newest(tmp_path).progress.update == 6
 
 
 def test_a_model_that_has_diverged_gives_no_answers() -> None:

@@ -134,12 +134,13 @@ def test_a_signal_in_a_window_leaves_no_gap(data_bin: Path, checkpoints: dict[st
 
 def test_the_answers_to_a_file_bear_its_name(checkpoints: dict[str, Path], tmp_path: Path) -> None:
     model = ["--path", checkpoints["fastdiss_tiny"], "--results-path", tmp_path / "out"]
-    for name in ("a.de", "b c.de"):
+    for name in ("a.de", "b c.de", os.fsdecode(b"caf\xe9"), "e" * 240):  # Latin-1, too long
         (tmp_path / name).write_text("drei\n")
         done = run_cli("generate", *model, "--input", tmp_path / name, "--steps", "1")
         assert done.returncode == 0 and "replaced" not in done.stderr
     files = sorted((tmp_path / "out").iterdir())
-    assert [file.name for file in files] == ["generate-a.de.txt", "generate-b_c.de.txt"]
+    names = ["a.de", "b_c.de", "caf_", "e" * 64]
+    assert [file.name for file in files] == [f"generate-{name}.txt" for name in names]
     assert run_cli("score", *files, "--metrics", "distinct").returncode == 0
 
 

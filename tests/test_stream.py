@@ -14,6 +14,7 @@ import pytest
 from conftest import run_cli
 from runs import command
 
+from fastdiss_cli import logs
 from fastdiss_cli.data.text import IncomingLines
 from fastdiss_cli.decoding import translation
 from fastdiss_cli.decoding.translation import text_input
@@ -116,6 +117,17 @@ def test_plain_is_a_line_for_a_line(data_bin: Path, checkpoint: Path, tmp_path: 
     written = (tmp_path / "generate-test.steps2.txt").read_text(encoding="utf-8")
     assert written.split("\n") == [*answers(whole.stdout), ""]
     assert run_cli(*more, data_bin, "--plain", "--print-history").returncode == 2
+
+
+def test_a_stream_writes_no_progress_to_a_log(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pipe that nobody reads would fill up in some hours, and stop the answers."""
+    monkeypatch.setattr(logs, "PLAIN_EVERY", 0.0)
+    (tmp_path / "text").write_text("eins\nzwei\n")
+    more = ["generate", "--path", checkpoint, "--device=cpu", "--steps=1", "--plain", "--input"]
+    assert "generating 2/2 (100 %)" in run_cli(*more, tmp_path / "text").stderr
+    assert "generating" not in run_cli(*more, "-", stdin="eins\nzwei\n").stderr
 
 
 def test_an_invalid_line_ends_what_comes_after_it(piped: subprocess.Popen[bytes]) -> None:

@@ -46,7 +46,7 @@ def chosen_checkpoints(given: Sequence[Path], last: int) -> list[Path]:
             if len(found) < last:
                 raise FastdissError(
                     f"{path} has {logs.counted(len(found), 'numbered checkpoint')}, not {last}: "
-                    f"train with --keep-last {last}, or name the files"
+                    f"train with --keep-last {last} (one a validation), or name the files"
                 )
             paths += found
         else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from contextlib import ExitStack
 from datetime import timedelta
@@ -317,7 +318,7 @@ def _open_input(given: dict[str, Any], loaded: Loaded) -> tuple[Input, str, str]
         corpus = text_input(text, loaded.src, given["buffer_size"])
         if text == "-":
             return corpus, "input", "standard input"
-        return corpus, "_".join(Path(text).name.split()), text
+        return corpus, re.sub(r"[^\w.-]+", "_", Path(text).name)[:64], text
     dataset = open_dataset(given["data"], given.get("source_lang"), given.get("target_lang"))
     check_direction(loaded.languages, dataset)
     # a diagnosis covers all sentences at once

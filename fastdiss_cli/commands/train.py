@@ -186,8 +186,8 @@ def train(
             f"{processes.world_size} x {processes.device.type}, "
             f"{dtype_name(training.dtype)}"
         )
-        end = training.expected_end()
-        if train_config.warmup_updates >= end:
+        end, finished = training.expected_end(), training.finished()
+        if train_config.warmup_updates >= end and not finished:
             logs.warn(
                 f"the learning rate rises until update {train_config.warmup_updates:,}, but "
                 f"training ends at {end:,}: lower --warmup-updates"
@@ -204,6 +204,8 @@ def train(
         if "valid_steps" in own and "steps" not in training.model.decoding_options():
             logs.warn(f"train.valid_steps has no effect: {chosen.name} decodes without steps")
         plan = _plan(train_config, "valid" in dataset.splits)
+        if finished:
+            plan = f"after update {training.progress.update:,} nothing is left to do: {plan}"
         logs.info(f"{plan}; checkpoints and metrics.jsonl go to {save_dir}")
         if processes.device.type == "cpu" and "arch" not in options["train"]:
             logs.info(

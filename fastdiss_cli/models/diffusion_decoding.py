@@ -260,8 +260,10 @@ class SampledModel(Seq2SeqModel):
         """Return log-probability and id of the best token at every position, both [N, T]."""
         logits = self.embedding.logits(layout.flat(z0_hat))
         logits[:, self.tgt.bos] = logits[:, self.tgt.pad] = float("-inf")  # in no answer
-        best, tokens = logits.max(dim=-1)
-        return layout.padded(best - logits.logsumexp(dim=-1)), layout.padded(tokens)
+        best, tokens = logits.max(dim=-1, keepdim=True)
+        # logsumexp would look for the maximum again, and copy all logits
+        log_probs = -logits.sub_(best).exp_().sum(-1).log()
+        return layout.padded(log_probs), layout.padded(tokens.squeeze(-1))
 
     def trim(self, tokens: list[int], values: list[float]) -> tuple[list[int], list[float]]:
         """Truncate a row before its first eos; the values keep the one of the eos."""

@@ -135,12 +135,14 @@ class Training:
         ):
             due = progress.validation_due and not self._is_suspect()
             stopped = self._validate_and_save() if due else 0
-            if not (stopped or self._finished()):
+            if not (stopped or self.finished()):
                 stopped = self._try_largest_batch()
                 if stopped:
                     self._save_stopped()
                 self.window.restart_clock()
-            while not (stopped or self._finished()):
+            save_due = False
+            # a training does not end with a skipped update, either: its weights may be broken
+            while not stopped and (self._is_suspect() or not self.finished()):
                 end = self.expected_end()
                 self.bar.expect(end)
                 rate = learning_rate(progress.update + 1, config, end)
@@ -155,6 +157,7 @@ class Training:
                     self.window = Window()
 
                 progress.validation_due = progress.validation_due or self._validation_is_due()
+                save_due = save_due or progress.update % config.save_interval_updates == 0
                 if self._is_suspect():
                     continue  # saves, validations and signals wait for the end of the skipped ones
                 stopped = signal
@@ -163,10 +166,9 @@ class Training:
                 elif progress.validation_due:
                     stopped = self._validate_and_save()
                     self.window.restart_clock()
-                elif progress.update % config.save_interval_updates == 0:
+                elif save_due:
                     self._save()
-            if not stopped and self._is_suspect():
-                raise self._diverged("loss or gradient of the last update was not finite")
+                save_due = False
         return stopped
 
     def _next_batches(self) -> tuple[list[np.ndarray], int]:
@@ -199,7 +201,8 @@ class Training:
         left += (config.max_epoch - progress.epoch) * -(-batches // config.update_freq)
         return min(config.max_update, progress.update + left)
 
-    def _finished(self) -> bool:
+    def finished(self) -> bool:
+        """Return whether a limit is reached: of updates, of epochs, or of patience."""
         config, progress = self.config, self.progress
         epochs_done = progress.epoch - 1 + self._epoch_is_done()
         return (
@@ -211,14 +214,14 @@ class Training:
     def _validation_is_due(self) -> bool:
         interval = self.config.validate_interval_updates
         regular = self.progress.update % interval == 0 if interval else self._epoch_is_done()
-        return regular or self._finished()
+        return regular or self.finished()
 
     def _is_suspect(self) -> bool:
         """Return whether the last update was not finite, so that its weights are not saved.
 
         Nor are they validated, except at the end of the training, to learn if they are usable.
         """
-        is_judged = self._finished() and self.validator is not None
+        is_judged = self.finished() and self.validator is not None
         return self.progress.skipped_in_a_row > 0 and not is_judged
 
     def _diverged(self, what: str) -> CommonError:
@@ -319,7 +322,7 @@ class Training:
             self._save_stopped()
             return stopped.signal
         self.progress.validation_due = False
-        if not self._save(numbered=True, final=self._finished()):
+        if not self._save(numbered=True, final=self.finished()):
             for name in ("best", "best_loss", "best_is_bleu", "best_update"):  # as on the disk
                 setattr(self.progress, name, getattr(before, name))
         return 0
