@@ -49,6 +49,8 @@ class GenerateOptions(TypedDict, total=False):
     Choosing among candidates:
         select: ``score``, ``mbr`` or ``rerank`` (mbr for diffusion models, score for others).
         mbr_metric: ``bleu`` or ``chrf`` (bleu).
+        mbr_weights: ``length``: candidates count by the probability of their length; ``equal``
+            (length).
         reranker: the autoregressive model that ``select="rerank"`` uses.
 
     Machine:
@@ -72,6 +74,7 @@ class GenerateOptions(TypedDict, total=False):
     min_len: int
     select: str
     mbr_metric: str
+    mbr_weights: str
     reranker: Translator
     max_tokens: int
 
@@ -80,7 +83,7 @@ if hasattr(os, "register_at_fork"):
     # OpenMP's threads do not survive a fork: a forked child that waits for them would hang
     os.register_at_fork(after_in_child=partial(torch.set_num_threads, 1))
 
-_OF_ALL_MODELS = ("select", "mbr_metric", "reranker", "max_tokens")
+_OF_ALL_MODELS = ("select", "mbr_metric", "mbr_weights", "reranker", "max_tokens")
 _OBSERVING = ("history", "diagnose")  # `Decoding` fields that only record more
 _NO_LIST = (str, bytes, Set, Mapping)  # iterables that are no lists of strings
 
@@ -177,8 +180,8 @@ class Translator:
         reranker = decoding.pop("reranker", None)
         if not isinstance(reranker, (Translator, type(None))):
             raise FastdissError("reranker must be what fastdiss_cli.load returns")
-        method, metric = decoding.pop("select", None), decoding.pop("mbr_metric", None)
-        _, select = selector(self.loaded, method, metric, reranker and reranker.loaded)
+        how = [decoding.pop(name, None) for name in ("select", "mbr_metric", "mbr_weights")]
+        _, select = selector(self.loaded, *how, reranker and reranker.loaded)
         known = [n for n in (*model.decoding_options(), *_OF_ALL_MODELS) if n not in _OBSERVING]
         for name in decoding:
             if name not in known:

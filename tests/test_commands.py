@@ -21,7 +21,7 @@ import fastdiss_cli
 from fastdiss_cli import logs
 from fastdiss_cli.config import TrainConfig, build, read_recipe
 from fastdiss_cli.decoding import mbr, systems
-from fastdiss_cli.decoding.selection import METHODS
+from fastdiss_cli.decoding.selection import MBR_WEIGHTS, METHODS
 from fastdiss_cli.device import DTYPES
 from fastdiss_cli.diffusion.sampler import SELF_COND_MODES
 from fastdiss_cli.diffusion.schedule import TIME_GRIDS
@@ -569,5 +569,6 @@ def test_help_names_all_choices() -> None:
     for flag, words in {
         "solver": tuple(SOLVERS), "time-grid": TIME_GRIDS, "clamp": FORMS, "dtype": DTYPES,
         "self-cond": SELF_COND_MODES, "select": METHODS, "mbr-metric": mbr.UTILITIES,
+        "mbr-weights": MBR_WEIGHTS,
     }.items():  # fmt: skip
         assert f"{', '.join(words[:-1])} or {words[-1]}" in shown.split(f"--{flag} ")[1][:120]

@@ -511,7 +511,7 @@ def test_old_flags_are_translated_with_a_line_each(capsys: pytest.CaptureFixture
         "generate D --task=translation_lev --path c --decoding-steps 20 --length-beam-size=7 "
         "--remove-bpe sentencepiece --bleu-mbr --post-process=@@ --remove-bpe --beam 4"
     )
-    new = "generate D --path c --steps 20 --length-beam 7 --select mbr --beam 4"
+    new = "generate D --path c --steps 20 --length-beam 7 --select mbr --mbr-weights equal --beam 4"
     assert " ".join(rewrite_flags(line.split())) == new
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 7

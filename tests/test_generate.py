@@ -418,6 +418,10 @@ def test_an_option_that_a_checkpoint_does_not_know_is_as_before_it(
             ["--input=-", "--mbr-metric", "chrf", "--select", "score"],
             "--mbr-metric applies to mbr, not to score",
         ),
+        (
+            ["--input=-", "--mbr-weights", "equal", "--select", "score"],
+            "--mbr-weights applies to mbr, not to score",
+        ),
         (["--input=-", "--solver", "dimm"], "--solver must be one of ddpm, ddim, dpm-solver++"),
         (["--input=-", "--solver=ddim", "--temperature=1"], "--temperature must be 0 with ddim"),
         (["data", "--self-cond=gold", "--length-beam=3"], "--length-beam must be 1 with"),
@@ -436,6 +440,9 @@ def test_one_candidate_leaves_nothing_to_select(checkpoints: dict[str, Path]) ->
     done = run_cli(*line, stdin="eins\n")
     assert done.returncode == 0 and "--select has no effect: there is one" in done.stderr
     assert "has no effect" not in run_cli(*line, "--noise-beam", "2", stdin="eins\n").stderr
+    for flag, value in (("--mbr-metric", "chrf"), ("--mbr-weights", "equal")):
+        told = run_cli(*line[:-2], flag, value, stdin="eins\n").stderr
+        assert f"{flag} has no effect: there is one" in told
 
 
 def test_the_least_length_is_at_most_the_largest() -> None:

@@ -102,6 +102,17 @@ def test_expected_utility_averages_over_the_others(metric: str) -> None:
     assert found[0] == found[2] == found[4]
 
 
+@pytest.mark.parametrize("metric", SCORERS)
+def test_weights_make_it_a_mean_over_all(metric: str) -> None:
+    rows = [["a b c d", "a b c", "a b c d", ""], ["b c d e f"], ["x y", "x z"]]
+    weights = [[0.1, 0.5, 0.3, 0.2], [0.7], [2.0, 1.0]]
+    found = expected_utilities(rows, metric, weights)
+    for texts, own, values in zip(rows, weights, found, strict=True):
+        expected = pairwise(texts, metric) @ own / sum(own)
+        np.testing.assert_allclose(values, expected, rtol=0, atol=1e-9)
+    assert found[0][0] == found[0][2] and found[2][0] > found[2][1]
+
+
 def test_ties_go_to_the_better_score() -> None:
     """Rounding makes the sums of these two groups of three differ in the last digits."""
     one, other = [3, 2, 1, 2, 2, 1, 2], [2, 0, 2, 1, 1, 2, 3]
@@ -115,7 +126,8 @@ def test_ties_go_to_the_better_score() -> None:
             return " ".join("abcd"[i] for i in ids)
 
     candidates = [Hypothesis(ids, -i, [], 1) for i, ids in enumerate(row)]
-    assert by_mbr(Letters(), "bleu")([[0]], [candidates]) == [candidates[1]]
+    for weights in ("equal", "length"):
+        assert by_mbr(Letters(), "bleu", weights)([[0]], [candidates]) == [candidates[1]]
 
 
 def test_duplicates_outvote_a_single_candidate() -> None:

@@ -119,8 +119,12 @@ def test_selection_by_score_and_by_agreement(tokenizer: Tokenizer) -> None:
         hypothesis(tokenizer, "a dog runs", -0.9),
     ]
     assert by_score([[2]], [row]) == [row[0]]
-    assert by_mbr(tokenizer, "bleu")([[2]], [row])[0] in row[1:]  # the outlier agrees with none
-    assert by_mbr(tokenizer, "chrf")([[2]], [row[:1]]) == row[:1]
+    for weights in ("equal", "length"):  # the outlier agrees with none
+        assert by_mbr(tokenizer, "bleu", weights)([[2]], [row])[0] in row[1:]
+        assert by_mbr(tokenizer, "chrf", weights)([[2]], [row[:1]]) == row[:1]
+    row[0].weight = 9.0  # but is what the model expects
+    assert by_mbr(tokenizer, "bleu", "length")([[2]], [row]) == row[:1]
+    assert by_mbr(tokenizer, "bleu", "equal")([[2]], [row])[0] in row[1:]
 
 
 def test_reranking_takes_what_the_reranker_finds_most_likely(tokenizer: Tokenizer) -> None:
@@ -165,7 +169,7 @@ def test_a_reranker_computes_in_its_own_type(tokenizer: Tokenizer, dtype: torch.
             return torch.zeros(len(answers))
 
     loaded = Loaded(Reranker(1, 1), tokenizer, tokenizer, None, ("de", "en"), dtype)
-    method, choose = selector(loaded, None, None, loaded)
+    method, choose = selector(loaded, None, None, None, loaded)
     assert method == "rerank"
     for of_the_model in (torch.float32, torch.bfloat16):
         with autocast(torch.device("cpu"), of_the_model):

@@ -181,6 +181,10 @@ def test_the_most_likely_lengths_are_tried() -> None:
     short, long = model.decode(memory, torch.arange(2), model.Decoding(length_beam=4))
     assert {len(h.tokens) for h in short} == {2 + 3, 2 + 2, 2 + 1, 2 + 0}
     assert {len(h.tokens) for h in long} == {5 + 3, 5 - 3, 5 - 2, 5 + 2}
+    total = sum(map(math.exp, (6, 5, 0, 1, 2, 3, 7)))
+    weights = {len(h.tokens): h.weight for h in long}
+    assert weights == pytest.approx({8: math.exp(7) / total, 2: math.exp(6) / total,
+                                     3: math.exp(5) / total, 7: math.exp(3) / total})  # fmt: skip
     short, long = model.decode(memory, torch.arange(2), model.Decoding())
     assert (len(short[0].tokens), len(long[0].tokens)) == (5, 8)
 

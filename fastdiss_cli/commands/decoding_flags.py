@@ -22,6 +22,7 @@ FLAGS = (
     "early_exit", "seed", "beam", "lenpen", "max_len_a", "max_len_b", "min_len", "history",
     "diagnose",
 )  # fmt: skip
+SELECTION = ("select", "mbr_metric", "mbr_weights")
 
 
 def check_usage(given: dict[str, Any]) -> None:
@@ -64,7 +65,7 @@ def check_usage(given: dict[str, Any]) -> None:
     from fastdiss_cli.decoding.selection import check_selection
 
     try:
-        check_selection(given.get("select"), given.get("mbr_metric"), reranked)
+        check_selection(*map(given.get, SELECTION), reranked)
     except OptionError as error:
         raise _wrong_usage(error) from None
 
@@ -123,14 +124,14 @@ def selection(
         BadParameter: the flags do not fit this model.
         FastdissError: the reranker does not fit this model.
     """
-    from fastdiss_cli.decoding.selection import MBR_METRIC, selector, with_runners_up
+    from fastdiss_cli.decoding.selection import MBR_METRIC, MBR_WEIGHT, selector, with_runners_up
 
     reranker = load(given["rerank_path"]) if "rerank_path" in given else None
     try:
-        method, choose = selector(loaded, given.get("select"), given.get("mbr_metric"), reranker)
+        method, choose = selector(loaded, *map(given.get, SELECTION), reranker)
     except OptionError as error:
         raise _wrong_usage(error) from None
-    idle = [name for name in ("select", "mbr_metric", "rerank_path") if name in given]
+    idle = [name for name in (*SELECTION, "rerank_path") if name in given]
     if candidates == 1 and idle:
         logs.warn(f"{_flag(idle[0])} has no effect: there is one candidate")
     if given["nbest"] > 1:
@@ -138,6 +139,7 @@ def selection(
     shown = {"select": method} if candidates > 1 else {}
     if shown and method == "mbr":
         shown["mbr_metric"] = given.get("mbr_metric", MBR_METRIC)
+        shown["mbr_weights"] = given.get("mbr_weights", MBR_WEIGHT)
     return choose, shown
 
 

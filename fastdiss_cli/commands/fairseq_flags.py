@@ -232,7 +232,7 @@ _GENERATE = {
     "--iter-decode-with-beam": renamed("--length-beam"),
     "--length-beam-size": renamed("--length-beam"),
     "--noise-beam-size": renamed("--noise-beam"),
-    "--bleu-mbr": means("--select", "mbr"),
+    "--bleu-mbr": means("--select", "mbr", "--mbr-weights", "equal"),
     "--ppl-mbr": means("--select", "rerank", remark="name the transformer with --rerank-path"),
     "--clamping": means("--clamp", "nearest"),
     "--decoding-early-stopping": OldFlag("one", _early_stopping, "sampling ends at time 0"),

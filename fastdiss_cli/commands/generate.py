@@ -185,6 +185,14 @@ def generate(
     mbr_metric: Annotated[
         str | None, choice(("bleu", "chrf"), "{}. (default: bleu)", SELECTION)
     ] = None,
+    mbr_weights: Annotated[
+        str | None,
+        choice(
+            ("length", "equal"),
+            "{}: candidates count by the probability of their length, or alike. (default: length)",
+            SELECTION,
+        ),
+    ] = None,
     rerank_path: Annotated[
         Path | None,
         typer.Option(metavar="CHECKPOINT", help="The transformer that reranks.", **SELECTION),

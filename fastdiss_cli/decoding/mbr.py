@@ -30,9 +30,11 @@ _tokenizer_13a = BLEU(effective_order=True).tokenizer
 
 
 def expected_utilities(
-    sentences: Sequence[Sequence[str]], metric: str = "bleu"
+    sentences: Sequence[Sequence[str]],
+    metric: str = "bleu",
+    weights: Sequence[Sequence[float]] | None = None,
 ) -> list[np.ndarray]:
-    """Average the utility of each candidate of a sentence over the C - 1 other candidates.
+    """Average the utility of each candidate of a sentence over the other candidates, or over all.
 
     A repeated text counts as often as it occurs, and equal texts get equal values, bit for bit. A
     single candidate is scored against itself. Sentences share calls, but do not affect each other.
@@ -40,6 +42,8 @@ def expected_utilities(
     Args:
         sentences: the C candidates of each, detokenized; empty texts are allowed.
         metric: "bleu" or "chrf".
+        weights: C positive weights for each sentence, for a mean over all C candidates; None: the
+            mean over the C - 1 others.
 
     Returns:
         Mean utilities in 0..100 for each sentence, float64 [C]; the largest marks the candidate
@@ -48,14 +52,19 @@ def expected_utilities(
     Raises:
         FastdissError: the metric is unknown.
 
-    Source: Kumar and Byrne 2004 (minimum Bayes risk), with equal weights for all samples.
+    Source: Kumar and Byrne 2004 (minimum Bayes risk).
     """
     found = []
     for start in range(0, len(sentences), TOGETHER):
         distinct = [_distinct(candidates) for candidates in sentences[start : start + TOGETHER]]
         pairs = pairwise_utilities([texts for texts, _ in distinct], metric)
-        for utilities, (texts, index) in zip(pairs, distinct, strict=True):
-            if len(index) > 1:
+        for number, (utilities, (texts, index)) in enumerate(
+            zip(pairs, distinct, strict=True), start
+        ):
+            if weights is not None:
+                votes = np.bincount(index, weights[number])
+                utilities = utilities * votes / votes.sum()
+            elif len(index) > 1:
                 others = np.bincount(index) - np.eye(len(texts))
                 utilities = utilities * others / (len(index) - 1)
             found.append(utilities.sum(axis=1)[index])

@@ -20,34 +20,42 @@ if TYPE_CHECKING:
     from fastdiss_cli.checkpoints.loading import Loaded
 
 METHODS = ("score", "mbr", "rerank")
-MBR_METRIC = "bleu"  # the default
+MBR_WEIGHTS = ("length", "equal")
+MBR_METRIC = UTILITIES[0]  # the defaults
+MBR_WEIGHT = MBR_WEIGHTS[0]
 
 # (sources [B], candidates [B][C]) -> the chosen one of each sentence
 Select = Callable[[Sequence[Sequence[int]], list[list[Hypothesis]]], list[Hypothesis]]
 
 
-def check_selection(method: str | None, metric: str | None, reranked: bool) -> None:
+def check_selection(
+    method: str | None, metric: str | None, weights: str | None, reranked: bool
+) -> None:
     """Check the options of selection, without loading anything.
 
     Args:
         method: one of `METHODS`; None: the default of the model, or ``rerank`` if there is a
             reranker.
         metric: the metric of MBR, one of `mbr.UTILITIES`; None: `MBR_METRIC`.
+        weights: the weights of MBR, one of `MBR_WEIGHTS`; None: `MBR_WEIGHT`.
         reranked: whether there is a reranker.
 
     Raises:
-        OptionError: the method or metric is unknown, there is a metric without MBR, or a reranker
-            is missing or unused.
+        OptionError: an option is unknown, there are options of MBR without it, or a reranker is
+            missing or unused.
     """
     if method not in (None, *METHODS):
         raise OptionError("select", f"{method}: choose from {', '.join(METHODS)}")
     if metric not in (None, *UTILITIES):
         raise OptionError("mbr_metric", f"{metric}: choose from {', '.join(UTILITIES)}")
+    if weights not in (None, *MBR_WEIGHTS):
+        raise OptionError("mbr_weights", f"{weights}: choose from {', '.join(MBR_WEIGHTS)}")
     if method is not None and (method == "rerank") != reranked:
         wanted = "needs a reranker" if method == "rerank" else "takes no reranker"
         raise OptionError("select", f"{method} {wanted}")
-    if metric is not None and method not in (None, "mbr"):
-        raise OptionError("mbr_metric", f"applies to mbr, not to {method}")
+    for name, value in (("mbr_metric", metric), ("mbr_weights", weights)):
+        if value is not None and method not in (None, "mbr"):
+            raise OptionError(name, f"applies to mbr, not to {method}")
 
 
 def check_reranker(model: Loaded, reranker: Loaded) -> None:
@@ -67,7 +75,11 @@ def check_reranker(model: Loaded, reranker: Loaded) -> None:
 
 
 def selector(
-    model: Loaded, method: str | None, metric: str | None, reranker: Loaded | None
+    model: Loaded,
+    method: str | None,
+    metric: str | None,
+    weights: str | None,
+    reranker: Loaded | None,
 ) -> tuple[str, Select]:
     """Return how to choose among a model's candidates: the name of the method and its function.
 
@@ -75,12 +87,12 @@ def selector(
     """
     if method is None:
         method = "rerank" if reranker else model.model.default_select
-    check_selection(method, metric, reranker is not None)
+    check_selection(method, metric, weights, reranker is not None)
     if reranker is not None:
         check_reranker(model, reranker)
         return method, by_reranking(reranker.model, reranker.dtype)
     if method == "mbr":
-        return method, by_mbr(model.tgt, MBR_METRIC if metric is None else metric)
+        return method, by_mbr(model.tgt, metric or MBR_METRIC, weights or MBR_WEIGHT)
     return method, by_score
 
 
@@ -91,14 +103,17 @@ def by_score(
     return [row[0] for row in candidates]
 
 
-def by_mbr(tokenizer: Tokenizer, metric: str) -> Select:
-    """Choose the candidate with the highest mean utility against the others.
+def by_mbr(tokenizer: Tokenizer, metric: str, weights: str) -> Select:
+    """Choose the candidate with the highest expected utility.
 
     Ties, up to rounding, go to the candidate with the best score, which is the first.
 
     Args:
         tokenizer: of the target side.
         metric: a sentence metric of `mbr.UTILITIES`.
+        weights: ``length``: the expectation is over all candidates, each as likely as its length
+            (`Hypothesis.weight`); ``equal``: it is the plain mean over the others, as if every
+            length that is tried were as likely, and a single draw could not be right.
 
     Source: Kumar & Byrne 2004, "Minimum Bayes-risk decoding for statistical machine translation".
     """
@@ -109,7 +124,8 @@ def by_mbr(tokenizer: Tokenizer, metric: str) -> Select:
         if all(len(row) == 1 for row in candidates):
             return by_score(sources, candidates)
         texts = [[tokenizer.decode(h.tokens) for h in row] for row in candidates]
-        utilities = expected_utilities(texts, metric)
+        likely = [[h.weight for h in row] for row in candidates] if weights == "length" else None
+        utilities = expected_utilities(texts, metric, likely)
         best = [int(np.argmax(np.round(values, 9))) for values in utilities]
         return [row[i] for row, i in zip(candidates, best, strict=True)]
 

@@ -121,11 +121,14 @@ class SampledModel(Seq2SeqModel):
         if options.self_cond == "gold":
             assert gold is not None
             lengths = torch.tensor([len(tokens) for tokens in gold], device=device)[:, None]
+            weights = torch.ones(lengths.shape)
         else:
-            lengths = self._length_candidates(memory, options.length_beam)
+            lengths, weights = self._length_candidates(memory, options.length_beam)
         # rows are grouped by sentence, then by length, then by noise draw
         per_sentence = lengths.shape[1] * options.noise_beam
-        lengths = lengths.repeat_interleave(options.noise_beam, dim=1).flatten()
+        lengths, weights = (
+            x.repeat_interleave(options.noise_beam, dim=1).flatten() for x in (lengths, weights)
+        )
         longest = int(lengths.max())
         noise_keys = draw_keys(options.seed, options.steps if options.temperature else 1).to(device)
         history: list[list[HistoryStep]] = [[] for _ in lengths]
@@ -141,10 +144,12 @@ class SampledModel(Seq2SeqModel):
             results = self._sample(memory, layout, seeds, noise_keys, options, gold_z0, history)
         scores, tokens, nfe = (x.tolist() for x in results)
         answers = []
-        for row, (length, cost) in enumerate(zip(lengths.tolist(), nfe, strict=True)):
+        columns = lengths.tolist(), weights.tolist(), nfe
+        for row, (length, weight, cost) in enumerate(zip(*columns, strict=True)):
             ids, token_scores = self.trim(tokens[row][:length], scores[row])
             score = sum(token_scores) / len(token_scores)
-            answers.append(Hypothesis(ids, score, token_scores, cost, history[row]))
+            steps = history[row]
+            answers.append(Hypothesis(ids, score, token_scores, cost, steps, weight=weight))
         return [
             sorted(answers[b : b + per_sentence], key=lambda h: -h.score)
             for b in range(0, len(answers), per_sentence)
@@ -238,8 +243,10 @@ class SampledModel(Seq2SeqModel):
         given = [seeds, noise_keys, tgt_pad_mask, memory.layout.pad_mask, memory.hidden]
         return self.graphs.run(shape, function, [*given, *chain(*memory.keys_values)])
 
-    def _length_candidates(self, memory: Memory, beam: int) -> Tensor:
-        """Return the most likely target lengths of each sentence, int64 [B, beam], all >= 1.
+    def _length_candidates(self, memory: Memory, beam: int) -> tuple[Tensor, Tensor]:
+        """Return the most likely target lengths of each sentence and their probabilities.
+
+        Both are [B, beam], int64 and float; lengths are at least 1.
 
         Raises:
             FastdissError: a source of one token has fewer possible lengths.
@@ -254,7 +261,8 @@ class SampledModel(Seq2SeqModel):
                 f"length_beam {beam}: a model with max_length_offset {limit} tries at most "
                 f"{limit + 1} lengths"
             )
-        return src_lengths + log_probs.topk(beam, dim=1).indices - limit
+        best = log_probs.topk(beam, dim=1)
+        return src_lengths + best.indices - limit, best.values.exp()
 
     def read(self, z0_hat: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
         """Return log-probability and id of the best token at every position, both [N, T]."""

@@ -92,6 +92,8 @@ class Hypothesis:
         nfe: decoder evaluations that it took.
         history: the sampling steps, if requested.
         runners_up: other candidates of the sentence, if requested.
+        weight: the probability of its length, where the model predicts lengths; MBR weighs
+            candidates by it.
     """
 
     tokens: list[int]
@@ -100,6 +102,7 @@ class Hypothesis:
     nfe: int
     history: list[HistoryStep] = field(default_factory=list)
     runners_up: list[Hypothesis] = field(default_factory=list)
+    weight: float = 1.0
 
 
 class Seq2SeqModel(nn.Module, ABC):

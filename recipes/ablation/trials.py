@@ -134,7 +134,7 @@ CLAMPS = ("expected", "raw", "nearest")
 GRIDS = ("log-snr", "uniform", "quadratic")
 TEMPERATURES = ("0.25", "1", "0")
 
-MBR = ["--length-beam", "5", "--noise-beam", "3", "--select", "mbr"]
+MBR = ["--length-beam", "5", "--noise-beam", "3", "--select", "mbr", "--mbr-weights", "equal"]
 
 
 def trial_folder(work: Path, name: str, seed: int) -> Path:

@@ -116,7 +116,7 @@ def decoding_speed(
 ) -> float:
     """Return sentences per second, with batches of ``batch`` padded tokens, or one by one (1)."""
     run = Run(model.Decoding(**options))
-    select = by_mbr(Words(), "bleu") if run.options.candidates > 1 else by_score  # type: ignore[arg-type]
+    select = by_mbr(Words(), "bleu", "length") if run.options.candidates > 1 else by_score  # type: ignore[arg-type]
     select = by_score if "beam" in options else select
     generator = SequenceGenerator(model, select, batch, dtype)
     start = time.perf_counter()
