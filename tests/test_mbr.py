@@ -104,13 +104,13 @@ def test_expected_utility_averages_over_the_others(metric: str) -> None:
 
 @pytest.mark.parametrize("metric", SCORERS)
 def test_weights_make_it_a_mean_over_all(metric: str) -> None:
-    rows = [["a b c d", "a b c", "a b c d", ""], ["b c d e f"], ["x y", "x z"]]
-    weights = [[0.1, 0.5, 0.3, 0.2], [0.7], [2.0, 1.0]]
+    rows = [["a b c d", "a b c", "a b c d", ""], *[["b c d e f"]] * TOGETHER, ["x y", "x z"]]
+    weights = [[0.1, 0.5, 0.3, 0.2], *[[0.7]] * TOGETHER, [2.0, 1.0]]
     found = expected_utilities(rows, metric, weights)
     for texts, own, values in zip(rows, weights, found, strict=True):
         expected = pairwise(texts, metric) @ own / sum(own)
         np.testing.assert_allclose(values, expected, rtol=0, atol=1e-9)
-    assert found[0][0] == found[0][2] and found[2][0] > found[2][1]
+    assert found[0][0] == found[0][2] and found[-1][0] > found[-1][1]
 
 
 def test_ties_go_to_the_better_score() -> None:

@@ -163,6 +163,19 @@ def test_solvers_are_told_apart() -> None:
     assert scores("ddpm", 1) == scores("ddim", 1)  # a single step makes no move
 
 
+def test_what_is_read_are_the_best_tokens_and_their_log_probabilities() -> None:
+    model = make_model("difformer")
+    layout = Layout.of(torch.tensor([[False, False, True], [False, False, False]]))
+    z0_hat = torch.randn(2, 3, model.config.latent_dim)
+    scores, tokens = model.read(z0_hat, layout)
+    logits = model.embedding.logits(z0_hat)
+    logits[..., [VOCAB.bos, VOCAB.pad]] = -math.inf
+    best = logits.log_softmax(-1).max(-1)
+    own = ~layout.pad_mask
+    torch.testing.assert_close(scores[own], best.values[own])
+    assert torch.equal(tokens[own], best.indices[own]) and not scores[0, 2]
+
+
 def test_more_lengths_than_there_are_is_refused() -> None:
     model, sources = make_model("difformer", max_length_offset=3), random_sentences(2)
     memory = model.encode(*pad(sources, VOCAB.pad))

@@ -127,7 +127,8 @@ def test_a_stream_writes_no_progress_to_a_log(
     (tmp_path / "text").write_text("eins\nzwei\n")
     more = ["generate", "--path", checkpoint, "--device=cpu", "--steps=1", "--plain", "--input"]
     assert "generating 2/2 (100 %)" in run_cli(*more, tmp_path / "text").stderr
-    assert "generating" not in run_cli(*more, "-", stdin="eins\nzwei\n").stderr
+    done = run_cli(*more, "-", stdin="eins\nzwei\n")
+    assert done.returncode == 0 and "generating" not in done.stderr
 
 
 def test_an_invalid_line_ends_what_comes_after_it(piped: subprocess.Popen[bytes]) -> None:

@@ -112,8 +112,7 @@ def by_mbr(tokenizer: Tokenizer, metric: str, weights: str) -> Select:
         tokenizer: of the target side.
         metric: a sentence metric of `mbr.UTILITIES`.
         weights: ``length``: the expectation is over all candidates, each as likely as its length
-            (`Hypothesis.weight`); ``equal``: it is the plain mean over the others, as if every
-            length that is tried were as likely, and a single draw could not be right.
+            (`Hypothesis.weight`); ``equal``: it is the plain mean over the other candidates.
 
     Source: Kumar & Byrne 2004, "Minimum Bayes-risk decoding for statistical machine translation".
     """
