@@ -443,6 +443,12 @@ def test_one_candidate_leaves_nothing_to_select(checkpoints: dict[str, Path]) ->
     for flag, value in (("--mbr-metric", "chrf"), ("--mbr-weights", "equal")):
         told = run_cli(*line[:-2], flag, value, stdin="eins\n").stderr
         assert f"{flag} has no effect: there is one" in told
+    alike = [*line, "--mbr-weights", "equal", "--noise-beam", "2"]
+    done = run_cli(*alike, stdin="eins\n")
+    assert "--mbr-weights has no effect without --length-beam" in done.stderr
+    assert "mbr_weights" not in done.stdout
+    done = run_cli(*alike, "--length-beam", "2", stdin="eins\n")
+    assert "no effect" not in done.stderr and " mbr_weights=equal" in done.stdout
 
 
 def test_the_least_length_is_at_most_the_largest() -> None:

@@ -134,13 +134,29 @@ def selection(
     idle = [name for name in (*SELECTION, "rerank_path") if name in given]
     if candidates == 1 and idle:
         logs.warn(f"{_flag(idle[0])} has no effect: there is one candidate")
+    one_length = given.get("length_beam", 1) == 1
+    if candidates > 1 and one_length and "mbr_weights" in given:
+        logs.warn("--mbr-weights has no effect without --length-beam: all candidates count alike")
     if given["nbest"] > 1:
         choose = with_runners_up(choose, given["nbest"] - 1)
     shown = {"select": method} if candidates > 1 else {}
     if shown and method == "mbr":
         shown["mbr_metric"] = given.get("mbr_metric", MBR_METRIC)
-        shown["mbr_weights"] = given.get("mbr_weights", MBR_WEIGHT)
+        if not one_length:
+            shown["mbr_weights"] = given.get("mbr_weights", MBR_WEIGHT)
     return choose, shown
+
+
+def warn_of_self_cond(self_cond: str | None, model: Seq2SeqModel) -> None:
+    """Warn if --self-cond has no effect, or reveals the references to the model."""
+    unconditioned = not getattr(model, "self_conditioned", True)
+    if self_cond == "recompute" and unconditioned:
+        logs.warn(
+            "--self-cond recompute has no effect: the model was trained without self-conditioning"
+        )
+    elif self_cond == "gold":
+        revealed = "the lengths of the references" if unconditioned else "the references"
+        logs.warn(f"--self-cond gold gives the model {revealed}: for diagnosis only")
 
 
 def _wrong_usage(error: OptionError) -> typer.BadParameter:

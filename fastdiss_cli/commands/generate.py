@@ -20,6 +20,7 @@ from fastdiss_cli.commands.decoding_flags import (
     decoding_options,
     selection,
     step_options,
+    warn_of_self_cond,
 )
 from fastdiss_cli.commands.options import Device, SourceLang, TargetLang, UserModule, choice
 from fastdiss_cli.config import DTYPES
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
     from fastdiss_cli.checkpoints.loading import Loaded
     from fastdiss_cli.decoding.generation import Run, SequenceGenerator
     from fastdiss_cli.decoding.translation import Input, Output
-    from fastdiss_cli.models.registry import Seq2SeqModel
 
 INPUT = {"rich_help_panel": "Input and output"}
 SAMPLING = {"rich_help_panel": "Sampling (diffusion models)"}
@@ -265,7 +265,7 @@ def generate(
     max_tokens = max_tokens or default_max_tokens(torch_device)
     generator = SequenceGenerator(model, choose, max_tokens, torch_dtype)
     corpus, name, what = _open_input(given, loaded)
-    _warn_of_self_cond(self_cond, model)
+    warn_of_self_cond(self_cond, model)
     given_references = read_all_references(ref, corpus.total) if ref else None
     folder = results_path
     if folder is None and (len(runs) > 1 or diagnose):
@@ -333,18 +333,6 @@ def _open_input(given: dict[str, Any], loaded: Loaded) -> tuple[Input, str, str]
     window = 0 if "diagnose" in given else given["buffer_size"] or WINDOW
     split = given.get("gen_subset", "test")
     return dataset_input(dataset, split, loaded.src, loaded.tgt, window), split, split
-
-
-def _warn_of_self_cond(self_cond: str | None, model: Seq2SeqModel) -> None:
-    """Warn if --self-cond has no effect, or reveals the references to the model."""
-    unconditioned = not getattr(model, "self_conditioned", True)
-    if self_cond == "recompute" and unconditioned:
-        logs.warn(
-            "--self-cond recompute has no effect: the model was trained without self-conditioning"
-        )
-    elif self_cond == "gold":
-        revealed = "the lengths of the references" if unconditioned else "the references"
-        logs.warn(f"--self-cond gold gives the model {revealed}: for diagnosis only")
 
 
 def _keep(outputs: Sequence[Output]) -> str:

@@ -192,7 +192,6 @@ def score(
                     f"{path} and {paths[0]} differ in {logs.counted(others, 'source')} (S- lines): "
                     "scores of different texts do not compare"
                 )
-        _warn_of_pieces(path, system)
         if "bleu" in wanted and tokenize != "none":
             _warn_of_tokenized(path, system)
     needed = any(name in AGAINST_REFERENCES for name in wanted)
@@ -220,21 +219,6 @@ def _warn_of_tokenized(path: Path, system: Generated) -> None:
 
 def _is_same(path: Path, other: Path) -> bool:
     return path == other or (path.exists() and path.samefile(other))
-
-
-def _warn_of_pieces(path: Path, system: Generated) -> None:
-    """Warn of lines that look like the subwords of SentencePiece or subword-nmt."""
-    lines = [text for text in system.hypotheses if text]
-    if lines and all("▁" in text for text in lines):
-        mark = "▁"
-    elif sum("@@ " in text for text in lines) > len(lines) / 2:
-        mark = "@@"
-    else:
-        return
-    logs.warn(
-        f"{path}: the lines hold subwords ({mark}), not text, and score too low: take the D- lines "
-        "of a generate file, not H-, or give the file itself"
-    )
 
 
 def _names(metrics: str) -> list[str]:

@@ -118,6 +118,7 @@ def read_system(path: Path) -> Generated:
     summary = next((line for line in reversed(lines) if parse_summary(line)), "")
     # if stdout and stderr share a file, it starts with log lines; the summary identifies it
     if not (summary or _LINE.match(lines[0]) or _HISTORY.match(lines[0])):
+        _warn_of_pieces(path, lines)
         return plain
     found: dict[str, dict[int, list[str]]] = {"S": {}, "D": {}, "T": {}}
     newest = -1  # sentence with a D line
@@ -157,6 +158,21 @@ def read_system(path: Path) -> Generated:
         for rows in (found["S"], found["T"])
     )
     return Generated([answers[number] for number in numbers], sources, references, summary)
+
+
+def _warn_of_pieces(path: Path, lines: list[str]) -> None:
+    """Warn of lines that look like the subwords of SentencePiece or subword-nmt."""
+    lines = list(filter(None, lines))
+    if lines and all("▁" in text for text in lines):
+        mark = "▁"
+    elif sum("@@ " in text for text in lines) > len(lines) / 2:
+        mark = "@@"
+    else:
+        return
+    logs.warn(
+        f"{path}: the lines hold subwords ({mark}), not text, and score too low: take the D- lines "
+        "of a generate file, not H-, or give the file itself"
+    )
 
 
 def read_references(path: Path) -> list[list[str]]:
