@@ -20,15 +20,16 @@ import torch
 from fastdiss_cli import logs
 from fastdiss_cli.__main__ import main
 
+# models this small gain nothing from more threads, and lose much on a busy machine
+os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
+torch.set_num_threads(1)
+
 # bitwise results hold on a CPU only; test_gpu.py alone sees GPUs, in its own processes
 GPU_ENVIRONMENT = dict(os.environ)
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 # a shell that starts the tests in the background ignores it for them and all they start
 signal.signal(signal.SIGINT, signal.default_int_handler)
-
-# models this small gain nothing from more threads, and lose much on a busy machine
-torch.set_num_threads(1)
 
 GERMAN = ["null", "eins", "zwei", "drei", "vier", "fünf", "sechs", "sieben", "acht", "neun"]
 ENGLISH = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
@@ -61,7 +62,7 @@ def run_process(
         [sys.executable, "-m", "fastdiss_cli", *map(str, args)],
         capture_output=True,
         encoding="utf-8",
-        env={**environment, "OMP_NUM_THREADS": "1"},
+        env=environment,
     )
 
 

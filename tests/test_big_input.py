@@ -32,7 +32,6 @@ def peak_of(*args: str | Path, stdout: int = subprocess.DEVNULL) -> int:
         stdout=stdout,
         stderr=subprocess.PIPE,
         encoding="utf-8",
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr
     return int(done.stderr.split()[-1])

@@ -56,7 +56,7 @@ class Cluster:
         env = {
             **os.environ, "PATH": f"{self._bin}:{os.environ['PATH']}", "CALLS": str(self.calls),
             "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "localhost,localhost",
-            "SLURM_JOB_ID": str(self.job), "OMP_NUM_THREADS": "1",  # as in the other tests
+            "SLURM_JOB_ID": str(self.job),
         }  # fmt: skip
         return subprocess.Popen(
             ["bash", str(SCRIPT), *map(str, args)],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import random
 import shutil
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import Ranks, one_line_error, run_cli
-from runs import command, signalled_in_batch
+from runs import command, full_disk, signalled_in_batch
 
 from fastdiss_cli import logs
 from fastdiss_cli.checkpoints.checkpoint import Checkpoint
@@ -195,6 +196,32 @@ def test_a_second_signal_ends_generate_at_once(
     assert "stopped" not in done.stderr and not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("when", ["conclude", "diagnose"])
+def test_a_signal_ends_a_diagnosis(
+    data_bin: Path, checkpoints: dict[str, Path], tmp_path: Path, when: str
+) -> None:
+    """What was decoded is in its file by then."""
+    more = ["generate", data_bin, "--path", checkpoints["fastdiss_tiny"], "--device=cpu"]
+    more += ["--diagnose", "--results-path", tmp_path]
+    (done,) = Ranks(1, *more, prepare=partial(signalled_at_the_end, when=when)).results()
+    # the default action of the signal, or our own exit
+    assert done.returncode == (-signal.SIGTERM if when == "diagnose" else 128 + signal.SIGTERM)
+    assert [file.name for file in tmp_path.iterdir()] == ["generate-test.txt"]
+    assert "| 20 sentences" in (tmp_path / "generate-test.txt").read_text()
+
+
+def signalled_at_the_end(rank: int, when: str) -> None:
+    """Send a signal while the results are written, or in the diagnosis that follows."""
+    module = importlib.import_module("fastdiss_cli.commands.generate")
+    right = getattr(module, f"_{when}")
+
+    def wrong(*given):
+        os.kill(os.getpid(), signal.SIGTERM)
+        right(*given)
+
+    setattr(module, f"_{when}", wrong)
+
+
 def test_a_signal_may_interrupt_a_line_of_the_log(monkeypatch: pytest.MonkeyPatch) -> None:
     def reentrant(message: str) -> None:
         raise RuntimeError("reentrant call inside <_io.BufferedWriter name='<stderr>'>")
@@ -293,8 +320,24 @@ def test_what_is_written_before_a_failure_is_kept(
     done = run_cli("generate", "--input", tmp_path / "in", *more, tmp_path / "out")
     one_line_error(done, "line 4 is not valid UTF-8")
     (part,) = (tmp_path / "out").iterdir()
-    assert f"the lines written before the failure (2 sentences) are in {part}" in done.stderr
+    assert f"the lines written before the failure are in {part}" in done.stderr
     assert [line[:3] for line in part.read_text().splitlines() if line[0] == "D"] == ["D-0", "D-1"]
+
+
+def test_hypotheses_are_kept_where_only_the_summary_cannot_be_written(
+    data_bin: Path, checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    more = ["generate", data_bin, "--path", checkpoints["fastdiss_tiny"], "--device=cpu"]
+    more += ["--results-path", tmp_path]
+    assert run_cli(*more).returncode == 0
+    whole = (tmp_path / "generate-test.txt").read_text()
+    (tmp_path / "generate-test.txt").unlink()
+    tight = partial(full_disk, size=len(whole.encode()) - 10)
+    (done,) = Ranks(1, *more, prepare=tight).results()
+    one_line_error(done, "generate-test.txt: cannot write: File too large")
+    (part,) = tmp_path.iterdir()
+    assert f"the lines written before the failure are in {part}" in done.stderr
+    assert part.read_text().split("Generate ")[0] == whole.split("Generate ")[0]
 
 
 @pytest.mark.parametrize("arch", ["fastdiss_tiny", "transformer_tiny"])
@@ -393,9 +436,9 @@ def test_hypotheses_are_kept_where_references_are_too_few(
     more = ["--input=-", "--ref", tmp_path / "ref", "--results-path", tmp_path / "out"]
     lines = "eins\nzwei\ndrei\n"
     done = run_cli("generate", "--path", checkpoints["fastdiss_tiny"], *more, stdin=lines)
-    message = one_line_error(done, "--ref has 2 lines, but the input has 3 sentences")
+    one_line_error(done, "--ref has 2 lines, but the input has 3 sentences")
     (kept,) = (tmp_path / "out").iterdir()
-    assert str(kept) in message and kept.read_text().count("\nD-") == 3
+    assert f"failure are in {kept}" in done.stderr and kept.read_text().count("\nD-") == 3
 
 
 def test_an_option_that_a_checkpoint_does_not_know_is_as_before_it(

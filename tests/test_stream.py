@@ -146,7 +146,7 @@ def piped(checkpoint: Path) -> Iterator[subprocess.Popen[bytes]]:
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        env={**env, "OMP_NUM_THREADS": "1"},
+        env=env,
     ) as process:
         yield process
         process.kill()

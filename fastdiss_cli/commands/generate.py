@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import nullcontext
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -233,7 +233,7 @@ def generate(
     from fastdiss_cli.decoding.generation import Run, SequenceGenerator, default_max_tokens
     from fastdiss_cli.decoding.output import confidence_legend
     from fastdiss_cli.decoding.systems import read_all_references
-    from fastdiss_cli.decoding.translation import open_outputs, translate
+    from fastdiss_cli.decoding.translation import keep_all, open_outputs, translate
     from fastdiss_cli.device import dtype_name, keep_freed_memory, pick_device, pick_dtype
     from fastdiss_cli.distributed import Processes
     from fastdiss_cli.signals import Stop, stop_on_signal
@@ -272,38 +272,42 @@ def generate(
         folder = path.parent / "generate"
     if history and folder is None and logs.wants_colour():
         logs.info(confidence_legend())
-    catching_signals = stop_on_signal(stop, "finishing this batch")
-    with processes, catching_signals, ExitStack() as files:
+    opened = open_outputs(runs, folder, name) if processes.rank == 0 else nullcontext([])
+    with processes, opened as outputs:
         count = f"{logs.counted(corpus.total, 'sentence')} of " if corpus.total is not None else ""
         logs.info(
             f"{path} ({arch}): {count}{what} on {torch_device}, {dtype_name(torch_dtype)}"
             + (" (end with Ctrl-D)" if input == "-" and logs.stdin_is_terminal() else "")
         )
-        outputs = open_outputs(files, runs, folder, name) if processes.rank == 0 else []
-        done = translate(
-            generator,
-            (loaded.src, loaded.tgt),
-            corpus,
-            runs,
-            outputs,
-            references=given_references,
-            gold=self_cond == "gold",
-            keep=data is not None or given_references is not None,
-            plain=plain,
-            processes=processes,
-            stop=stop,
-        )
-        if done.signal:
-            kept = _keep(outputs) if done.sentences else "written"
-            of = f" of {corpus.total:,}" if corpus.total else ""
-            logs.info(f"stopped by signal {done.signal}; sentences {kept}: {done.sentences:,}{of}")
-        elif processes.rank == 0:
-            references = given_references or [[line] for line in done.references]
-            _conclude(runs, outputs, done.texts, references, (name, arch, shown), plain)
-            if diagnose:
-                _diagnose(generator, runs, outputs, corpus)
-    if done.signal:
-        raise SystemExit(128 + done.signal)
+        with stop_on_signal(stop, "finishing this batch"):
+            done = translate(
+                generator,
+                (loaded.src, loaded.tgt),
+                corpus,
+                runs,
+                outputs,
+                references=given_references,
+                gold=self_cond == "gold",
+                keep=data is not None or given_references is not None,
+                plain=plain,
+                processes=processes,
+                stop=stop,
+            )
+            if done.signal:
+                kept = keep_all(outputs)
+                where = f"in {kept}" if kept else "written"
+                of = f" of {corpus.total:,}" if corpus.total else ""
+                logs.info(
+                    f"stopped by signal {done.signal}; sentences {where}: {done.sentences:,}{of}"
+                )
+            elif processes.rank == 0:
+                references = given_references or [[line] for line in done.references]
+                _conclude(runs, outputs, done.texts, references, (name, arch, shown), plain)
+        signal = done.signal or (diagnose and stop.signal)
+        if diagnose and not signal:  # a signal ends it: all that was decoded is in its files
+            _diagnose(generator, runs, outputs, corpus)
+    if signal:
+        raise SystemExit(128 + signal)
 
 
 def _open_input(given: dict[str, Any], loaded: Loaded) -> tuple[Input, str, str]:
@@ -335,12 +339,6 @@ def _open_input(given: dict[str, Any], loaded: Loaded) -> tuple[Input, str, str]
     return dataset_input(dataset, split, loaded.src, loaded.tgt, window), split, split
 
 
-def _keep(outputs: Sequence[Output]) -> str:
-    """Keep the lines of incomplete outputs, and return where they are, for a message."""
-    kept = [str(output.keep()) for output in outputs if output.path]
-    return f"in {', '.join(kept)}" if kept else "written"
-
-
 def _conclude(
     runs: Sequence[Run],
     outputs: Sequence[Output],
@@ -359,11 +357,8 @@ def _conclude(
     """
     from fastdiss_cli.decoding.report import summarise, table
 
-    try:
-        summaries = summarise(runs, texts, references)
-    except FastdissError as error:
-        raise FastdissError(f"{error}; the hypotheses are {_keep(outputs)}") from None
     name, arch, shown = named
+    summaries = summarise(runs, texts, references)
     lines = [summary.line(name, arch, **shown) for summary in summaries]
     for line, output in zip(lines, outputs, strict=True):
         if output.path:

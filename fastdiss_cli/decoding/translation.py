@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -153,50 +153,83 @@ class Output:
             FastdissError: the file cannot be written.
             BrokenPipeError: the reader of stdout is gone.
         """
-        try:
+        with self._naming_errors():
             self.file.write(text)
             self.file.flush()
+
+    def keep(self) -> Path | None:
+        """Keep the lines of an unfinished run in a ``.part`` file.
+
+        Returns:
+            Its path; None: nothing was written, or the file is complete, or it is stdout.
+        """
+        if self.path is None:
+            return None
+        with suppress(OSError):  # what is still buffered may find the disk full
+            self.file.close()
+        unfinished = Path(self.file.name)
+        if not unfinished.exists() or not unfinished.stat().st_size:
+            return None
+        part = self.path.with_name(f"{self.path.name}.part")
+        os.replace(unfinished, part)
+        return part
+
+    def finish(self) -> None:
+        """Give the file its final name; errors as in `write`."""
+        assert self.path is not None
+        with self._naming_errors():
+            os.fsync(self.file.fileno())
+            self.file.close()
+            os.replace(self.file.name, self.path)
+        self.path.with_name(f"{self.path.name}.part").unlink(missing_ok=True)
+
+    @contextmanager
+    def _naming_errors(self) -> Iterator[None]:
+        try:
+            yield
         except BrokenPipeError:
             raise
         except OSError as error:
             where = self.path or "stdout"
             raise FastdissError(f"{where}: cannot write: {error.strerror}") from None
 
-    def keep(self) -> Path:
-        """Keep the lines of an unfinished run in a ``.part`` file, and return its path."""
-        assert self.path is not None
-        part = self.path.with_name(f"{self.path.name}.part")
-        os.replace(self.file.name, part)
-        return part
 
-    def finish(self) -> None:
-        assert self.path is not None
-        os.fsync(self.file.fileno())
-        self.file.close()
-        os.replace(self.file.name, self.path)
-        self.path.with_name(f"{self.path.name}.part").unlink(missing_ok=True)
+@contextmanager
+def open_outputs(runs: list[Run], folder: Path | None, name: str) -> Iterator[list[Output]]:
+    """Open one file per run in a folder, or stdout if there is no folder.
 
-
-def open_outputs(stack: ExitStack, runs: list[Run], folder: Path | None, name: str) -> list[Output]:
-    """Open one file per run in a folder, or stdout if there is no folder."""
+    If a later step fails, what was written is kept, and logged where it is.
+    """
     if folder is None:
-        return [Output(sys.stdout)]
+        yield [Output(sys.stdout)]
+        return
     if folder.is_file():
         raise FastdissError(f"--results-path {folder} is a file")
     folder.mkdir(parents=True, exist_ok=True)
     if not os.access(folder, os.W_OK):
         raise FastdissError(f"--results-path {folder} is not writable: check its permissions")
     outputs = []
-    for run in runs:
-        steps = f".steps{run.options.steps}" if len(runs) > 1 else ""
-        path = folder / f"generate-{name}{steps}.txt"
-        if path.exists():
-            logs.warn(f"{path} already exists, and will be replaced")
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        stack.callback(temporary.unlink, missing_ok=True)
-        file = stack.enter_context(temporary.open("w", encoding="utf-8", newline="\n"))
-        outputs.append(Output(file, path))
-    return outputs
+    with ExitStack() as stack:
+        for run in runs:
+            steps = f".steps{run.options.steps}" if len(runs) > 1 else ""
+            path = folder / f"generate-{name}{steps}.txt"
+            if path.exists():
+                logs.warn(f"{path} already exists, and will be replaced")
+            temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+            stack.callback(temporary.unlink, missing_ok=True)
+            file = stack.enter_context(temporary.open("w", encoding="utf-8", newline="\n"))
+            outputs.append(Output(file, path))
+        try:
+            yield outputs
+        except Exception:
+            if kept := keep_all(outputs):
+                logs.warn(f"the lines written before the failure are in {kept}")
+            raise
+
+
+def keep_all(outputs: list[Output]) -> str:
+    """Keep the lines of all unfinished runs, and return where they are, for a message."""
+    return ", ".join(str(part) for output in outputs if (part := output.keep()))
 
 
 @dataclass
@@ -255,10 +288,7 @@ def translate(
     # readers of a stream, or of lines without numbers, rely on their order
     gapless = plain or any(output.path is None for output in outputs)
     so_far = Translation([[] for _ in runs])
-    with (
-        _keeping_on_failure(so_far, outputs),
-        logs.progress("generating", corpus.total, hidden=to_terminal) as bar,
-    ):
+    with logs.progress("generating", corpus.total, hidden=to_terminal) as bar:
         while not so_far.signal:
             window: list[Pair] = []
             with processes.attempt("reading") as attempt:
@@ -323,19 +353,6 @@ def _answered(best: list[Hypothesis | None], gapless: bool) -> list[int]:
     """
     found = [i for i, hypothesis in enumerate(best) if hypothesis is not None]
     return [i for place, i in enumerate(found) if i == place] if gapless else found
-
-
-@contextmanager
-def _keeping_on_failure(so_far: Translation, outputs: list[Output]) -> Iterator[None]:
-    """Keep the lines written so far if a later step fails, and log where they are."""
-    try:
-        yield
-    except Exception:
-        kept = [str(output.keep()) for output in outputs if output.path and so_far.sentences]
-        if kept:
-            done = logs.counted(so_far.sentences, "sentence")
-            logs.warn(f"the lines written before the failure ({done}) are in {', '.join(kept)}")
-        raise
 
 
 def _read(corpus: Input, stop: Stop) -> list[Pair]:
