@@ -28,6 +28,7 @@ from fastdiss_cli.diffusion.schedule import TIME_GRIDS
 from fastdiss_cli.diffusion.solvers import SOLVERS
 from fastdiss_cli.errors import FastdissError
 from fastdiss_cli.models.embedding import FORMS
+from fastdiss_cli.models.fastdiss import FastDiSS
 from fastdiss_cli.models.registry import architecture
 
 NETWORK = {"model_dim": 16, "ffn_dim": 32, "heads": 2, "encoder_layers": 1, "decoder_layers": 1}
@@ -391,8 +392,15 @@ def test_a_failure_leaves_older_results(data_bin: Path, fastdiss: Path, tmp_path
 
 
 def test_diagnosis_is_written_beside_the_hypotheses(
-    data_bin: Path, fastdiss: Path, tmp_path: Path
+    data_bin: Path, fastdiss: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    right, measured = FastDiSS.losses_at, []
+
+    def losses_at(self, batch, t, at):
+        measured.append((t, at))
+        return right(self, batch, t, at)
+
+    monkeypatch.setattr(FastDiSS, "losses_at", losses_at)
     done = run_cli(
         "generate", data_bin, "--path", fastdiss, "--steps", "2,4", "--diagnose",
         "--time-grid", "uniform", "--results-path", tmp_path,
@@ -408,6 +416,7 @@ def test_diagnosis_is_written_beside_the_hypotheses(
         assert ["anchor_stale" in row for row in tables["by_time"]] == [
             row["t"] + 1 / steps <= 1 for row in tables["by_time"]
         ]
+    assert len(measured) == len(set(measured)) == 10 + 10 + 5 + 8  # nothing, fresh, stale
     done = run_cli("generate", "--path", fastdiss, "--input", corpus_line(tmp_path), "--diagnose")
     one_line_error(done, "needs a dataset", code=2)
 

@@ -19,6 +19,7 @@ from runs import command, full_disk, signalled_in_batch
 from fastdiss_cli import logs
 from fastdiss_cli.checkpoints.checkpoint import Checkpoint
 from fastdiss_cli.checkpoints.loading import load_model
+from fastdiss_cli.decoding import translation
 from fastdiss_cli.errors import FastdissError
 from fastdiss_cli.models.beam_search import BeamDecoding
 from fastdiss_cli.signals import Stop, stop_on_signal
@@ -255,6 +256,19 @@ def test_a_signal_ends_the_wait_for_input(checkpoints: dict[str, Path]) -> None:
     assert done.stderr.endswith("\nstopped by signal 2; sentences written: 1\n")
 
 
+def test_a_signal_at_the_end_of_the_wait_is_one_in_it() -> None:
+    class Late(Stop):
+        def __setattr__(self, name: str, value: object) -> None:
+            if name == "waiting" and not value and self.__dict__.get("waiting") and not self.signal:
+                os.kill(os.getpid(), signal.SIGTERM)
+            super().__setattr__(name, value)
+
+    stop = Late()
+    with stop_on_signal(stop, "finishing this batch"):
+        assert translation._read(translation.Input(iter([[([5], None)]])), stop) == []
+    assert stop.signal == signal.SIGTERM and not stop.waiting
+
+
 def test_a_signal_between_two_batches_leaves_no_wait_for_input(
     checkpoints: dict[str, Path],
 ) -> None:
@@ -267,7 +281,6 @@ def test_a_signal_between_two_batches_leaves_no_wait_for_input(
 def signalled_in_output(rank: int) -> None:
     """Give a line, send a signal while its answer is written, and allow no further read."""
     from fastdiss_cli.data import text
-    from fastdiss_cli.decoding import translation
 
     def lines(*_):
         yield "drei vier"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,7 +18,7 @@ from fastdiss_cli.config import build
 from fastdiss_cli.data.batching import Batch, pad
 from fastdiss_cli.data.layout import Layout
 from fastdiss_cli.decoding import generation
-from fastdiss_cli.decoding.diagnosis import by_time
+from fastdiss_cli.decoding.diagnosis import by_time, mean_losses
 from fastdiss_cli.decoding.generation import Run, SequenceGenerator
 from fastdiss_cli.decoding.selection import by_score
 from fastdiss_cli.errors import FastdissError
@@ -416,7 +417,7 @@ def test_losses_by_time_compare_like_with_like(rate: float, grid: str) -> None:
     model.losses_at = losses_at
     batcher = SimpleNamespace(epoch=lambda epoch: [0, 1], collate=batches.__getitem__)
     options = model.Decoding(steps=4, time_grid=grid)
-    rows = by_time(model, batcher, options, torch.float32)
+    rows = by_time(model, options, partial(mean_losses, model, batcher, torch.float32))
     for t in {t for t, _ in drawn}:
         ways = [noise for (time, _), noise in drawn.items() if time == t]
         assert all(noise == ways[0] for noise in ways) and len(set(ways[0])) == 2

@@ -523,6 +523,27 @@ def test_a_log_before_the_lines_is_passed_over(tmp_path: Path) -> None:
     assert run_cli("score", path).stdout == plain and plain
 
 
+def test_a_file_of_fairseq_is_scored(tmp_path: Path) -> None:
+    """It starts with log lines, too, and has another last line."""
+    start = "2024-05-01 12:00:00 | INFO | fairseq_cli.generate | {'task': 'translation'}"
+    end = "Generate test with beam=5: BLEU4 = 80.04, 90.2/82.1/75.4/73.5 (BP=1.000, ratio=1.000)"
+    path = generated(tmp_path / "generate-test.txt", POOR, end)
+    path.write_text(f"{start}\n{path.read_text()}")
+    done = run_cli("score", path)
+    plain = run_cli(
+        "score", write(tmp_path / "h", POOR), "--ref", write(tmp_path / "r", REFERENCES)
+    )
+    assert (done.stdout, done.stderr) == (plain.stdout, "") and plain.stdout
+
+
+def test_an_empty_hypothesis_may_have_lost_its_tab(tmp_path: Path) -> None:
+    """As many editors strip the blanks at the end of a line."""
+    path = generated(tmp_path / "out", ["", *POOR[1:]], summary("fastdiss_tiny", 8, steps=5))
+    whole = run_cli("score", path).stdout
+    path.write_text(path.read_text().replace("D-0\t-1\t\n", "D-0\t-1\n"))
+    assert run_cli("score", path).stdout == whole and whole
+
+
 def test_files_of_a_run_come_in_the_order_of_their_steps(tmp_path: Path) -> None:
     paths = [generated(tmp_path / f"{n}/out.steps{k}.txt", POOR) for n in "ba" for k in (1, 20, 5)]
     rows = run_cli("score", *paths, "--metrics", "bleu").stdout.splitlines()[1:7]

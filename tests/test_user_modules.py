@@ -179,6 +179,8 @@ def test_a_schedule(data_bin: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     del schedule.ABAR["power"]  # as in another process
     line = ["generate", data_bin, "--path", tmp_path / "c" / "checkpoint_last.safetensors"]
     one_line_error(run_cli(*line), "not 'power'; if that is your own, give --user-module")
+    done = run_cli("export", tmp_path / "c", "--output", tmp_path / "model.safetensors")
+    assert done.returncode == 0, done.stderr  # it does not build the model
 
 
 def test_a_solver(trained: Path, tmp_path: Path) -> None:

@@ -177,6 +177,6 @@ def _differing_options(first: Checkpoint, other: Checkpoint) -> list[str]:
     one, two = first.model_config, other.model_config
     try:
         config = architecture(first.arch).family.Config
-    except OptionError:  # of a user module
+        return sorted(option_changes(one, build_saved(config, two, "model"), "model"))
+    except OptionError:  # of a user module: the architecture, or an option's value
         return sorted(name for name in one.keys() | two.keys() if one.get(name) != two.get(name))
-    return sorted(option_changes(one, build_saved(config, two, "model"), "model"))

@@ -380,10 +380,10 @@ def _diagnose(
     generator: SequenceGenerator, runs: Sequence[Run], outputs: Sequence[Output], corpus: Input
 ) -> None:
     """Print the diagnosis of each run and write it beside the hypotheses."""
-    from fastdiss_cli.decoding.diagnosis import describe_diagnosis, diagnosis_of
+    from fastdiss_cli.decoding.diagnosis import describe_diagnosis, diagnoses
 
-    for run, output in zip(runs, outputs, strict=True):
-        tables = diagnosis_of(run, generator, corpus.split)
+    tables_of_runs = diagnoses(runs, generator, corpus.split)
+    for run, output, tables in zip(runs, outputs, tables_of_runs, strict=True):
         print(describe_diagnosis(run.options.steps, tables))
         beside = output.path.with_suffix(".diagnosis.json")
         beside.write_text(json.dumps(tables, indent=1) + "\n", encoding="utf-8")

@@ -9,7 +9,8 @@ made one step of the run's grid earlier, at a higher noise.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache, partial
 from statistics import fmean
 from typing import Any
 
@@ -29,23 +30,26 @@ BUCKETS = 10  # of time
 Row = dict[str, Any]
 
 
-def diagnosis_of(
-    run: Run, generator: SequenceGenerator, split: dict[str, TokenFile]
-) -> dict[str, list[Row]]:
-    """Return the tables of one run over a whole split.
+def diagnoses(
+    runs: Sequence[Run], generator: SequenceGenerator, split: dict[str, TokenFile]
+) -> Iterator[dict[str, list[Row]]]:
+    """Yield the tables of each run over a whole split.
 
     Args:
-        run: a run that was decoded with the option ``diagnose``.
-        generator: the generator that decoded it.
+        runs: runs that were decoded with the option ``diagnose``.
+        generator: the generator that decoded them.
         split: the two sides of the dataset's split.
     """
     model = generator.model
     pads = model.src.pad, model.tgt.pad
     batcher = TokenBatcher(split["src"], split["tgt"], *pads, generator.max_tokens, 2**31)
-    return {
-        "by_step": by_step(run.answers),
-        "by_time": by_time(model, batcher, run.options, generator.dtype),
-    }
+    # what a fresh estimate gives, or none, is the same for all runs
+    losses = cache(partial(mean_losses, model, batcher, generator.dtype))
+    for run in runs:
+        yield {
+            "by_step": by_step(run.answers),
+            "by_time": by_time(model, run.options, losses),
+        }
 
 
 def by_step(hypotheses: Sequence[Hypothesis]) -> list[Row]:
@@ -73,23 +77,16 @@ def by_step(hypotheses: Sequence[Hypothesis]) -> list[Row]:
     return rows
 
 
-@torch.inference_mode()
 def by_time(
-    model: Seq2SeqModel,
-    batcher: TokenBatcher,
-    options: Any,
-    dtype: torch.dtype,
+    model: Seq2SeqModel, options: Any, losses: Callable[[float, float | None], tuple[float, float]]
 ) -> list[Row]:
     """Return one row per tenth of the time axis, with the mean losses per token at its midpoint.
 
     Args:
         model: a model with ``losses_at``, ``schedule`` and ``self_conditioned``.
-        batcher: that of the split; the means are over all of its tokens.
         options: the step count and the time grid; times in the first step have no stale estimate.
-        dtype: float32, or bfloat16 for autocast.
+        losses: maps a time, and that of the estimate, to `mean_losses`.
     """
-    device = model.device
-    batches = batcher.epoch(0)
     table = []
     for bucket in range(BUCKETS):
         t = (bucket + 0.5) / BUCKETS
@@ -102,18 +99,32 @@ def by_time(
             if position <= 1:
                 conditions["stale"] = float(grid_time(position, options.time_grid, model.schedule))
         for condition, at in conditions.items():
-            mse = anchor = tokens = 0.0
-            for number, batch in enumerate(map(batcher.collate, batches)):
-                seed_everything(1, "diagnose", bucket, number)  # the same noise for all
-                with autocast(device, dtype):
-                    losses = model.losses_at(batch.to(device), t, at)
-                mse += float(losses[0]) * batch.num_tgt_tokens
-                anchor += float(losses[1]) * batch.num_tgt_tokens
-                tokens += batch.num_tgt_tokens
-            row[f"mse_{condition}"] = mse / tokens
-            row[f"anchor_{condition}"] = anchor / tokens
+            row[f"mse_{condition}"], row[f"anchor_{condition}"] = losses(t, at)
         table.append(row)
     return table
+
+
+@torch.inference_mode()
+def mean_losses(
+    model: Seq2SeqModel, batcher: TokenBatcher, dtype: torch.dtype, t: float, at: float | None
+) -> tuple[float, float]:
+    """Return the mean losses (mse, anchor) of all tokens of a split at time t.
+
+    Args:
+        model: a model with ``losses_at``.
+        batcher: that of the split.
+        dtype: float32, or bfloat16 for autocast.
+        t, at: see ``losses_at``; whatever ``at`` is, the noise at t is the same.
+    """
+    mse = anchor = tokens = 0.0
+    for number, batch in enumerate(map(batcher.collate, batcher.epoch(0))):
+        seed_everything(1, "diagnose", int(BUCKETS * t), number)
+        with autocast(model.device, dtype):
+            losses = model.losses_at(batch.to(model.device), t, at)
+        mse += float(losses[0]) * batch.num_tgt_tokens
+        anchor += float(losses[1]) * batch.num_tgt_tokens
+        tokens += batch.num_tgt_tokens
+    return mse / tokens, anchor / tokens
 
 
 def describe_diagnosis(steps: int, tables: dict[str, list[Row]]) -> str:

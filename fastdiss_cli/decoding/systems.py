@@ -20,6 +20,7 @@ _SUMMARY = re.compile(
     r"Generate \S+ with (?P<arch>\S+)(?P<options>( \w+=\S+)*): .*?"
     r"(?P<speed>\d[\d,]*(?:\.\d+)?) sentences/s, NFE (?P<nfe>\d+(?:\.\d+)?)$"
 )
+_FAIRSEQS_SUMMARY = re.compile(r"Generate \S+ with beam=\d+: ")
 
 
 @dataclass
@@ -105,7 +106,7 @@ def by_steps(paths: list[Path]) -> list[Path]:
 
 
 def read_system(path: Path) -> Generated:
-    """Read a system's answers from plain text or from a generate file; ``-`` is stdin.
+    """Read a system's answers from plain text or a generate file, also fairseq's; ``-`` is stdin.
 
     Raises:
         FastdissError: the file is empty, or a generate file has repeated or missing sentences.
@@ -115,8 +116,12 @@ def read_system(path: Path) -> Generated:
     if not lines:
         raise FastdissError("stdin is empty: give --sys FILE" if from_stdin else f"{path} is empty")
     plain = Generated([[line] for line in lines])
-    summary = next((line for line in reversed(lines) if parse_summary(line)), "")
-    # if stdout and stderr share a file, it starts with log lines; the summary identifies it
+    ends = (
+        line for line in reversed(lines) if parse_summary(line) or _FAIRSEQS_SUMMARY.match(line)
+    )
+    summary = next(ends, "")
+    # fairseq's file starts with log lines, as ours does if stderr goes there, too: the summary
+    # identifies it
     if not (summary or _LINE.match(lines[0]) or _HISTORY.match(lines[0])):
         _warn_of_pieces(path, lines)
         return plain
@@ -130,7 +135,7 @@ def read_system(path: Path) -> Generated:
         if number in found[kind] and not (kind == "D" and number == newest):
             raise FastdissError(f"{path}: {kind}-{number} appears twice")
         if kind == "D":
-            newest, rest = number, rest.split("\t", 1)[-1]
+            newest, rest = number, rest.partition("\t")[2]  # without its score
         found[kind].setdefault(number, []).append(rest)
     answers = found["D"]
     if not answers:

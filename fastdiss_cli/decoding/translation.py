@@ -357,10 +357,12 @@ def _answered(best: list[Hypothesis | None], gapless: bool) -> list[int]:
 
 def _read(corpus: Input, stop: Stop) -> list[Pair]:
     """Return the next window; an empty one at the end of the corpus or after a signal."""
-    stop.waiting = True
     try:
-        return [] if stop.signal else next(corpus.windows, [])
-    except Stopped:
-        return []
-    finally:
+        stop.waiting = True
+        try:
+            return [] if stop.signal else next(corpus.windows, [])
+        finally:
+            stop.waiting = False
+    except Stopped:  # also if the signal came just before the wait was over
         stop.waiting = False
+        return []
