@@ -280,7 +280,6 @@ def test_a_signal_between_two_batches_leaves_no_wait_for_input(
 
 def signalled_in_output(rank: int) -> None:
     """Give a line, send a signal while its answer is written, and allow no further read."""
-    from fastdiss_cli.data import text
 
     def lines(*_):
         yield "drei vier"
@@ -291,19 +290,18 @@ def signalled_in_output(rank: int) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
     right, translation.Output.write = translation.Output.write, write
-    translation.decode_lines = text.decode_lines = lines
+    translation.decode_lines = lines
 
 
 def waiting_input(rank: int) -> None:
     """Give a line, and then nothing more but a signal."""
-    from fastdiss_cli.data import text
 
     def lines(*_):
         yield "drei vier"
         os.kill(os.getpid(), signal.SIGINT)
         signal.pause()
 
-    text.decode_lines = lines
+    translation.decode_lines = lines
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device that is always full")
