@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import pickle
+import random
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from rich.console import Console
+from sacrebleu.metrics import BLEU
 
 from fastdiss_cli import logs
 from fastdiss_cli.checkpoints.loading import Loaded
@@ -17,6 +20,7 @@ from fastdiss_cli.data.layout import Layout
 from fastdiss_cli.data.sentencepiece import train_tokenizer
 from fastdiss_cli.data.tokenizer import Tokenizer
 from fastdiss_cli.decoding.output import format_lines
+from fastdiss_cli.decoding.report import CorpusBleu
 from fastdiss_cli.decoding.selection import (
     by_mbr,
     by_reranking,
@@ -175,6 +179,28 @@ def test_a_reranker_computes_in_its_own_type(tokenizer: Tokenizer, dtype: torch.
         with autocast(torch.device("cpu"), of_the_model):
             choose([[5, 2]], [[hypothesis(tokenizer, "a"), hypothesis(tokenizer, "a dog")]])
     assert computed_in == [dtype, dtype]
+
+
+@pytest.mark.parametrize("most", [1, 3])
+def test_bleu_by_sentence_is_that_of_the_corpus(most: int) -> None:
+    """In two parts, as by two ranks, and without keeping the sentences."""
+    draw = random.Random(most)
+    words = ["a", "dog", "runs", "and", "a cat , too", "", "isn't it?"]
+    text = lambda: " ".join(draw.choices(words, k=draw.randint(0, 9)))  # noqa: E731
+    pairs = [(text(), [text() for _ in range(draw.randint(1, most))]) for _ in range(200)]
+    parts = CorpusBleu(), CorpusBleu()
+    sizes = []
+    for n, (hypothesis, references) in enumerate(pairs):
+        parts[n % 2].add(hypothesis, references)
+        sizes.append(len(pickle.dumps(parts[n % 2])))
+    score, signature = CorpusBleu.total(parts).result()
+    metric = BLEU(force=True)
+    hypotheses, references = ([pair[side] for pair in pairs] for side in (0, 1))
+    expected = metric.corpus_score(hypotheses, reference_streams(references))
+    by_metric = expected.format(signature=metric.get_signature().format())
+    assert score.format(signature=signature) == by_metric
+    assert ("nrefs:var" in signature) == (most > 1) and max(sizes) - sizes[0] < 50
+    assert CorpusBleu().result() == (None, "")
 
 
 def test_the_best_of_the_others_are_shown_in_their_order(tokenizer: Tokenizer) -> None:

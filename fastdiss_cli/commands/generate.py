@@ -29,6 +29,7 @@ from fastdiss_cli.errors import FastdissError
 if TYPE_CHECKING:
     from fastdiss_cli.checkpoints.loading import Loaded
     from fastdiss_cli.decoding.generation import Run, SequenceGenerator
+    from fastdiss_cli.decoding.report import Summary
     from fastdiss_cli.decoding.translation import Input, Output
 
 INPUT = {"rich_help_panel": "Input and output"}
@@ -232,6 +233,7 @@ def generate(
     from fastdiss_cli.checkpoints.loading import load_model
     from fastdiss_cli.decoding.generation import Run, SequenceGenerator, default_max_tokens
     from fastdiss_cli.decoding.output import confidence_legend
+    from fastdiss_cli.decoding.report import Summary
     from fastdiss_cli.decoding.systems import read_all_references
     from fastdiss_cli.decoding.translation import keep_all, open_outputs, translate
     from fastdiss_cli.device import dtype_name, keep_freed_memory, pick_device, pick_dtype
@@ -288,7 +290,6 @@ def generate(
                 outputs,
                 references=given_references,
                 gold=self_cond == "gold",
-                keep=data is not None or given_references is not None,
                 plain=plain,
                 processes=processes,
                 stop=stop,
@@ -301,8 +302,15 @@ def generate(
                     f"stopped by signal {done.signal}; sentences {where}: {done.sentences:,}{of}"
                 )
             elif processes.rank == 0:
-                references = given_references or [[line] for line in done.references]
-                _conclude(runs, outputs, done.texts, references, (name, arch, shown), plain)
+                if given_references and len(given_references) != done.sentences:
+                    raise FastdissError(
+                        f"--ref has {logs.counted(len(given_references), 'line')}, but the input "
+                        f"has {logs.counted(done.sentences, 'sentence')}"
+                    )
+                scored = zip(runs, done.bleus, strict=True)
+                summaries = [Summary(run, *bleu.result()) for run, bleu in scored]
+                lines = [summary.line(name, arch, **shown) for summary in summaries]
+                _conclude(outputs, summaries, lines, plain)
         signal = done.signal or (diagnose and stop.signal)
         if diagnose and not signal:  # a signal ends it: all that was decoded is in its files
             _diagnose(generator, runs, outputs, corpus)
@@ -340,32 +348,23 @@ def _open_input(given: dict[str, Any], loaded: Loaded) -> tuple[Input, str, str]
 
 
 def _conclude(
-    runs: Sequence[Run],
-    outputs: Sequence[Output],
-    texts: Sequence[Sequence[str]],
-    references: Sequence[Sequence[str]],
-    named: tuple[str, str, dict[str, str]],
-    plain: bool,
+    outputs: Sequence[Output], summaries: Sequence[Summary], lines: Sequence[str], plain: bool
 ) -> None:
-    """Score the hypotheses, complete the files and log where they are.
+    """Complete the files, and show the figures and where the files are.
 
     Args:
-        runs, outputs: as in `translate`.
-        texts, references: as in `summarise`.
-        named: for the summary: what was decoded, the architecture, and further options.
+        outputs: one per run.
+        summaries, lines: of each run; a line ends its file.
         plain: the files hold only hypotheses.
     """
-    from fastdiss_cli.decoding.report import summarise, table
+    from fastdiss_cli.decoding.report import table
 
-    name, arch, shown = named
-    summaries = summarise(runs, texts, references)
-    lines = [summary.line(name, arch, **shown) for summary in summaries]
     for line, output in zip(lines, outputs, strict=True):
         if output.path:
             if not plain:
                 output.write(line + "\n")
             output.finish()
-    figures = lines[0] if len(runs) == 1 else table(summaries)
+    figures = lines[0] if len(lines) == 1 else table(summaries)
     on_stdout = outputs[0].path or not plain
     if on_stdout:
         print(figures, flush=True)

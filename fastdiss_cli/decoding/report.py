@@ -6,11 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
 from sacrebleu.metrics import BLEU
 from sacrebleu.metrics.bleu import BLEUScore
 
-from fastdiss_cli.decoding.systems import reference_streams
-from fastdiss_cli.errors import FastdissError
 from fastdiss_cli.logs import counted
 
 if TYPE_CHECKING:
@@ -51,32 +50,41 @@ class Summary:
         )
 
 
-def summarise(
-    runs: Sequence[Run], texts: Sequence[Sequence[str]], references: Sequence[Sequence[str]]
-) -> list[Summary]:
-    """Score the hypotheses of each run.
+class CorpusBleu:
+    """sacreBLEU's BLEU of a corpus that comes sentence by sentence, and is not kept."""
 
-    Args:
-        runs: the runs.
-        texts: the hypotheses of each run, in corpus order.
-        references: the references of each sentence, or an empty list.
+    def __init__(self) -> None:
+        self._metric = BLEU(force=True)  # no advice to stderr on text that looks tokenized
+        self._sums = np.zeros(2 * self._metric.max_ngram_order + 2, dtype=np.int64)
+        self._num_refs: set[int] = set()
 
-    Raises:
-        FastdissError: the numbers of references and sentences differ.
-    """
-    if not references:
-        return [Summary(run) for run in runs]
-    if len(references) != len(texts[0]):
-        raise FastdissError(
-            f"--ref has {counted(len(references), 'line')}, but the input has "
-            f"{counted(len(texts[0]), 'sentence')}"
-        )
-    summaries = []
-    for run, hypotheses in zip(runs, texts, strict=True):
-        metric = BLEU(force=True)  # no advice to stderr on text that looks tokenized
-        score = metric.corpus_score(hypotheses, reference_streams(references))
-        summaries.append(Summary(run, score, metric.get_signature().format()))
-    return summaries
+    def add(self, hypothesis: str, references: Sequence[str]) -> None:
+        """Count a sentence; one without references does not count."""
+        if references:
+            part = self._metric.corpus_score([hypothesis], [[text] for text in references])
+            self._sums += [*part.counts, *part.totals, part.sys_len, part.ref_len]
+            self._num_refs.add(len(references))
+
+    @classmethod
+    def total(cls, parts: Sequence[CorpusBleu]) -> CorpusBleu:
+        """Return the BLEU of all sentences of the parts."""
+        whole = cls()
+        for part in parts:
+            whole._sums += part._sums
+            whole._num_refs |= part._num_refs
+        return whole
+
+    def result(self) -> tuple[BLEUScore | None, str]:
+        """Return the score and its signature; None and "" without references."""
+        if not self._num_refs:
+            return None, ""
+        metric = self._metric
+        *counts, sys_len, ref_len = self._sums.tolist()
+        correct, total = counts[: metric.max_ngram_order], counts[metric.max_ngram_order :]
+        how = metric.smooth_method, metric.smooth_value, metric.effective_order
+        score = BLEU.compute_bleu(correct, total, sys_len, ref_len, *how)
+        metric.num_refs = max(self._num_refs) if len(self._num_refs) == 1 else -1  # -1: it varies
+        return score, metric.get_signature().format()
 
 
 def _digits(speed: float) -> str:

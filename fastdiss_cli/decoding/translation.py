@@ -6,8 +6,8 @@ import os
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field, replace
-from itertools import islice
+from dataclasses import dataclass, replace
+from itertools import chain, islice, zip_longest
 from pathlib import Path
 from typing import TextIO
 
@@ -17,6 +17,7 @@ from fastdiss_cli.data.text import IncomingLines, count_lines, decode_lines, rea
 from fastdiss_cli.data.tokenizer import Tokenizer, check_same
 from fastdiss_cli.decoding.generation import Run, SequenceGenerator
 from fastdiss_cli.decoding.output import format_lines, hypothesis_text
+from fastdiss_cli.decoding.report import CorpusBleu
 from fastdiss_cli.distributed import Processes
 from fastdiss_cli.errors import FastdissError
 from fastdiss_cli.models.registry import Hypothesis
@@ -237,14 +238,12 @@ class Translation:
     """The translation of a corpus.
 
     Attributes:
-        texts: the hypotheses of each run, if they are kept.
-        references: the target side, if there is one and texts are kept.
+        bleus: that of each run, over the sentences that have references.
         sentences: the number of translated sentences.
         signal: the signal that stopped it early, or 0.
     """
 
-    texts: list[list[str]]
-    references: list[str] = field(default_factory=list)
+    bleus: list[CorpusBleu]
     sentences: int = 0
     signal: int = 0
 
@@ -258,25 +257,23 @@ def translate(
     *,
     references: list[list[str]] | None,
     gold: bool,
-    keep: bool,
     plain: bool,
     processes: Processes,
     stop: Stop,
 ) -> Translation:
     """Decode a corpus window by window, writing the lines of each run in corpus order.
 
-    The first rank reads and writes; all ranks decode. Only one window is in memory, unless texts
-    are kept.
+    The first rank reads and writes; all ranks decode, and score and format their share. Only one
+    window is in memory.
 
     Args:
         generator, runs: as in `SequenceGenerator.decode`.
         tokenizers: those of the source and the target.
         corpus: the text to translate.
         outputs: one per run on the first rank; empty on the others.
-        references: those of each sentence, whose first is shown instead of the corpus's own; if
+        references: those of each sentence, instead of the corpus's own; the first one is shown. If
             there are too few, the last sentences have none.
         gold: give the corpus's references to the model.
-        keep: keep texts and references for scoring, on the first rank.
         plain: write only the text of the hypotheses.
         processes: the process group.
         stop: after a signal, the current batch is the last one.
@@ -287,7 +284,7 @@ def translate(
     colour = to_terminal and logs.wants_colour()
     # readers of a stream, or of lines without numbers, rely on their order
     gapless = plain or any(output.path is None for output in outputs)
-    so_far = Translation([[] for _ in runs])
+    so_far = Translation([CorpusBleu() for _ in runs])
     with logs.progress("generating", corpus.total, hidden=to_terminal) as bar:
         while not so_far.signal:
             window: list[Pair] = []
@@ -317,29 +314,33 @@ def translate(
                 sources, runs, processes, stop, first, answers, done=bar.advance
             )
             answered = _answered(runs[0].best, gapless)
-            with processes.attempt("writing") as attempt:
-                lines: list[list[str]] = [[] for _ in outputs]
-                for i in answered if first_rank else ():
-                    reference = None if targets[i] is None else tgt.decode(targets[i])
+            lines: list[list[str]] = [[] for _ in runs]
+            with processes.attempt("scoring") as attempt:
+                for i in answered[processes.rank :: processes.world_size]:
+                    known = [] if targets[i] is None else [tgt.decode(targets[i])]
                     if references is not None:
-                        own = references[first + i : first + i + 1]
-                        reference = own[0][0] if own else None
-                    if keep and reference is not None:
-                        so_far.references.append(reference)
+                        known = references[first + i] if first + i < len(references) else []
                     for n, run in enumerate(runs):
                         best = run.best[i]
-                        if keep:
-                            so_far.texts[n].append(hypothesis_text(best, tgt))
+                        answer = hypothesis_text(best, tgt)
+                        so_far.bleus[n].add(answer, known)
                         if plain:
-                            lines[n].append(hypothesis_text(best, tgt) + "\n")
+                            lines[n].append(answer + "\n")
                         else:
+                            shown = known[0] if known else None
                             lines[n].append(
-                                format_lines(first + i, texts[i], best, tgt, reference, colour)
+                                format_lines(first + i, texts[i], best, tgt, shown, colour)
                             )
-                for output, written in zip(outputs, lines, strict=True):
-                    output.write("".join(written))
+            processes.agree(attempt, stop)
+            shares = processes.gather([lines])
+            with processes.attempt("writing") as attempt:
+                for output, parts in zip(outputs, zip(*shares, strict=True), strict=False):
+                    in_order = chain.from_iterable(zip_longest(*parts, fillvalue=""))
+                    output.write("".join(in_order))
             so_far.signal = processes.agree(attempt, stop)
             so_far.sentences += len(answered)
+    shares = processes.gather([so_far.bleus])
+    so_far.bleus = [CorpusBleu.total(parts) for parts in zip(*shares, strict=True)]
     return so_far
 
 
