@@ -16,6 +16,7 @@ from typing_extensions import Unpack  # of Python 3.11; torch needs this package
 
 from fastdiss_cli.checkpoints.loading import Loaded, load_model
 from fastdiss_cli.config import build
+from fastdiss_cli.data.text import on_one_line
 from fastdiss_cli.decoding.generation import Run, SequenceGenerator, default_max_tokens
 from fastdiss_cli.decoding.output import hypothesis_text
 from fastdiss_cli.decoding.selection import selector, with_runners_up
@@ -140,7 +141,7 @@ class Translator:
         """Translate sentences.
 
         Args:
-            sentences: raw text, one sentence each.
+            sentences: raw text, one sentence each; a line break at its end does not count.
             **options: see `GenerateOptions`; for example ``steps=5, noise_beam=3``.
 
         Returns:
@@ -193,7 +194,9 @@ class Translator:
             raise FastdissError("self_cond='gold' needs references: use `fastdiss generate DATA`")
         run = Run(build(model.Decoding, decoding))
         if sentences:
-            sources = [self.loaded.src.encode_source(sentence) for sentence in sentences]
+            # as `generate` and `preprocess` read a line, such as one of an open file
+            lines = [on_one_line(s.removesuffix("\n").removesuffix("\r")) for s in sentences]
+            sources = [self.loaded.src.encode_source(line) for line in lines]
             if others:
                 select = with_runners_up(select, run.options.candidates - 1)
             SequenceGenerator(model, select, max_tokens, self.loaded.dtype).decode(sources, [run])

@@ -83,6 +83,15 @@ def test_the_answers_are_those_of_the_command(diffusion: Path) -> None:
     assert repr(typed) == "<Translator fastdiss_tiny, de to en>"
 
 
+def test_an_open_file_is_a_list_of_sentences(diffusion: Path) -> None:
+    """A line break is never part of a sentence, as in `generate --input`."""
+    translator, sentences = fastdiss_cli.load(diffusion), ["drei vier", "neun eins zwei", ""]
+    answers = translator.generate(sentences)
+    for end in ("\n", "\r\n"):
+        assert translator.generate(f"{sentence}{end}" for sentence in sentences) == answers
+    assert translator.generate(["drei\nvier"]) == answers[:1]
+
+
 def test_what_is_not_asked_for_is_not_kept(
     diffusion: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -530,6 +530,9 @@ def test_an_old_flag_without_its_value(line: str, capsys: pytest.CaptureFixture[
     with pytest.raises(SystemExit):
         rewrite_flags(line.split())
     assert capsys.readouterr().err == "fastdiss: error: --decoding-steps needs a value\n"
+    with pytest.raises(SystemExit):
+        rewrite_flags(["generate", "--cpu=False"])
+    assert capsys.readouterr().err == "fastdiss: error: --cpu takes no value\n"
 
 
 def test_difformers_noise_of_decoding_is_the_temperature_here(
@@ -647,6 +650,6 @@ def test_every_command_of_the_document_runs(
 
 def test_every_flag_of_the_document_is_translated_as_it_says() -> None:
     rows = re.findall(r"^\| (\w+) \| `(-.*?)` \| `(.*?)` \|$", DOCUMENT.read_text(), re.MULTILINE)
-    assert len(rows) == 27
+    assert len(rows) == 28
     for command, old, new in rows:
         assert rewrite_flags([command, *shlex.split(old)]) == [command, *shlex.split(new)]

@@ -127,7 +127,7 @@ def test_a_signal_in_a_window_leaves_no_gap(data_bin: Path, checkpoints: dict[st
     more += ["--max-tokens", "60"]
     whole = run_cli(*more).stdout
     before = run_cli(*more[:-1], "1000").stderr
-    wound = partial(signalled_in_batch, on=0, number=17, signals=(signal.SIGTERM,))
+    wound = partial(signalled_in_batch, on=0, number=7, signals=(signal.SIGTERM,))
     (done,) = Ranks(1, *more, prepare=wound).results()
     assert done.returncode == 128 + signal.SIGTERM and "stopp" not in before
     assert whole.startswith(done.stdout) and len(done.stdout) < len(whole)
@@ -171,7 +171,7 @@ def test_a_signal_in_a_window_leaves_what_was_done_in_files(
     """The longest sentences are decoded first, wherever they are in the corpus."""
     more = ["generate", data_bin, "--path", checkpoints["fastdiss_tiny"], "--device=cpu"]
     more += ["--max-tokens", "60", "--results-path", tmp_path]
-    wound = partial(signalled_in_batch, on=0, number=15, signals=(signal.SIGTERM,))
+    wound = partial(signalled_in_batch, on=0, number=5, signals=(signal.SIGTERM,))
     (done,) = Ranks(1, *more, prepare=wound).results()
     assert done.returncode == 128 + signal.SIGTERM
     part = tmp_path / "generate-test.txt.part"

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from fastdiss_cli.decoding.systems import reference_streams
 from fastdiss_cli.errors import FastdissError
-from fastdiss_cli.metrics import DIVERSITY, METRICS, paired_test, similarity
+from fastdiss_cli.metrics import DIVERSITY, METRICS, paired_test, prepare, similarity
 from fastdiss_cli.metrics.rates import edit_distance
 
 EXTRAS = {"rouge1", "rouge2", "rougeL", "bertscore"}
@@ -79,7 +79,9 @@ def test_a_better_system_differs_from_an_equal_one(test: str) -> None:
 
     poor, other, good = worsened(0.5), worsened(0.5), worsened(0.1)
     systems, metrics = [poor, good, other], {name: METRICS[name]() for name in ("bleu", "wer")}
-    bleu, wer = paired_test(systems, [references], metrics, test)
+    for metric in metrics.values():
+        prepare(metric, [references])
+    bleu, wer = paired_test(systems, metrics, test)
     assert bleu.name == "BLEU" and f"{test}:" in bleu.signature
     before, after, as_poor = bleu.results
     assert before.p_value is None and after.score > before.score + 30 and after.p_value < 0.01
@@ -168,7 +170,8 @@ def test_bertscore_is_a_mean_over_sentences(monkeypatch: pytest.MonkeyPatch) -> 
     assert result.score == pytest.approx(75)
     output = metric.get_signature().format()
     assert output.startswith("nrefs:var|model:xlm|layer:3|bert-score:0.3.13|")
-    (with_self,) = paired_test([["a", "c"], ["a", "b"]], [["a", "b"]], {"bertscore": metric})
+    prepare(metric, [["a", "b"]])
+    (with_self,) = paired_test([["a", "c"], ["a", "b"]], {"bertscore": metric})
     assert with_self.name == "BERTScore"
     assert [result.score for result in with_self.results] == [75.0, 100.0]
     monkeypatch.setattr(metric, "_scorer", None)  # cached scores are not computed again

@@ -145,6 +145,20 @@ def test_several_are_averaged(trained: Path, files: list[Path], tmp_path: Path) 
     assert fastdiss_cli.load(by_count).generate(["drei"], steps=1)
 
 
+def test_checkpoints_of_an_abandoned_run_are_left_out_of_a_mean(
+    trained: Path, files: list[Path], tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(trained, tmp_path / "back"))
+    shutil.copy(files[1], folder / "checkpoint_last.safetensors")  # set back to update 8 of 12
+    out = tmp_path / "mean.safetensors"
+    done = run_cli("average", folder, "--last", "2", "-o", out)
+    assert facts_of(out)["training"]["averaged_updates"] == [4, 8]
+    assert f"leaving out {folder / files[2].name}: later than checkpoint_last" in done.stderr
+    one_line_error(run_cli("average", folder, "--last=3", "-o", out), "2 numbered checkpoints")
+    (folder / "checkpoint_last.safetensors").unlink()
+    assert run_cli("average", folder, "--last=3", "-o", out).returncode == 0
+
+
 def test_a_copy_counts_once_in_a_mean(trained: Path, files: list[Path], tmp_path: Path) -> None:
     """As where a shell's pattern includes checkpoint_last and checkpoint_best."""
     out, copy = tmp_path / "mean.safetensors", trained / "checkpoint_last.safetensors"

@@ -656,7 +656,8 @@ def test_a_training_that_is_set_back_keeps_what_was_later(
     training = start(data_bin, tmp_path, max_update=4, **often | {"keep_last": 1})
     assert training.progress.is_best and best.read_bytes() == later.read_bytes()
     training.run()
-    assert f"{later}, {best}: newer than checkpoint_last" in capsys.readouterr().err
+    told = f"{later}, {best}: newer than checkpoint_last.safetensors, and kept until training"
+    assert told in capsys.readouterr().err
     assert later.exists() and not early.exists()
 
 

@@ -15,8 +15,8 @@ import yaml
 from torch import Tensor
 
 from fastdiss_cli import __version__, logs
-from fastdiss_cli.checkpoints.checkpoint import Checkpoint, digest
-from fastdiss_cli.checkpoints.folder import best_of, numbered
+from fastdiss_cli.checkpoints.checkpoint import Checkpoint, digest, update_of
+from fastdiss_cli.checkpoints.folder import LAST, best_of, number_of, numbered
 from fastdiss_cli.config import build_saved, option_changes
 from fastdiss_cli.errors import FastdissError, OptionError
 from fastdiss_cli.models.registry import architecture
@@ -32,7 +32,8 @@ def chosen_checkpoints(given: Sequence[Path], last: int) -> list[Path]:
 
     Args:
         given: files, or folders, which stand for their ``checkpoint_best``.
-        last: if not 0, a folder stands for its ``last`` newest numbered checkpoints.
+        last: if not 0, a folder stands for its ``last`` newest numbered checkpoints, up to its
+            ``checkpoint_last``.
 
     Raises:
         FastdissError: a folder has too few.
@@ -42,7 +43,7 @@ def chosen_checkpoints(given: Sequence[Path], last: int) -> list[Path]:
         if not path.is_dir():
             paths.append(path)
         elif last:
-            found = numbered(path)[-last:]
+            found = _of_this_training(path)[-last:]
             if len(found) < last:
                 raise FastdissError(
                     f"{path} has {logs.counted(len(found), 'numbered checkpoint')}, not {last}: "
@@ -52,6 +53,18 @@ def chosen_checkpoints(given: Sequence[Path], last: int) -> list[Path]:
         else:
             paths.append(best_of(path))
     return paths
+
+
+def _of_this_training(folder: Path) -> list[Path]:
+    """Return the numbered checkpoints, without those later than checkpoint_last."""
+    found, update = numbered(folder), update_of(folder / LAST)
+    later = [path for path in found if update is not None and number_of(path) > update]
+    if later:
+        logs.warn(
+            f"leaving out {', '.join(map(str, later))}: later than {LAST}, as of a training that "
+            "was set back"
+        )
+    return found[: len(found) - len(later)]
 
 
 def release(paths: Sequence[Path], license: str | None, text: str | None) -> Checkpoint:

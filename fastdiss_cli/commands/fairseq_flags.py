@@ -152,12 +152,13 @@ _SIZES = {
     "--decoder-ffn-embed-dim": unsupported("the decoder also uses --encoder-ffn-embed-dim"),
     "--decoder-attention-heads": unsupported("the decoder also uses --encoder-attention-heads"),
 }
+_ONE_A_VALIDATION = "there is one per validation, see --validate-interval-updates"
 _RESET = "to start anew from trained weights, give --finetune-from-model and a new --save-dir"
 _TRAIN = {
     "-a": renamed("--arch"),
     "--decoding-steps": renamed("--valid-steps"),
-    "--keep-last-epochs": renamed("--keep-last"),
-    "--keep-interval-updates": renamed("--keep-last"),
+    "--keep-last-epochs": renamed("--keep-last", _ONE_A_VALIDATION),
+    "--keep-interval-updates": renamed("--keep-last", _ONE_A_VALIDATION),
     "--no-epoch-checkpoints": means("--keep-last", "0"),
     "--keep-best-checkpoints": unsupported("one best checkpoint is kept, checkpoint_best"),
     "--log-interval": setting("train.log_interval"),
@@ -308,7 +309,7 @@ def rewrite_flags(arguments: Sequence[str]) -> list[str]:
 
     Raises:
         SystemExit: with code 2, after one line that names every flag which has no equivalent, or
-            one that lacks its value.
+            one that lacks its value or has one that it does not take.
     """
     table = OLD_FLAGS.get(arguments[0], {}) if arguments else {}
     rest, translated, refused = list(arguments), [], []
@@ -321,6 +322,9 @@ def rewrite_flags(arguments: Sequence[str]) -> list[str]:
             continue
         if not equals and old.takes == "one" and (not rest or rest[0].startswith("--")):
             logs.error(f"{flag} needs a value")
+            raise SystemExit(2)
+        if equals and old.takes == "none":
+            logs.error(f"{flag} takes no value")
             raise SystemExit(2)
         if not equals and rest and old.is_value(rest[0]):
             value = rest.pop(0)

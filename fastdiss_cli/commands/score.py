@@ -291,12 +291,14 @@ def _score(
         }
     except OptionError as error:
         raise typer.BadParameter(f"--{error}") from None
+    for metric in used.values():
+        metrics.prepare(metric, streams)
     for name in wanted:
         column = columns[name] = []
         for system in systems:
             if name in used:
                 metric = used[name]
-                found = metric.corpus_score(system.hypotheses, streams)
+                found = metric.corpus_score(system.hypotheses, None)
             else:
                 metric = metrics.DIVERSITY[name]()
                 found = metric.corpus_score(system.candidates)
@@ -306,9 +308,7 @@ def _score(
             column.append(Result(found.name, found.score, signature, line, details))
     if test is not None and used:
         hypotheses = [system.hypotheses for system in systems]
-        for name, tested in zip(
-            used, metrics.paired_test(hypotheses, streams, used, test), strict=True
-        ):
+        for name, tested in zip(used, metrics.paired_test(hypotheses, used, test), strict=True):
             columns[name] = [
                 _with_test(*pair, tested.signature)
                 for pair in zip(columns[name], tested.results, strict=True)

@@ -24,7 +24,7 @@ from fastdiss_cli.models.registry import Hypothesis
 from fastdiss_cli.signals import Stop, Stopped
 
 WINDOW = 4096  # sentences that are held in memory and sorted by length together
-WARM_UP = 16  # the first sentences, which are decoded once more beforehand if there are others
+WARM_UP = 16  # the first sentences, which are decoded once more beforehand if there are many
 
 Pair = tuple[list[int], "list[int] | None"]  # ids of a source, and of its reference if it has one
 
@@ -304,7 +304,8 @@ def translate(
             ]
             first = so_far.sentences
             answers = targets if gold else None
-            if first == 0 and len(pairs) > WARM_UP:  # warm up thread and memory pools, untimed
+            if first == 0 and len(pairs) >= 10 * WARM_UP:
+                # it fills the pools of threads and memory, and is not timed
                 options = runs[0].options
                 quick = replace(options, steps=1) if hasattr(options, "steps") else options
                 with processes.attempt("decoding") as attempt:

@@ -62,6 +62,18 @@ DIVERSITY: dict[str, Callable[[], Diversity]] = {
 }
 
 
+def prepare(metric: Metric, streams: Sequence[Sequence[str | None]]) -> None:
+    """Read the references once for all systems, which are then scored against ``None``.
+
+    As sacreBLEU's own metrics do if they are made with ``references``.
+
+    Args:
+        metric: one of `METRICS`.
+        streams: sacreBLEU's reference streams.
+    """
+    metric._ref_cache = metric._cache_references(streams)
+
+
 class Tested(NamedTuple):
     """A paired test by one metric.
 
@@ -78,7 +90,6 @@ class Tested(NamedTuple):
 
 def paired_test(
     systems: Sequence[Sequence[str]],
-    streams: Sequence[Sequence[str | None]],
     metrics: dict[str, Metric],
     test: str = "bs",
 ) -> list[Tested]:
@@ -86,8 +97,7 @@ def paired_test(
 
     Args:
         systems: the hypotheses of each; the first is the baseline.
-        streams: sacreBLEU's reference streams.
-        metrics: by name, as in `METRICS`.
+        metrics: by name, as in `METRICS`; each went through `prepare`.
         test: ``bs`` (paired bootstrap, Koehn 2004) or ``ar`` (approximate randomisation).
     """
     try:
@@ -96,7 +106,7 @@ def paired_test(
         raise FastdissError("SACREBLEU_SEED must be a number: correct it, or unset it") from None
 
     named = [(str(number), hypotheses) for number, hypotheses in enumerate(systems)]
-    signatures, scores = PairedTest(named, metrics, streams, test_type=test)()
+    signatures, scores = PairedTest(named, metrics, None, test_type=test)()
     for baseline, *others in (scores[name] for name in signatures):
         for result in others:
             if result.score == baseline.score:

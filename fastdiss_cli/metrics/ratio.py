@@ -62,10 +62,10 @@ class RatioMetric(Metric):
         return list(self.measure(hypothesis, **ref_kwargs))
 
     def _extract_corpus_statistics(
-        self, hypotheses: Sequence[str], references: Sequence[Sequence[str | None]]
+        self, hypotheses: Sequence[str], references: Sequence[Sequence[str | None]] | None
     ) -> list[tuple[float, float]]:
-        rows = [row["references"] for row in self._cache_references(references)]
-        return self.measure_all(hypotheses, rows)
+        cache = self._cache_references(references) if references else self._ref_cache
+        return self.measure_all(hypotheses, [row["references"] for row in cache])
 
     def _aggregate_and_compute(self, stats: list[tuple[float, float]]) -> Score:
         return self._compute_score_from_stats([sum(column) for column in zip(*stats, strict=True)])

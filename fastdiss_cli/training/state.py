@@ -190,9 +190,10 @@ class TrainState:
         if best > update:
             later.append(folder / BEST)
         if later:
+            used = f"; `generate` takes {BEST} meanwhile" if best > update else ""
             logs.warn(
-                f"{', '.join(map(str, later))}: newer than {LAST}; they stay until training "
-                "replaces them, and `generate` and `average --last` take them for the newest"
+                f"{', '.join(map(str, later))}: newer than {LAST}, and kept until training "
+                f"replaces them{used}"
             )
 
     def _new_model(self) -> Seq2SeqModel:
