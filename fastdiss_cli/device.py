@@ -77,8 +77,11 @@ def pick_dtype(name: str | torch.dtype, device: torch.device) -> torch.dtype:
         known = ", ".join(DTYPES)
         raise OptionError("dtype", f"must be one of {known}, not {name!r}{suggest(name, DTYPES)}")
     if name == "auto":
-        has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        name = "bfloat16" if has_bf16 else "float32"
+        name = "float32"
+        if device.type == "cuda":
+            with torch.cuda.device(device):  # GPUs may differ
+                if torch.cuda.is_bf16_supported(including_emulation=False):
+                    name = "bfloat16"
     on_cpu = device.type == "cpu" and CPUINFO.exists()
     if name == "bfloat16" and on_cpu and not _BFLOAT16.search(CPUINFO.read_text()):
         logs.warn("this CPU has no instructions for bfloat16: float32 may be much faster")

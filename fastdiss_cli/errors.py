@@ -9,6 +9,7 @@ import traceback
 from collections.abc import Iterable
 from pathlib import Path
 
+LONGEST = 400  # characters of an unexpected exception that are shown
 USER_MODULE = "fastdiss_user_module:"  # before the path: the name of a --user-module in sys.modules
 
 
@@ -56,5 +57,8 @@ def describe_bug(error: BaseException) -> str:
     at = [f"{Path(frame.filename).name}:{frame.lineno}" for frame in (of_user or own)[-1:]]
     if users and not of_user:
         at.append(f"with --user-module {', '.join(users)}")
-    what = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    message = " ".join(str(error).split())
+    if len(message) > LONGEST:  # a failed compilation has all that the compiler wrote
+        message = f"{message[:LONGEST]}... (all of it with FASTDISS_TRACEBACK=1)"
+    what = f"{type(error).__name__}: {message}"
     return what if isinstance(error, SyntaxError) else f"{what} ({', '.join(at)})"

@@ -63,6 +63,7 @@ def train(data_bin: Path, folder: Path, *, prepare=None, **options: object) -> s
     """Train with two processes to the end; return the messages of the first one."""
     first, second = run_ranks(2, *command(data_bin, folder, **options), prepare=prepare)
     assert (first.returncode, second.returncode) == (0, 0), first.stderr + second.stderr
+    assert "Warning" not in first.stderr + second.stderr
     return first.stderr
 
 

@@ -232,8 +232,12 @@ def test_json_lines_that_hold_no_pair(tmp_path: Path, row: str, reported: str) -
     assert f"x.jsonl: line 2 {reported}" in message
 
 
-def test_text_with_nul_bytes_may_be_utf_16(tmp_path: Path) -> None:
-    (tmp_path / "x").write_bytes("grün\n".encode("utf-16"))
+@pytest.mark.parametrize(
+    ("text", "encoding"),
+    [("grün\n", "utf-16"), ("two words\nmore\n", "utf-16-le"), ("two words\n", "utf-16-be")],
+)
+def test_text_with_nul_bytes_may_be_utf_16(tmp_path: Path, text: str, encoding: str) -> None:
+    (tmp_path / "x").write_bytes(text.encode(encoding))
     with pytest.raises(FastdissError, match="x is not text, or text in UTF-16"):
         list(read_lines(tmp_path / "x"))
 

@@ -308,7 +308,9 @@ def _score(
             column.append(Result(found.name, found.score, signature, line, details))
     if test is not None and used:
         hypotheses = [system.hypotheses for system in systems]
-        for name, tested in zip(used, metrics.paired_test(hypotheses, used, test), strict=True):
+        for name, tested in zip(
+            used, metrics.paired_test(hypotheses, None, used, test), strict=True
+        ):
             columns[name] = [
                 _with_test(*pair, tested.signature)
                 for pair in zip(columns[name], tested.results, strict=True)

@@ -236,15 +236,16 @@ def _decode(raw: bytes, name: str, first: int) -> list[str]:
     """Decode the bytes of one or more lines; see `read_lines` for what a line is."""
     if first == 1:
         raw = raw.removeprefix(b"\xef\xbb\xbf")
+    no_text = f"{name} is not text, or text in UTF-16 (it has NUL bytes): give plain UTF-8"
+    if first == 1 and len(raw) > 8 and 3 * raw.count(0) > len(raw):
+        raise FastdissError(no_text)  # UTF-16 without a mark may be valid UTF-8
     try:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
         start = raw.rfind(b"\n", 0, error.start) + 1
         number = first + raw.count(b"\n", 0, start)
         if b"\0" in raw:
-            raise FastdissError(
-                f"{name} is not text, or text in UTF-16 (it has NUL bytes): give plain UTF-8"
-            ) from None
+            raise FastdissError(no_text) from None
         raise FastdissError(
             f"{name}: line {number} is not valid UTF-8 (byte {error.start - start + 1} of the "
             "line); convert the file, for example with iconv"

@@ -90,6 +90,7 @@ class Tested(NamedTuple):
 
 def paired_test(
     systems: Sequence[Sequence[str]],
+    streams: Sequence[Sequence[str | None]] | None,
     metrics: dict[str, Metric],
     test: str = "bs",
 ) -> list[Tested]:
@@ -97,7 +98,9 @@ def paired_test(
 
     Args:
         systems: the hypotheses of each; the first is the baseline.
-        metrics: by name, as in `METRICS`; each went through `prepare`.
+        streams: sacreBLEU's reference streams; None: those that the metrics went through `prepare`
+            with.
+        metrics: by name, as in `METRICS`.
         test: ``bs`` (paired bootstrap, Koehn 2004) or ``ar`` (approximate randomisation).
     """
     try:
@@ -106,7 +109,7 @@ def paired_test(
         raise FastdissError("SACREBLEU_SEED must be a number: correct it, or unset it") from None
 
     named = [(str(number), hypotheses) for number, hypotheses in enumerate(systems)]
-    signatures, scores = PairedTest(named, metrics, None, test_type=test)()
+    signatures, scores = PairedTest(named, metrics, streams, test_type=test)()
     for baseline, *others in (scores[name] for name in signatures):
         for result in others:
             if result.score == baseline.score:

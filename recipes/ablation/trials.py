@@ -46,7 +46,7 @@ VARIANTS: dict[str, dict[str, str]] = {
 DEFAULT = "+SCP, unrolled"
 
 # The open choices of fastdiss_tiny, with SCP and on validation data: what a setting changes in the
-# base, whose options are given in full, so that they stay what they are when a default changes.
+# base, whose options (besides the sizes) are given in full: a new default does not change them.
 BASE = {
     "noise_factor": "4",
     "noise_schedule": "sqrt",
@@ -58,9 +58,12 @@ BASE = {
     "latent_dim": "64",
     "source_copy": "1",
     "scp_offset": "step-matched",
+    "scp_step_counts": "[2,3,5,10,20]",
     "scp_grid": "uniform",
     "scp_coupling": "markov",
     "scp_unroll": "0.5",
+    "length_loss": "0.1",
+    "max_length_offset": "128",
     "mans_strength": "0",
     "mans_confidence": "distance",
     "mans_anchors": "[0.1,1.0]",
