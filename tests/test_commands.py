@@ -545,13 +545,14 @@ def test_a_closed_pipe_is_no_crash(data_bin: Path, fastdiss: Path) -> None:
     assert "Traceback" not in log and "Exception" not in log
 
 
-def test_closed_streams_are_no_empty_ones(fastdiss: Path) -> None:
+def test_closed_streams_are_no_empty_ones(fastdiss: Path, tmp_path: Path) -> None:
     """As after >&-: no answer is lost, and no input taken for none, without a word."""
-    program = f"{sys.executable} -m fastdiss_cli generate --path {fastdiss} --input"
-    for closed in (f"{program} {__file__} >&-", f"{program} - <&-"):
+    program = f"{sys.executable} -m fastdiss_cli generate --path {fastdiss} --steps 1 --input"
+    text = corpus_line(tmp_path)
+    for closed in (f"{program} {text} >&-", f"{program} - <&-"):
         done = subprocess.run(["bash", "-c", closed], capture_output=True, text=True)
         one_line_error(done, "Bad file descriptor")
-    silent = subprocess.run(["bash", "-c", f"{program} {__file__} --plain 2>&-"])
+    silent = subprocess.run(["bash", "-c", f"{program} {text} --plain 2>&-"])
     assert silent.returncode == 0
 
 

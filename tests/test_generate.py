@@ -401,7 +401,7 @@ def test_other_languages_are_reported(
     more += ["--testpref", tmp_path / "test", "--destdir", tmp_path / "d"]
     assert run_cli("preprocess", *more).returncode == 0
     found = [
-        run_cli("generate", data, "--path", checkpoints["transformer_tiny"])
+        run_cli("generate", data, "--path", checkpoints["fastdiss_tiny"])
         for data in (tmp_path / "d", data_bin)
     ]
     assert [done.returncode for done in found] == [0, 0]
@@ -430,7 +430,7 @@ def test_the_references_that_were_given_are_those_of_the_file(
     (tmp_path / "ref.tsv").write_text("".join(f"{line}\tother\n" for line in lines))
     (tmp_path / "one").write_text("".join(f"{line}\n" for line in lines))
     text = ["--input", corpus / "test.de"] if from_text else [data_bin]
-    generate = ["generate", *text, "--path", checkpoints["transformer_tiny"], "--beam", "1"]
+    generate = ["generate", *text, "--path", checkpoints["transformer_tiny"], "--max-len-b", "12"]
     for name, count in (("one", "nrefs:1"), ("ref.tsv", "nrefs:2")):
         done = run_cli(*generate, "--ref", tmp_path / name)
         found = [line[2:] for line in done.stdout.splitlines() if line.startswith("T-")]

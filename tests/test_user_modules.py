@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import one_line_error, run_cli, run_process
+from conftest import one_line_error, run_cli, run_ranks
 from runs import command
 
 import fastdiss_cli
@@ -52,6 +53,10 @@ def forget(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         del sys.modules[name]
 
 
+def in_another_process(*args: str | Path) -> subprocess.CompletedProcess[str]:
+    return run_ranks(1, *args)[0]
+
+
 @pytest.fixture(scope="module")
 def trained(data_bin: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder with the module loud.py and a training of its model."""
@@ -59,16 +64,16 @@ def trained(data_bin: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "loud.py").write_text(MODEL)
     options = ["--set=train.valid_sentences=0", "--max-update", "2", "--save-dir", folder]
     mine = ["--arch", "loud_tiny", "--user-module", folder / "loud.py"]
-    assert run_process("train", data_bin, *options, *mine).returncode == 0
+    assert in_another_process("train", data_bin, *options, *mine).returncode == 0
     return folder
 
 
 def test_a_model(trained: Path, data_bin: Path) -> None:
     module = ["--user-module", trained / "loud.py"]
-    assert "loud_tiny" in run_process("models", *module).stdout
+    assert "loud_tiny" in in_another_process("models", *module).stdout
     generate = ["generate", data_bin, "--path", trained / "checkpoint_last.safetensors"]
-    assert run_process(*generate, *module).returncode == 0
-    assert "--user-module" in one_line_error(run_process(*generate))
+    assert in_another_process(*generate, *module).returncode == 0
+    assert "--user-module" in one_line_error(in_another_process(*generate))
 
 
 @pytest.mark.parametrize(
