@@ -184,6 +184,9 @@ def build(cls: type[C], values: Mapping[str, Any], section: str = "", arch: str 
         raise OptionError(f"{prefix}{error.option}", error.reason) from None
 
 
+_GONE = {"embedding_scale": False}  # options of older checkpoints that had no effect
+
+
 def build_saved(cls: type[C], values: Mapping[str, Any], section: str) -> C:
     """Build the configuration of a checkpoint, possibly an older one; see `build` and `option`.
 
@@ -192,6 +195,7 @@ def build_saved(cls: type[C], values: Mapping[str, Any], section: str) -> C:
     """
     fields = dataclasses.fields(cls)  # type: ignore[arg-type]
     before = {field.name: field.metadata.get("before") for field in fields}
+    values = {name: value for name, value in values.items() if (name, value) not in _GONE.items()}
     for name in values:
         if name not in before:
             raise OptionError(

@@ -14,7 +14,7 @@ from fastdiss_cli.config import (
     parse_settings,
     read_recipe,
 )
-from fastdiss_cli.errors import FastdissError
+from fastdiss_cli.errors import FastdissError, OptionError
 from fastdiss_cli.models.registry import architecture
 
 
@@ -30,8 +30,10 @@ def test_an_older_checkpoint_keeps_what_it_was_trained_with() -> None:
     assert (family().source_copy, family().mans_time) == (1.0, "sentence")
     oldest = build_saved(family, {}, "model")
     assert (oldest.source_copy, oldest.mans_time) == (0.0, "token")
-    newer = build_saved(family, {"source_copy": 0.5}, "model")
+    newer = build_saved(family, {"source_copy": 0.5, "embedding_scale": False}, "model")
     assert (newer.source_copy, newer.mans_time) == (0.5, "token")
+    with pytest.raises(OptionError, match=r"model\.embedding_scale is not an option"):
+        build_saved(family, {"embedding_scale": True}, "model")
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from fastdiss_cli.decoding.diagnosis import by_time, mean_losses
 from fastdiss_cli.decoding.generation import Run, SequenceGenerator
 from fastdiss_cli.decoding.selection import by_score
 from fastdiss_cli.errors import FastdissError
+from fastdiss_cli.models import embedding
 from fastdiss_cli.models.denoiser import Denoiser
 from fastdiss_cli.models.embedding import LatentEmbedding
 from fastdiss_cli.models.frozen import can_pack, freeze
@@ -300,13 +301,14 @@ def test_an_estimate_is_given_raw_nearest_or_expected() -> None:
         torch.testing.assert_close(layout.flat(self_cond), layout.flat(wanted))
 
 
-def test_a_learned_scale_scales_embeddings_and_logits() -> None:
-    model, plain = (make_model("difformer", embedding_scale=scaled) for scaled in (True, False))
-    model.embedding.scale.fill_(3.0)
-    model.embedding.table.weight.copy_(plain.embedding.table.weight)
-    tokens, z0_hat = torch.arange(VOCAB.size), torch.randn(4, 16)
-    torch.testing.assert_close(model.embedding(tokens), 3 * plain.embedding(tokens))
-    torch.testing.assert_close(model.embedding.logits(z0_hat), 3 * plain.embedding.logits(z0_hat))
+def test_many_estimates_are_averaged_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, z0_hat = make_model("difformer").embedding, torch.randn(7, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        whole = model.project(z0_hat, "expected")
+        monkeypatch.setattr(embedding, "_SCORES", 3 * VOCAB.size)
+        torch.testing.assert_close(model.project(z0_hat, "expected"), whole, rtol=1e-2, atol=1e-2)
+    exact = model.logits(z0_hat).softmax(-1) @ model.rows()
+    torch.testing.assert_close(whole, exact, rtol=0.1, atol=0.05)
 
 
 def test_a_diagnosis_measures_the_gap_to_a_fresh_estimate() -> None:
@@ -521,7 +523,7 @@ def test_a_frozen_model_computes_in_bfloat16(family: str) -> None:
 def test_a_perfect_estimate_is_as_sure_as_smoothed_labels_are(smoothing: float) -> None:
     """If the embeddings are orthogonal."""
     V = D = 32
-    embedding = LatentEmbedding(V, D, "matched", smoothing, learn_scale=False)
+    embedding = LatentEmbedding(V, D, "matched", smoothing)
     embedding.rows = lambda: torch.eye(V) * D**0.5
     probabilities = embedding.logits(embedding.rows()).softmax(-1)
     wanted = torch.full((V, V), smoothing / V).fill_diagonal_(1 - smoothing + smoothing / V)

@@ -52,7 +52,6 @@ class DiffusionConfig(NetworkConfig):
     self_cond_rate: float = option(0.5, "share of batches that are given an estimate")
     self_cond_form: str = option("expected", f"form of that estimate: {', '.join(FORMS)}")
     logit_scale: str = option("matched", f"scale of z0_hat . embedding: {', '.join(LOGIT_SCALES)}")
-    embedding_scale: bool = option(False, "learn a common scale of the target embeddings")
     source_copy: float = option(1.0, "width of the soft copy of the source; 0: none", before=0.0)
     length_loss: float = option(0.1, "weight of the length loss")
     max_length_offset: int = option(128, "largest difference of target and source length")
@@ -83,9 +82,7 @@ class Difformer(SampledModel):
         self.schedule = NoiseSchedule(config.noise_schedule, config.noise_factor)
         self.encoder = Encoder(src.size, config)
         self.decoder = Decoder(config)
-        self.embedding = LatentEmbedding(
-            tgt.size, D, config.logit_scale, config.label_smoothing, config.embedding_scale
-        )
+        self.embedding = LatentEmbedding(tgt.size, D, config.logit_scale, config.label_smoothing)
         self.latent_in = nn.Linear(2 * D, H)
         self.time_in = nn.Sequential(nn.Linear(H, H), nn.SiLU(), nn.Linear(H, H))
         self.latent_out = nn.Linear(H, D)

@@ -14,32 +14,29 @@ from fastdiss_cli.models.cross_entropy import linear_cross_entropy
 
 FORMS = ("raw", "nearest", "expected")  # of an estimate: see `LatentEmbedding.project`
 LOGIT_SCALES = ("matched", "rsqrt", "learned", "one")
+_SCORES = 2**26  # of estimates and tokens, at once
 
 
 class LatentEmbedding(nn.Module):
     """The target embeddings and the output layer tied to them.
 
-    Every embedding has norm sqrt(D), so that a schedule means the same for all tokens; with a
-    learned scale, a common multiple of it. The logit of a perfect estimate is D times the logit
-    scale, that of another token about 0, and the anchor loss with label smoothing e asks for a
-    difference of log(1 + V (1 - e) / e). ``matched`` makes these equal. A larger scale keeps z0_hat
-    at a fraction of the embeddings' norm, from which the solver makes a z_t unlike any in training;
-    a smaller one blurs the softmax, the more so the larger the vocabulary is.
+    Every embedding has norm sqrt(D), so that a schedule means the same for all tokens. The logit of
+    a perfect estimate is D times the logit scale, that of another token about 0, and the anchor
+    loss with label smoothing e asks for a difference of log(1 + V (1 - e) / e). ``matched`` makes
+    these equal. A larger scale keeps z0_hat at a fraction of the embeddings' norm, from which the
+    solver makes a z_t unlike any in training; a smaller one blurs the softmax, the more so the
+    larger the vocabulary is.
 
     Args:
         size, dim: V and D.
         logit_scale: ``matched``; ``rsqrt``: 1/sqrt(D); ``learned``: from there on; ``one``.
         label_smoothing: that of the anchor loss; values below 0.01 count as 0.01 here.
-        learn_scale: learn a common scale of all embeddings.
     """
 
-    def __init__(
-        self, size: int, dim: int, logit_scale: str, label_smoothing: float, learn_scale: bool
-    ) -> None:
+    def __init__(self, size: int, dim: int, logit_scale: str, label_smoothing: float) -> None:
         super().__init__()
         self.table = nn.Embedding(size, dim)
         self.bias = nn.Parameter(torch.zeros(size))
-        self.scale = nn.Parameter(torch.ones(1)) if learn_scale else None
         e = max(label_smoothing, 0.01)
         self.logit_scale: float | Tensor
         match logit_scale:
@@ -55,11 +52,11 @@ class LatentEmbedding(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Embed int64 [...] to float [..., D]."""
-        return self._normalise(self.table(tokens))
+        return _normalise(self.table(tokens))
 
     def rows(self) -> Tensor:
         """Return all embeddings, float [V, D]."""
-        return self._normalise(self.table.weight) if self._frozen is None else self._frozen
+        return _normalise(self.table.weight) if self._frozen is None else self._frozen
 
     def logits(self, z0_hat: Tensor) -> Tensor:
         """Score all tokens for estimates [..., D]; float32 [..., V]."""
@@ -110,16 +107,18 @@ class LatentEmbedding(nn.Module):
         query = (z0_hat * self.logit_scale).to(dtype)
         rows, bias = self.rows().to(dtype), self.bias.to(dtype)
         with torch.autocast(z0_hat.device.type, enabled=False):
+            # [P, V] is never in memory as a whole
             if dtype == torch.bfloat16:
-                return (F.linear(query, rows, bias).softmax(-1) @ rows).float()
-            # as attention over the table, so that [P, V] is never in memory as a whole
-            # (with a mask that requires a gradient torch would not do so)
+                parts = query.split(max(_SCORES // len(rows), 1))
+                means = [F.linear(part, rows, bias).softmax(-1) @ rows for part in parts]
+                return torch.cat(means).float()
+            # as attention over the table (not with a mask that requires a gradient)
             attn_mask = bias.detach().expand(1, 1, len(query), len(rows))
             rows = rows[None, None]
             return F.scaled_dot_product_attention(
                 query[None, None], rows, rows, attn_mask=attn_mask, scale=1.0
             )[0, 0]
 
-    def _normalise(self, rows: Tensor) -> Tensor:
-        unit = F.layer_norm(rows, rows.shape[-1:])
-        return unit if self.scale is None else unit * self.scale
+
+def _normalise(rows: Tensor) -> Tensor:
+    return F.layer_norm(rows, rows.shape[-1:])

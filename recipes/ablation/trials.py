@@ -54,7 +54,6 @@ BASE = {
     "label_smoothing": "0.1",
     "self_cond_rate": "1",
     "self_cond_form": "expected",
-    "embedding_scale": "false",
     "latent_dim": "64",
     "source_copy": "1",
     "scp_offset": "step-matched",
@@ -127,7 +126,6 @@ SWEEPS: dict[str, dict[str, dict[str, str]]] = {
         "width 3": {"source_copy": "3"},
     },
     "Embedding": {
-        "learned scale": {"embedding_scale": "true"},
         "dimension 32": {"latent_dim": "32"},
         "dimension 128": {"latent_dim": "128"},
     },
