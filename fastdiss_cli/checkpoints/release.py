@@ -160,26 +160,26 @@ def card_as_text(card: dict[str, Any]) -> str:
 
 def _check_same(first: Checkpoint, other: Checkpoint, path: Path, other_path: Path) -> None:
     """Refuse to average checkpoints of different models."""
-    differs = ""
-    directions = [
-        [c.dataset.get(side, "") for side in ("source", "target")] for c in (first, other)
-    ]
-    if first.arch != other.arch:
-        differs = f"the architectures differ ({first.arch} and {other.arch})"
-    elif names := _differing_options(first, other):
-        differs = f"model.{names[0]} differs"
-    for side in ("src", "tgt"):
-        hashes = [c.tokenizer(side).hash[:16] for c in (first, other)]
-        if hashes[0] != hashes[1]:
-            differs = differs or f"the {side} tokenizers differ ({' and '.join(hashes)})"
-    if directions[0] != directions[1] and all(map(all, directions)):
-        one, two = map("-".join, directions)
-        differs = differs or f"the directions differ ({one} and {two})"
-    shapes = [{name: w.shape for name, w in c.averaged().items()} for c in (first, other)]
-    if not differs and shapes[0] != shapes[1]:
-        differs = "the weights differ in names or shapes"
-    if differs:
+    if differs := _difference(first, other):
         raise FastdissError(f"{path} and {other_path} cannot be averaged: {differs}")
+
+
+def _difference(first: Checkpoint, other: Checkpoint) -> str:
+    """Return by what two checkpoints are of different models; "" if by nothing."""
+    if first.arch != other.arch:
+        return f"the architectures differ ({first.arch} and {other.arch})"
+    if names := _differing_options(first, other):
+        return f"model.{names[0]} differs"
+    both = first, other
+    for side in ("src", "tgt"):
+        one, two = (checkpoint.tokenizer(side).hash[:16] for checkpoint in both)
+        if one != two:
+            return f"the {side} tokenizers differ ({one} and {two})"
+    one, two = ([c.dataset.get(side, "") for side in ("source", "target")] for c in both)
+    if one != two and all((*one, *two)):
+        return f"the directions differ ({'-'.join(one)} and {'-'.join(two)})"
+    shapes = [{name: w.shape for name, w in c.averaged().items()} for c in both]
+    return "" if shapes[0] == shapes[1] else "the weights differ in names or shapes"
 
 
 def _differing_options(first: Checkpoint, other: Checkpoint) -> list[str]:
