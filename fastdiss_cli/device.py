@@ -79,7 +79,7 @@ def pick_dtype(name: str | torch.dtype, device: torch.device) -> torch.dtype:
     if name == "auto":
         name = "float32"
         if device.type == "cuda":
-            with torch.cuda.device(device):  # GPUs may differ
+            with torch.cuda.device(-1 if device.index is None else device.index):  # GPUs may differ
                 if torch.cuda.is_bf16_supported(including_emulation=False):
                     name = "bfloat16"
     on_cpu = device.type == "cpu" and CPUINFO.exists()

@@ -44,6 +44,32 @@ def test_a_schedule_that_does_not_fall_from_1_to_0_is_refused(
     NoiseSchedule("mine", 1.0)
 
 
+def test_levels_at_single_times_are_those_of_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are remembered: for the same times, type, factor and function only."""
+
+    def levels(schedule: NoiseSchedule, t: torch.Tensor, later: torch.Tensor):
+        return (
+            schedule.alpha(t),
+            schedule.sigma(t),
+            schedule.scale(t),
+            *schedule.transition(t, later),
+        )
+
+    t = torch.tensor(0.3)
+    for schedule in (NoiseSchedule("sqrt", 2.0), NoiseSchedule("sqrt", 3.0)):
+        for dtype in (torch.float32, torch.float64):
+            times = t.to(dtype), torch.tensor(0.7, dtype=dtype)
+            many = levels(schedule, *(time[None] for time in times))
+            for _ in range(2):
+                with torch.inference_mode():
+                    one = levels(schedule, *times)
+                assert {level.dtype for level in one} == {dtype}
+                assert [*map(float, one)] == [*map(float, many)]
+    (schedule.alpha(t) * torch.ones(2, requires_grad=True)).sum().backward()
+    monkeypatch.setitem(ABAR, "sqrt", lambda t: 1 - t)
+    assert schedule.alpha(t).item() == pytest.approx(0.7**0.5)
+
+
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_signal_falls_and_noise_rises(name: str) -> None:
     t = torch.linspace(0, 1, 101)

@@ -12,7 +12,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache, wraps
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,6 +26,23 @@ ABAR: dict[str, Callable[[Tensor], Tensor]] = {
     "linear": lambda t: 1 - t,
     "cosine": lambda t: torch.sin(0.5 * math.pi * (1 - t)) ** 2,  # Nichol & Dhariwal 2021, s = 0
 }
+
+
+def _remembered(levels: Callable[..., Any]) -> Callable[..., Any]:
+    """Remember the levels at single times on the CPU, which sampling asks for in every batch."""
+
+    @lru_cache(maxsize=4096)
+    @torch.inference_mode(False)  # or they could never be used with a gradient
+    def at(schedule: NoiseSchedule, abar: object, dtype: torch.dtype, *times: float) -> Any:
+        return levels(schedule, *(torch.tensor(t, dtype=dtype) for t in times))
+
+    @wraps(levels)
+    def remembered(schedule: NoiseSchedule, *times: Tensor) -> Any:
+        if any(t.dim() or t.device.type != "cpu" for t in times):
+            return levels(schedule, *times)
+        return at(schedule, ABAR[schedule.name], times[0].dtype, *(t.item() for t in times))
+
+    return remembered
 
 
 @dataclass(frozen=True)
@@ -50,14 +68,17 @@ class NoiseSchedule:
 
     # in float64: near t = 0, 1 - abar is too small for float32
 
+    @_remembered
     def alpha(self, t: Tensor) -> Tensor:
         """Return the signal level, in [0, 1], of the shape of t."""
         return torch.sqrt(ABAR[self.name](t.double())).to(t.dtype)
 
+    @_remembered
     def sigma(self, t: Tensor) -> Tensor:
         """Return the standard deviation of the noise, in [0, F], of the shape of t."""
         return (self.factor * torch.sqrt(1 - ABAR[self.name](t.double()))).to(t.dtype)
 
+    @_remembered
     def scale(self, t: Tensor) -> Tensor:
         """Return the standard deviation of a coordinate of z_t where z_0 has unit variance."""
         return torch.sqrt(self.alpha(t) ** 2 + self.sigma(t) ** 2)
@@ -85,6 +106,7 @@ class NoiseSchedule:
         a, variance = self.transition(t, later)
         return _column(a, z_t) * z_t + _column(torch.sqrt(variance), z_t) * noise
 
+    @_remembered
     def transition(self, t: Tensor, later: Tensor) -> tuple[Tensor, Tensor]:
         """Return a = alpha'/alpha and the variance sigma'^2 - a^2 sigma^2 between two times.
 
