@@ -283,7 +283,8 @@ def main() -> None:
                 pool.shutdown(cancel_futures=True)
             future.result()
             print(done[future].folder, file=sys.stderr)
-    os.environ.pop("OMP_NUM_THREADS", None)
+    if arguments.jobs > 1:
+        del os.environ["OMP_NUM_THREADS"]  # speed is that of the whole machine
     if arguments.only in (None, "speed"):
         measure_speed(work, work / "data-bin", plan)
 
