@@ -184,7 +184,7 @@ def build(cls: type[C], values: Mapping[str, Any], section: str = "", arch: str 
         raise OptionError(f"{prefix}{error.option}", error.reason) from None
 
 
-_GONE = {"embedding_scale": False}  # options of older checkpoints that had no effect
+_GONE = {"embedding_scale": False}  # removed options, at the value at which they did nothing
 
 
 def build_saved(cls: type[C], values: Mapping[str, Any], section: str) -> C:

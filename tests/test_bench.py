@@ -26,7 +26,7 @@ def test_the_benchmark_measures_everything(tmp_path: Path, monkeypatch: pytest.M
     dtypes = bench.DTYPES[: 2 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 1]
     monkeypatch.setattr(bench, "DTYPES", dtypes)
     monkeypatch.setattr(bench, "growth", partial(bench.growth, count=4, tokens=256))
-    few = ["--rounds", "1", "--sentences", "8", "--max-tokens", "500", "--out", str(tmp_path)]
+    few = ["--rounds", "1", "--sentences", "4", "--max-tokens", "500", "--out", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", ["bench.py", *few])
     bench.main()
     page = (tmp_path / "RESULTS.md").read_text()
