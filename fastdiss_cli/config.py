@@ -195,12 +195,13 @@ def build_saved(cls: type[C], values: Mapping[str, Any], section: str) -> C:
     """
     fields = dataclasses.fields(cls)  # type: ignore[arg-type]
     before = {field.name: field.metadata.get("before") for field in fields}
-    values = {name: value for name, value in values.items() if (name, value) not in _GONE.items()}
+    values = {n: v for n, v in values.items() if n in before or (n, v) not in _GONE.items()}
     for name in values:
         if name not in before:
+            other = "an older" if name in _GONE else "a newer"
             raise OptionError(
                 f"{section}.{name}",
-                "is not an option of this version of fastdiss: the checkpoint is from a newer one",
+                f"is not an option of this version of fastdiss: the checkpoint is from {other} one",
             )
     then = {name: value for name, value in before.items() if value is not None}
     return build(cls, {**then, **values}, section)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from fastdiss_cli.config import (
     build,
     build_saved,
     idle,
+    option,
     parse_settings,
     read_recipe,
 )
@@ -32,8 +34,14 @@ def test_an_older_checkpoint_keeps_what_it_was_trained_with() -> None:
     assert (oldest.source_copy, oldest.mans_time) == (0.0, "token")
     newer = build_saved(family, {"source_copy": 0.5, "embedding_scale": False}, "model")
     assert (newer.source_copy, newer.mans_time) == (0.5, "token")
-    with pytest.raises(OptionError, match=r"model\.embedding_scale is not an option"):
+    with pytest.raises(OptionError, match=r"model\.embedding_scale is not .* from an older one"):
         build_saved(family, {"embedding_scale": True}, "model")
+
+    @dataclass(frozen=True)
+    class Own:
+        embedding_scale: bool = option(True, "of a user's model")
+
+    assert not build_saved(Own, {"embedding_scale": False}, "model").embedding_scale
 
 
 @pytest.mark.parametrize(

@@ -65,6 +65,8 @@ def test_levels_at_single_times_are_those_of_many(monkeypatch: pytest.MonkeyPatc
                     one = levels(schedule, *times)
                 assert {level.dtype for level in one} == {dtype}
                 assert [*map(float, one)] == [*map(float, many)]
+    schedule.alpha(t).mul_(0)
+    assert schedule.alpha(t) > 0
     (schedule.alpha(t) * torch.ones(2, requires_grad=True)).sum().backward()
     monkeypatch.setitem(ABAR, "sqrt", lambda t: 1 - t)
     assert schedule.alpha(t).item() == pytest.approx(0.7**0.5)

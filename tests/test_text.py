@@ -234,7 +234,7 @@ def test_json_lines_that_hold_no_pair(tmp_path: Path, row: str, reported: str) -
 
 @pytest.mark.parametrize(
     ("text", "encoding"),
-    [("grün\n", "utf-16"), ("two words\nmore\n", "utf-16-le"), ("two words\n", "utf-16-be")],
+    [("grün\n", "utf-16"), ("Hi\nand more\n", "utf-16-le"), ("two words\n", "utf-16-be")],
 )
 def test_text_with_nul_bytes_may_be_utf_16(tmp_path: Path, text: str, encoding: str) -> None:
     (tmp_path / "x").write_bytes(text.encode(encoding))

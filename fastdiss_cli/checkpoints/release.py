@@ -64,7 +64,7 @@ def _of_this_training(folder: Path) -> list[Path]:
             f"leaving out {', '.join(map(str, later))}: later than {LAST}, as of a training that "
             "was set back"
         )
-    return found[: len(found) - len(later)]
+    return [path for path in found if path not in later]
 
 
 def release(paths: Sequence[Path], license: str | None, text: str | None) -> Checkpoint:
@@ -191,5 +191,5 @@ def _differing_options(first: Checkpoint, other: Checkpoint) -> list[str]:
     try:
         config = architecture(first.arch).family.Config
         return sorted(option_changes(one, build_saved(config, two, "model"), "model"))
-    except OptionError:  # of a user module: the architecture, or an option's value
+    except OptionError:  # of a user module or another version: the architecture, or an option
         return sorted(name for name in one.keys() | two.keys() if one.get(name) != two.get(name))

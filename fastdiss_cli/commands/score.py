@@ -291,10 +291,10 @@ def _score(
         }
     except OptionError as error:
         raise typer.BadParameter(f"--{error}") from None
-    for metric in used.values():
-        metrics.prepare(metric, streams)
     for name in wanted:
         column = columns[name] = []
+        if name in used:
+            metrics.prepare(used[name], streams)
         for system in systems:
             if name in used:
                 metric = used[name]
@@ -306,6 +306,8 @@ def _score(
             details = json.loads(found.format(signature=signature, is_json=True))
             line = found.format(signature=signature)
             column.append(Result(found.name, found.score, signature, line, details))
+        if test is None:
+            used.pop(name, None)  # and the n-grams of the references with it
     if test is not None and used:
         hypotheses = [system.hypotheses for system in systems]
         for name, tested in zip(

@@ -237,7 +237,7 @@ def _decode(raw: bytes, name: str, first: int) -> list[str]:
     if first == 1:
         raw = raw.removeprefix(b"\xef\xbb\xbf")
     no_text = f"{name} is not text, or text in UTF-16 (it has NUL bytes): give plain UTF-8"
-    if first == 1 and len(raw) > 8 and 3 * raw.count(0) > len(raw):
+    if len(raw) > 8 and 3 * raw.count(0) > len(raw):
         raise FastdissError(no_text)  # UTF-16 without a mark may be valid UTF-8
     try:
         text = raw.decode("utf-8")

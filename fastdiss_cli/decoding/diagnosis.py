@@ -83,7 +83,7 @@ def by_time(
     """Return one row per tenth of the time axis, with the mean losses per token at its midpoint.
 
     Args:
-        model: a model with ``losses_at``, ``schedule`` and ``self_conditioned``.
+        model: a model with ``schedule`` and ``self_conditioned``.
         options: the step count and the time grid; times in the first step have no stale estimate.
         losses: maps a time, and that of the estimate, to `mean_losses`.
     """

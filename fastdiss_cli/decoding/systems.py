@@ -15,6 +15,7 @@ from fastdiss_cli.errors import FastdissError
 
 # what `output` and `report` write
 _LINE = re.compile(r"([STHDPI])-([0-9]{1,18})\t(.*)", re.DOTALL)
+_SCORE = re.compile(r"-?(\d+\.?\d*(e-?\d+)?|inf|nan)")
 _HISTORY = re.compile(r"E-[0-9]{1,18}_[0-9]+\t")
 _SUMMARY = re.compile(
     r"Generate \S+ with (?P<arch>\S+)(?P<options>( \w+=\S+)*): .*?"
@@ -135,7 +136,10 @@ def read_system(path: Path) -> Generated:
         if number in found[kind] and not (kind == "D" and number == newest):
             raise FastdissError(f"{path}: {kind}-{number} appears twice")
         if kind == "D":
-            newest, rest = number, rest.partition("\t")[2]  # without its score
+            newest = number
+            score, tab, text = rest.partition("\t")
+            if tab or _SCORE.fullmatch(score):  # an empty text may have lost its tab
+                rest = text
         found[kind].setdefault(number, []).append(rest)
     answers = found["D"]
     if not answers:

@@ -305,7 +305,7 @@ def translate(
             first = so_far.sentences
             answers = targets if gold else None
             if first == 0 and len(pairs) >= 10 * WARM_UP:
-                # it fills the pools of threads and memory, and is not timed
+                # it fills the pools of threads and memory, is not timed, and takes a tenth at most
                 options = runs[0].options
                 quick = replace(options, steps=1) if hasattr(options, "steps") else options
                 with processes.attempt("decoding") as attempt:

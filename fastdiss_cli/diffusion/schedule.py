@@ -2,7 +2,7 @@
 
 ``z_t = alpha(t) z_0 + sigma(t) noise`` with ``alpha = sqrt(abar)`` and
 ``sigma = F sqrt(1 - abar)``. The noise factor ``F`` is part of the schedule, which training and
-sampling share. To add a schedule, add its ``abar`` to `ABAR`: a decreasing function with
+sampling share. To add a schedule, add its ``abar`` to `ABAR`: a decreasing function of t alone with
 ``abar(0) = 1`` and ``abar(1) = 0`` exactly, because sampling starts from pure noise.
 """
 # B batch, T target length, D latent
@@ -13,13 +13,15 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, lru_cache, wraps
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fastdiss_cli.errors import FastdissError
+
+L = TypeVar("L", bound=Callable[..., Any])
 
 ABAR: dict[str, Callable[[Tensor], Tensor]] = {
     "sqrt": lambda t: 1 - torch.sqrt(t),  # Li et al. 2022, Diffusion-LM, without its offset
@@ -28,21 +30,24 @@ ABAR: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def _remembered(levels: Callable[..., Any]) -> Callable[..., Any]:
+def _remembered(levels: L) -> L:
     """Remember the levels at single times on the CPU, which sampling asks for in every batch."""
 
     @lru_cache(maxsize=4096)
     @torch.inference_mode(False)  # or they could never be used with a gradient
+    @torch.no_grad()
     def at(schedule: NoiseSchedule, abar: object, dtype: torch.dtype, *times: float) -> Any:
-        return levels(schedule, *(torch.tensor(t, dtype=dtype) for t in times))
+        return levels(schedule, *(torch.tensor(t, dtype=dtype, device="cpu") for t in times))
 
     @wraps(levels)
     def remembered(schedule: NoiseSchedule, *times: Tensor) -> Any:
         if any(t.dim() or t.device.type != "cpu" for t in times):
             return levels(schedule, *times)
-        return at(schedule, ABAR[schedule.name], times[0].dtype, *(t.item() for t in times))
+        found = at(schedule, ABAR[schedule.name], times[0].dtype, *(t.item() for t in times))
+        # copies, for callers that compute in place
+        return found.clone() if isinstance(found, Tensor) else tuple(x.clone() for x in found)
 
-    return remembered
+    return cast(L, remembered)
 
 
 @dataclass(frozen=True)

@@ -107,7 +107,7 @@ class LatentEmbedding(nn.Module):
         query = (z0_hat * self.logit_scale).to(dtype)
         rows, bias = self.rows().to(dtype), self.bias.to(dtype)
         with torch.autocast(z0_hat.device.type, enabled=False):
-            # [P, V] is never in memory as a whole
+            # without a gradient, [P, V] is never in memory as a whole
             if dtype == torch.bfloat16:
                 parts = query.split(max(_SCORES // len(rows), 1))
                 means = [F.linear(part, rows, bias).softmax(-1) @ rows for part in parts]
