@@ -62,6 +62,11 @@ class Curves:
         return [row["update"] for row in rows], [row[key] for row in rows]
 
 
+def _is_timed(point: Point) -> bool:
+    """Return whether the speed is that of sampling: a diagnosis takes evaluations of its own."""
+    return "diagnose" not in point.figures.options
+
+
 def plot_quality(path: Path, points: Sequence[Point], quality: str) -> None:
     """Plot quality against steps and, beside it, against speed.
 
@@ -79,7 +84,8 @@ def plot_quality(path: Path, points: Sequence[Point], quality: str) -> None:
     left, right = figure.subplots(1, 2, sharey=True)
     for number, (label, group) in enumerate(groups.items()):
         style = _style(number) | {"label": _as_text(label)}
-        scores, speeds = [p.score for p in group], [p.figures.speed for p in group]
+        scores = [p.score for p in group]
+        speeds = [p.figures.speed if _is_timed(p) else math.nan for p in group]
         steps = [_steps_taken(p.figures) for p in group]
         if None in steps:
             for score in scores:
@@ -92,6 +98,8 @@ def plot_quality(path: Path, points: Sequence[Point], quality: str) -> None:
         place = (0, -13) if number % 2 else (0, 6)  # above one curve, below the next
         beside = {"xytext": place, "textcoords": "offset points", "ha": "center", "fontsize": 8}
         for x, point in zip(speeds, group, strict=True):
+            if not _is_timed(point):
+                continue
             count = str(point.figures.steps)
             if point.figures.stops_early:
                 count += f" ({point.figures.nfe:g})"
@@ -104,10 +112,14 @@ def plot_quality(path: Path, points: Sequence[Point], quality: str) -> None:
         left.minorticks_off()
     else:  # horizontal lines only
         left.set_xticks([])
-    right.set(xscale="log", xlabel="sentences/s (log scale; numbers are steps)")
+    right.set(xlabel="sentences/s (log scale; numbers are steps)")
     for axes in (left, right):  # they share the vertical axis
         axes.margins(y=0.12)  # room for the numbers
-    _plain_ticks(right)
+    if any(map(_is_timed, points)):
+        right.set_xscale("log")
+        _plain_ticks(right)
+    else:
+        right.set_xticks([])
     _save(figure, path)
 
 

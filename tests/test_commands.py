@@ -405,7 +405,9 @@ def test_diagnosis_is_written_beside_the_hypotheses(
         "generate", data_bin, "--path", fastdiss, "--steps", "2,4", "--diagnose",
         "--time-grid", "uniform", "--results-path", tmp_path,
     )  # fmt: skip
-    assert done.returncode == 0 and "given nothing" in done.stdout
+    assert done.returncode == 0 and "given nothing" in done.stdout and "gap: from" in done.stdout
+    speeds = [line.split()[-1] for line in done.stdout.splitlines() if " 2.0 " in line[:16]]
+    assert speeds == ["-"]  # not that of sampling
     for steps in (2, 4):
         path = tmp_path / f"generate-test.steps{steps}.diagnosis.json"
         tables = json.loads(path.read_text())

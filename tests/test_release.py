@@ -120,8 +120,13 @@ def test_a_release_generates_what_the_checkpoint_does(files: list[Path], tmp_pat
     assert run_cli(*more, "--steps=2", stdin=text).stdout.splitlines() == one
 
 
-def test_several_are_averaged(trained: Path, files: list[Path], tmp_path: Path) -> None:
+def test_several_are_averaged(
+    trained: Path, files: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     by_name, by_count = tmp_path / "by_name.safetensors", tmp_path / "by_count.safetensors"
+    monkeypatch.chdir(tmp_path)
+    assert run_cli("average", files[1], files[2]).returncode == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["averaged.safetensors"]
     alone = run_cli("average", trained, "--output", by_name)
     one_line_error(alone, "stands for one checkpoint: name several, or --last N", code=2)
     assert run_cli("average", files[1], files[2], "--output", by_name).returncode == 0

@@ -363,6 +363,16 @@ def test_quality_is_drawn_against_steps_and_speed(tmp_path: Path, ending: str) -
 
 
 @needs_matplotlib
+def test_the_speed_of_a_diagnosis_is_not_drawn(tmp_path: Path) -> None:
+    out = tmp_path / "out.svg"
+    lines = [summary("fastdiss_tiny", 8, steps=77, **more) for more in ({}, {"diagnose": True})]
+    paths = [generated(tmp_path / str(n), POOR, line) for n, line in enumerate(lines)]
+    for files, count in ((paths, 2), (paths[1:], 1)):  # at the points, and under the axis of steps
+        assert run_cli("score", *files, "--metrics=bleu", "--plot", out).returncode == 0
+        assert out.read_text().count(">77<") == count
+
+
+@needs_matplotlib
 def test_curves_are_told_apart_by_what_differs(tmp_path: Path) -> None:
     out = tmp_path / "out.svg"
     long = "n" * 70  # a name that would be wider than the picture
@@ -560,6 +570,8 @@ def test_no_training_curves_without_a_log(tmp_path: Path) -> None:
     assert f"{tmp_path}: no metrics.jsonl; `fastdiss train` writes it" in message
     message = one_line_error(run_cli("plot", generated(tmp_path / "out.txt", POOR)))
     assert "line 1 is not a record of metrics.jsonl" in message and "score --plot" in message
+    checkpoint = write(tmp_path / "model.safetensors", ["x"])
+    one_line_error(run_cli("plot", checkpoint), "is a checkpoint: give the folder of the training")
     log(tmp_path / "a" / "metrics.jsonl")
     one_line_error(run_cli("plot", tmp_path), f"no metrics.jsonl; there is one in {tmp_path / 'a'}")
     assert "is empty" in one_line_error(run_cli("plot", write(tmp_path / "metrics.jsonl", [])))

@@ -24,8 +24,14 @@ def export(
         ),
     ] = None,
     output: Annotated[
-        Path, typer.Option("--output", "-o", metavar="FILE", help="The file to write.")
-    ] = Path("model.safetensors"),
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="FILE",
+            help="The file to write. (default: model.safetensors; averaged.safetensors by average)",
+        ),
+    ] = None,
     last: Annotated[
         int,
         typer.Option(
@@ -45,9 +51,11 @@ def export(
     which `fastdiss card` shows. It has no optimizer state, so training cannot resume from it.
     """
     given = checkpoints or [Path("checkpoints")]
+    averages = context.info_name == "average"
+    output = output or Path("averaged.safetensors" if averages else "model.safetensors")
     if last and not all(path.is_dir() for path in given):
         raise typer.BadParameter("--last needs a folder, not files")
-    if context.info_name == "average" and not last and len(given) == 1 and given[0].is_dir():
+    if averages and not last and len(given) == 1 and given[0].is_dir():
         raise typer.BadParameter(f"{given[0]} stands for one checkpoint: name several, or --last N")
     if _OF_TRAINING.fullmatch(output.name):
         raise typer.BadParameter(f"--output {output}: the name is reserved for `fastdiss train`")

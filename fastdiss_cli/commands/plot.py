@@ -60,6 +60,8 @@ def read_curves(path: Path) -> Curves:
         if below:
             hint = f"; there is one in {', '.join(below[:4])}"
         raise FastdissError(f"{path}: no metrics.jsonl{hint}")
+    if path.suffix == ".safetensors":
+        raise FastdissError(f"{path} is a checkpoint: give the folder of the training")
     path = path / "metrics.jsonl" if path.is_dir() else path
     rows = []
     lines = list(read_lines(path))

@@ -16,12 +16,12 @@ from typing import Any
 
 import torch
 
+from fastdiss_cli import logs
 from fastdiss_cli.data.batching import TokenBatcher
 from fastdiss_cli.data.dataset import TokenFile
 from fastdiss_cli.decoding.generation import Run, SequenceGenerator
 from fastdiss_cli.device import autocast
 from fastdiss_cli.diffusion.schedule import grid_position, grid_time
-from fastdiss_cli.logs import counted
 from fastdiss_cli.models.registry import HistoryStep, Hypothesis, Seq2SeqModel
 from fastdiss_cli.randomness import seed_everything
 
@@ -88,19 +88,22 @@ def by_time(
         losses: maps a time, and that of the estimate, to `mean_losses`.
     """
     table = []
-    for bucket in range(BUCKETS):
-        t = (bucket + 0.5) / BUCKETS
-        row: Row = {"t": round(t, 4)}
-        conditions: dict[str, float | None] = {"nothing": None}
-        if model.self_conditioned:
-            conditions["fresh"] = t
-            position = grid_position(torch.tensor(t), options.time_grid, model.schedule)
-            position += 1 / options.steps
-            if position <= 1:
-                conditions["stale"] = float(grid_time(position, options.time_grid, model.schedule))
-        for condition, at in conditions.items():
-            row[f"mse_{condition}"], row[f"anchor_{condition}"] = losses(t, at)
-        table.append(row)
+    with logs.progress("measuring losses", BUCKETS) as bar:
+        for bucket in range(BUCKETS):
+            t = (bucket + 0.5) / BUCKETS
+            row: Row = {"t": round(t, 4)}
+            conditions: dict[str, float | None] = {"nothing": None}
+            if model.self_conditioned:
+                conditions["fresh"] = t
+                position = grid_position(torch.tensor(t), options.time_grid, model.schedule)
+                position += 1 / options.steps
+                if position <= 1:
+                    earlier = grid_time(position, options.time_grid, model.schedule)
+                    conditions["stale"] = float(earlier)
+            for condition, at in conditions.items():
+                row[f"mse_{condition}"], row[f"anchor_{condition}"] = losses(t, at)
+            table.append(row)
+            bar.advance()
     return table
 
 
@@ -130,9 +133,11 @@ def mean_losses(
 def describe_diagnosis(steps: int, tables: dict[str, list[Row]]) -> str:
     """Return the tables of a run as text."""
     return (
-        f"\n{counted(steps, 'step')}, by sampling step\n{_table(tables['by_step'])}\n\n"
+        f"\n{logs.counted(steps, 'step')}, by sampling step\n{_table(tables['by_step'])}\n\n"
         "losses by time, given nothing, a fresh estimate, or a stale one (of the step before)\n"
-        f"{_table(tables['by_time'])}"
+        f"{_table(tables['by_time'])}\n\n"
+        "gap: from the estimate of a fresh one; norm: 1 for embeddings; changed: share of tokens; "
+        "-: no step before"
     )
 
 

@@ -97,8 +97,10 @@ def table(summaries: Sequence[Summary]) -> str:
     lines = [f"{'steps':>5}  {'NFE':>6}  {'BLEU':>6}  {'sentences/s':>11}"]
     for summary in summaries:
         bleu = f"{summary.bleu.score:.2f}" if summary.bleu else "-"
-        steps = summary.run.options.steps
-        lines.append(f"{steps:>5}  {summary.nfe:>6.1f}  {bleu:>6}  {_digits(summary.speed):>11}")
+        options = summary.run.options
+        # a diagnosis takes evaluations that are none of sampling's
+        speed = "-" if getattr(options, "diagnose", False) else _digits(summary.speed)
+        lines.append(f"{options.steps:>5}  {summary.nfe:>6.1f}  {bleu:>6}  {speed:>11}")
     if summaries[0].bleu:
         lines.append(f"BLEU signature: {summaries[0].signature}")
     return "\n".join(lines)
