@@ -110,7 +110,7 @@ class Training:
         copies = 3 + (self.state.ema is not None)  # weights, moments of AdamW, average
         warn_of_little_space(save_dir, 4 * copies * self.model.num_parameters())
         if config.compile:
-            logs.info("compiling: the first updates take minutes")
+            logs.info("compiling: the first updates may take minutes")
             # batches with and without padding, gradient and dropout are more variants than torch
             # allows by default
             torch._dynamo.config.cache_size_limit = 64
