@@ -193,6 +193,7 @@ class Translator:
         if decoding.get("self_cond") == "gold":
             raise FastdissError("self_cond='gold' needs references: use `fastdiss generate DATA`")
         run = Run(build(model.Decoding, decoding))
+        model.check_decoding(run.options)
         if sentences:
             # as `generate` and `preprocess` read a line, such as one of an open file
             lines = [on_one_line(s.removesuffix("\n").removesuffix("\r")) for s in sentences]

@@ -558,10 +558,16 @@ def test_closed_streams_are_no_empty_ones(fastdiss: Path, tmp_path: Path) -> Non
     assert silent.returncode == 0
 
 
-def test_there_are_limits_to_a_beam(data_bin: Path, transformer: Path) -> None:
-    for wrong, message in ((["--beam", "1001"], "1000"), (["--lenpen", "nan"], "from -10 to 10")):
-        done = run_cli("generate", data_bin, "--path", transformer, *wrong)
+def test_there_are_limits_to_a_beam(data_bin: Path, transformer: Path, fastdiss: Path) -> None:
+    for path, wrong, message in (
+        (transformer, ["--beam", "1001"], "1000"),
+        (transformer, ["--lenpen", "nan"], "from -10 to 10"),
+        (fastdiss, ["--length-beam", "130"], "at most 129, one more than"),
+    ):
+        done = run_cli("generate", data_bin, "--path", path, *wrong)
         one_line_error(done, message, wrong[0], code=2)
+    with pytest.raises(FastdissError, match="length_beam must be at most 129"):
+        fastdiss_cli.load(fastdiss).generate(["eins"], length_beam=130)
 
 
 @pytest.mark.parametrize("family", ["difformer", "transformer"])

@@ -180,8 +180,9 @@ def test_more_lengths_than_there_are_is_refused() -> None:
     model, sources = make_model("difformer", max_length_offset=3), random_sentences(2)
     memory = model.encode(*pad(sources, VOCAB.pad))
     assert len(model.decode(memory, torch.arange(2), model.Decoding(length_beam=4))[0]) == 4
-    with pytest.raises(FastdissError, match=r"length_beam 5: .* at most 4 lengths"):
-        model.decode(memory, torch.arange(2), model.Decoding(length_beam=5))
+    model.check_decoding(model.Decoding(length_beam=4))
+    with pytest.raises(FastdissError, match=r"length_beam must be at most 4, .* not 5"):
+        model.check_decoding(model.Decoding(length_beam=5))
 
 
 def test_the_most_likely_lengths_are_tried() -> None:

@@ -104,7 +104,9 @@ def decoding_options(model: Seq2SeqModel, arch: str, given: dict[str, Any]) -> A
             flags = ", ".join(_flag(name) for name in known if name in ("steps", *FLAGS))
             raise typer.BadParameter(f"{_flag(key)} does not apply to {arch}, which has {flags}")
     try:
-        return model.Decoding(**given)
+        options = model.Decoding(**given)
+        model.check_decoding(options)
+        return options
     except OptionError as error:
         raise _wrong_usage(error) from None
 

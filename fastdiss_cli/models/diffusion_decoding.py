@@ -19,7 +19,6 @@ from fastdiss_cli.data.layout import Layout
 from fastdiss_cli.diffusion.sampler import SELF_COND_MODES, sample
 from fastdiss_cli.diffusion.schedule import TIME_GRIDS, NoiseSchedule
 from fastdiss_cli.diffusion.solvers import SOLVERS
-from fastdiss_cli.errors import FastdissError
 from fastdiss_cli.models.candidates import Candidates
 from fastdiss_cli.models.denoiser import Denoiser
 from fastdiss_cli.models.embedding import FORMS, LatentEmbedding
@@ -104,6 +103,11 @@ class SampledModel(Seq2SeqModel):
     @abstractmethod
     def predict_lengths(self, memory: Memory) -> Tensor:
         """Return log-probabilities of target length - source length + max_length_offset."""
+
+    def check_decoding(self, options: DiffusionDecoding) -> None:
+        most = self.config.max_length_offset + 1  # a source of one token has no more lengths
+        reason = f"at most {most}, one more than the model's max_length_offset"
+        require(options, "length_beam", options.length_beam <= most, reason)
 
     @property
     def self_conditioned(self) -> bool:
@@ -247,20 +251,12 @@ class SampledModel(Seq2SeqModel):
         """Return the most likely target lengths of each sentence and their probabilities.
 
         Both are [B, beam], int64 and float; lengths are at least 1.
-
-        Raises:
-            FastdissError: a source of one token has fewer possible lengths.
         """
         limit = self.config.max_length_offset
         src_lengths = memory.layout.lengths[:, None]
         log_probs = self.predict_lengths(memory)
         reachable = src_lengths + torch.arange(-limit, limit + 1, device=src_lengths.device) >= 1
         log_probs = log_probs.masked_fill(~reachable, float("-inf"))
-        if beam > limit + 1:
-            raise FastdissError(
-                f"length_beam {beam}: a model with max_length_offset {limit} tries at most "
-                f"{limit + 1} lengths"
-            )
         best = log_probs.topk(beam, dim=1)
         return src_lengths + best.indices - limit, best.values.exp()
 

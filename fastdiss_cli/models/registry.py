@@ -169,6 +169,9 @@ class Seq2SeqModel(nn.Module, ABC):
         """Return the names of the options of ``Decoding``."""
         return [field.name for field in dataclasses.fields(cls.Decoding)]
 
+    def check_decoding(self, options: Any) -> None:
+        """Raise an `OptionError` if a ``Decoding`` does not fit this model."""
+
     @property
     def device(self) -> torch.device:
         return next(self.parameters()).device
