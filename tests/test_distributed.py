@@ -368,6 +368,24 @@ def no_memory_to_decode(rank: int, on: int, at: int) -> None:
     Difformer.decode = decode
 
 
+@pytest.mark.parametrize("number", [3, 6])
+def test_a_signal_in_a_window_of_several_ranks_leaves_no_gap(
+    data_bin: Path, trained: Path, number: int
+) -> None:
+    """The batches are sorted by length, so what is done by then is anywhere in the window."""
+    generate = ["generate", data_bin, "--path", trained, "--device=cpu", "--max-tokens", "60"]
+    whole = run_cli(*generate).stdout
+    first, second = run_ranks(2, *generate, prepare=partial(first_is_signalled, number=number))
+    assert (first.returncode, second.returncode, second.stdout) == (143, 143, ""), first.stderr
+    assert whole.startswith(first.stdout) and len(first.stdout) < len(whole)
+
+
+def first_is_signalled(rank: int, number: int) -> None:
+    """Send the first rank a signal in its n-th batch; the other one goes on to its last."""
+    if rank == 0:
+        signalled_in_batch(rank, 0, number, (signal.SIGTERM,))
+
+
 def test_a_signal_to_any_rank_ends_generate(data_bin: Path, trained: Path) -> None:
     generate = ["generate", data_bin, "--path", trained, "--device=cpu", "--buffer-size", "6"]
     whole = run_cli(*generate).stdout

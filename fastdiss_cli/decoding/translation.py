@@ -281,9 +281,10 @@ def translate(
     src, tgt = tokenizers
     first_rank = processes.rank == 0
     to_terminal = any(output.file is sys.stdout for output in outputs) and logs.stdout_is_terminal()
-    colour = to_terminal and logs.wants_colour()
     # readers of a stream, or of lines without numbers, rely on their order
     gapless = plain or any(output.path is None for output in outputs)
+    how = [(gapless, to_terminal and logs.wants_colour())] if first_rank else []
+    ((gapless, colour),) = processes.gather(how)  # all ranks write for the outputs of the first
     so_far = Translation([CorpusBleu() for _ in runs])
     with logs.progress("generating", corpus.total, hidden=to_terminal) as bar:
         while not so_far.signal:
