@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import os
 import re
+import signal
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -133,6 +134,8 @@ class Processes:
             # skips torch's shutdown, in which a thread without its peer may abort the interpreter
             codes = {KeyboardInterrupt: 130, BrokenPipeError: BROKEN_PIPE}
             code = codes.get(type(error), getattr(error, "code", 1))
+            # torchrun ends the others with it, maybe before the error is reported
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
             atexit.register(_leave, code)
             return
         if common and self.rank == 0:

@@ -242,9 +242,9 @@ def test_a_rank_that_dies_under_torchrun_ends_the_others(data_bin: Path, tmp_pat
 
 @pytest.mark.parametrize(("error", "code"), [("FastdissError('no')", 1), ("SystemExit(143)", 143)])
 def test_a_rank_that_fails_alone_is_not_aborted_by_torchs_threads(error: str, code: int) -> None:
-    """The interpreter's shutdown, here an abort, is never reached."""
+    """The interpreter's shutdown, here an abort, is never reached; torchrun's signal is too late."""
     script = f"""
-import atexit, os, sys, torch
+import atexit, os, signal, sys, torch
 from fastdiss_cli.distributed import Processes
 from fastdiss_cli.errors import FastdissError
 atexit.register(os.abort)
@@ -253,6 +253,7 @@ try:
         processes.world_size = 2
         raise {error}
 except FastdissError as error:
+    os.kill(os.getpid(), signal.SIGTERM)
     print("error:", error)
     sys.exit(1)
 """
