@@ -242,7 +242,7 @@ def test_a_rank_that_dies_under_torchrun_ends_the_others(data_bin: Path, tmp_pat
 
 @pytest.mark.parametrize(("error", "code"), [("FastdissError('no')", 1), ("SystemExit(143)", 143)])
 def test_a_rank_that_fails_alone_is_not_aborted_by_torchs_threads(error: str, code: int) -> None:
-    """The interpreter's shutdown, here an abort, is never reached; torchrun's signal is too late."""
+    """Neither the interpreter's shutdown (here an abort) nor torchrun's signal stops the line."""
     script = f"""
 import atexit, os, signal, sys, torch
 from fastdiss_cli.distributed import Processes
