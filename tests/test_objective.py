@@ -192,19 +192,38 @@ def test_uniform_stale_times_stay_uniform_above_the_time_of_the_token() -> None:
 
 @pytest.mark.parametrize("shared", [False, True])
 def test_the_network_gets_the_time_of_the_sentence(shared: bool) -> None:
-    """In both passes it sees the noise that MANS adds, but not the times t_i."""
+    """In both passes it sees the noise that MANS adds, but neither the times t_i nor their norm."""
     mans = MANS(0.5, "distance", (0.2, 1.0), 0, shared, "sentence")
     denoise, t = Recorder(), torch.full((B,), 0.4)
     given, z_0, noise = condition(denoise, t, scp(unroll=0.0), mans, torch.zeros(B, T))
     assert (given.t > 0.4).all()
     assert torch.equal(given.network_t, t[:, None])
     torch.testing.assert_close(denoise.calls[-1][1], torch.full((B, 1), 0.6))
+    noised = SCHEDULE.add_noise(z_0, given.t, noise)
     torch.testing.assert_close(
-        given.z_t(SCHEDULE, z_0, noise), SCHEDULE.add_noise(z_0, given.t, noise)
+        SCHEDULE.unit(given.z_t(SCHEDULE, z_0, noise), given.network_t),
+        SCHEDULE.unit(noised, given.t),
     )
     by_token = MANS(0.5, "distance", (0.2, 1.0), 0, shared, "token")
     given, *_ = condition(Recorder(), t, scp(), by_token, torch.zeros(B, T))
     assert torch.equal(given.network_t, given.t)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_the_norm_of_what_the_network_is_given_says_nothing_of_the_tokens(shared: bool) -> None:
+    """Half of the tokens are easy; in both passes all have unit variance at the time it is told."""
+    mans = MANS(1.0, "distance", (0.2, 1.0), 0, shared, "sentence")
+    z_0, noise = torch.randn(2, 2, 64, 512, generator=torch.Generator().manual_seed(1))
+    easy = torch.arange(64).expand(2, -1) % 2
+    denoise, t = Recorder(), torch.full((2, 1), 0.05)
+    given = perturbed_self_conditioning(
+        denoise, as_it_is, lambda _: 1.0 - easy, SCHEDULE, scp(gap=0.5), mans, z_0, noise, t, 1
+    )
+    assert (given.t > 0.1).sum() == easy.sum()
+    final = given.z_t(SCHEDULE, z_0, noise), given.network_t
+    for z, told in (final, denoise.calls[-1][:2]):
+        deviations = SCHEDULE.unit(z, told).std(-1)
+        torch.testing.assert_close(deviations, torch.ones(2, 64), rtol=0, atol=0.15)
 
 
 def test_mans_by_probability_has_its_anchors_the_other_way_round() -> None:
@@ -295,6 +314,8 @@ def test_an_unrolled_step_takes_what_sampling_would(mans_time: str) -> None:
     assert torch.equal(times, same) and len(times.unique()) > 3
     _, between = SCHEDULE.transition(times, times + 0.1)
     weight = SCHEDULE.alpha(times) * between / SCHEDULE.sigma(times + 0.1) ** 2
+    if mans_time == "sentence":  # the network is given z_t with the variance of t
+        weight = weight * SCHEDULE.scale(t)[:, None] / SCHEDULE.scale(times)
     wanted = (3 * weight)[..., None].expand(B, T, D)
     torch.testing.assert_close(one - zero, wanted, rtol=1e-3, atol=1e-4)
 

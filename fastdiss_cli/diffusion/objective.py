@@ -36,11 +36,11 @@ class Condition:
 
     def z_t(self, schedule: NoiseSchedule, z_0: Tensor, noise: Tensor) -> Tensor:
         """Return the network's input, float [B, T, D], from clean embeddings and their noise."""
-        noised = schedule.add_noise(z_0, self.t, noise)
-        if self.unrolled is None:
-            return noised
-        sampled, chosen = self.unrolled
-        return torch.where(chosen, sampled, noised)
+        z_t = schedule.add_noise(z_0, self.t, noise)
+        if self.unrolled is not None:
+            sampled, chosen = self.unrolled
+            z_t = torch.where(chosen, sampled, z_t)
+        return z_t if self.network_t is self.t else schedule.as_at(self.network_t, z_t, self.t)
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,8 @@ class MANS:
             in sampling nothing does.
         time: whether the network is given the time t of the ``sentence`` or t_i of each ``token``.
             The times t_i reveal which tokens it gets right. In sampling all of them are equal,
-            which a network trained with t_i takes to mean that every token is wrong.
+            which a network trained with t_i takes to mean that every token is wrong. With
+            ``sentence`` z_t also has the variance of t, or its norm would reveal t_i.
     """
 
     strength: float
@@ -223,7 +224,9 @@ def perturbed_self_conditioning(
     token_stale_t = scp.token_stale_times(token_t, t, stale_t)
     z_stale = scp.stale_z(schedule, z_0, noise, token_t, token_stale_t)
     network_stale_t = token_stale_t if by_token else stale_t.clamp(max=1)
-    estimate = denoise(z_stale, network_stale_t, zeros)
+    hides = scaled and not by_token
+    z_given = schedule.as_at(network_stale_t, z_stale, token_stale_t) if hides else z_stale
+    estimate = denoise(z_given, network_stale_t, zeros)
     if shared:
         moved = mans.token_times(t, mans.ease(measure(estimate)))
         token_t = torch.minimum(moved, token_stale_t)

@@ -92,6 +92,13 @@ class NoiseSchedule:
         """Return z_t, float [B, T, D], scaled to unit variance; t as in `add_noise`."""
         return z_t / _column(self.scale(t), z_t)
 
+    def as_at(self, other: Tensor, z_t: Tensor, t: Tensor) -> Tensor:
+        """Return z_t, float [B, T, D], with the variance that it would have at another time.
+
+        Its norm then gives away nothing about t. Times as in `add_noise`.
+        """
+        return z_t * _column(self.scale(other) / self.scale(t), z_t)
+
     def add_noise(self, z_0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """Return z_t, float [B, T, D], for times [], [B], [B, 1] or [B, T]."""
         return _column(self.alpha(t), z_0) * z_0 + _column(self.sigma(t), z_0) * noise
