@@ -155,7 +155,9 @@ class Processes:
         return total.tolist()
 
     def sum_gradients(self, parameters: Iterable[Tensor], failed: bool) -> float:
-        """Sum gradients over all ranks in one all-reduce; a missing gradient counts as 0.
+        """Sum gradients over all ranks in one all-reduce.
+
+        A missing gradient counts as 0; one that no rank has stays missing, as in one process.
 
         Args:
             parameters: their gradients are replaced by the sum.
@@ -166,18 +168,17 @@ class Processes:
         """
         if self.world_size == 1:
             return float(failed)
-        grads = []
-        for p in parameters:
-            if p.grad is None:
-                p.grad = torch.zeros_like(p)
-            grads.append(p.grad)
-        flat = torch.cat([*(grad.flatten() for grad in grads), grads[0].new_tensor([failed])])
+        weights = list(parameters)
+        counts = [float(failed), *(float(p.grad is not None) for p in weights)]
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in weights]
+        flat = torch.cat([*(grad.flatten() for grad in grads), grads[0].new_tensor(counts)])
         with self.reporting_lost_peers():
             dist.all_reduce(flat)
-        *summed, failures = flat.split([*(grad.numel() for grad in grads), 1])
-        for grad, total in zip(grads, summed, strict=True):
-            grad.copy_(total.view_as(grad))
-        return float(failures)
+        *summed, counts_everywhere = flat.split([*(p.numel() for p in weights), len(counts)])
+        failures, *present = counts_everywhere.tolist()
+        for p, total, ranks in zip(weights, summed, present, strict=True):
+            p.grad = total.view_as(p) if ranks else None
+        return failures
 
     def gather(self, items: list[Any]) -> list[Any]:
         """Concatenate lists over all ranks, on every rank."""

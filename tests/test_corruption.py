@@ -494,6 +494,16 @@ def test_an_ensemble_is_refused() -> None:
         Checkpoint.load(Path("a.safetensors:b.safetensors"))
 
 
+def test_a_flipped_bit_in_the_facts_is_damage(saved: bytes, tmp_path: Path) -> None:
+    """The message does not quote them."""
+    path = tmp_path / "x.safetensors"
+    header, tensors = parts(saved)
+    header["__metadata__"]["fastdiss"] = "x" + header["__metadata__"]["fastdiss"]
+    path.write_bytes(joined(header, tensors))
+    with pytest.raises(FastdissError, match=r"x.safetensors is damaged \(its facts are not JSON\)"):
+        Checkpoint.load(path)
+
+
 def test_an_empty_checkpoint_is_damaged(tmp_path: Path) -> None:
     """As after a save to a full disk by another program."""
     (tmp_path / "x.safetensors").touch()

@@ -240,6 +240,20 @@ def test_a_rank_that_dies_under_torchrun_ends_the_others(data_bin: Path, tmp_pat
     assert "rank 0 of 2: another process has ended" in line and lines[-1] == line
 
 
+def test_a_weight_that_no_rank_has_a_gradient_for_is_left_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Zeros would let AdamW decay it, unlike in one process. The other rank is simulated."""
+    both, other, none = (torch.nn.Parameter(torch.ones(2)) for _ in range(3))
+    both.grad = torch.full((2,), 3.0)
+    theirs = torch.tensor([1.0, 1.0, 5.0, 5.0, 0.0, 0.0, 1.0, 1.0, 1.0, 0.0])
+    monkeypatch.setattr("torch.distributed.all_reduce", lambda flat: flat.add_(theirs))
+    processes = Processes(torch.device("cpu"))
+    processes.world_size = 2
+    assert processes.sum_gradients([both, other, none], failed=False) == 1  # the other rank
+    assert both.grad.tolist() == [4, 4] and other.grad.tolist() == [5, 5] and none.grad is None
+
+
 @pytest.mark.parametrize(("error", "code"), [("FastdissError('no')", 1), ("SystemExit(143)", 143)])
 def test_a_rank_that_fails_alone_is_not_aborted_by_torchs_threads(error: str, code: int) -> None:
     """Neither the interpreter's shutdown (here an abort) nor torchrun's signal stops the line."""

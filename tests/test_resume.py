@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 from functools import partial
 from pathlib import Path
@@ -150,6 +151,19 @@ def test_options_that_a_checkpoint_does_not_know_have_their_defaults(
         start(data_bin, tmp_path)
     message = str(refused.value)
     assert "settings: model.source_copy was 0.0 and is now 1.0; train.dtype was auto" in message
+
+
+def test_an_option_of_a_newer_version_is_told_with_its_file(data_bin: Path, tmp_path: Path) -> None:
+    start(data_bin, tmp_path, max_update=1).run()
+    newer = newest(tmp_path)
+    newer.model_config["invented"] = 1
+    path = tmp_path / "checkpoint_last.safetensors"
+    newer.save(path)
+    told = f"{path}: model.invented is not an option of this version"
+    with pytest.raises(FastdissError, match=re.escape(told)):
+        start(data_bin, tmp_path)
+    with pytest.raises(FastdissError, match=re.escape(told)):
+        start(data_bin, tmp_path / "next", begin_with=path)
 
 
 def test_a_cosine_knows_its_end(data_bin: Path, tmp_path: Path) -> None:

@@ -661,6 +661,33 @@ def test_a_training_that_is_set_back_keeps_what_was_later(
     assert later.exists() and not early.exists()
 
 
+def test_a_best_checkpoint_that_is_lost_is_not_named(
+    data_bin: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Here later weights are worse: without the warning, none would ever be saved as the best."""
+    often = {"keep_last": 0, "validate_interval_updates": 2}
+    training = start(data_bin, tmp_path, max_update=2, **often)
+    training.run()
+    training.progress.best = 101.0
+    training.progress.best_update = 1
+    training.state.save(tmp_path, numbered=False, final=True)
+    best = tmp_path / "checkpoint_best.safetensors"
+    best.unlink()
+    start(data_bin, tmp_path, max_update=4, **often).run()
+    assert f"{best} is missing or damaged: the next validation will be" in capsys.readouterr().err
+    assert best.exists()
+
+
+def test_a_best_checkpoint_of_other_settings_is_told(
+    data_bin: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    start(data_bin, tmp_path, max_update=1).run()
+    capsys.readouterr()
+    start(data_bin, tmp_path, max_update=2, valid_steps=3, accept_changes=True)
+    told = "checkpoint_best.safetensors is the best before these changes: `generate` takes it"
+    assert told in capsys.readouterr().err
+
+
 def test_a_log_that_was_killed_before_a_save_is_of_the_same_training(
     data_bin: Path, tmp_path: Path
 ) -> None:

@@ -217,6 +217,8 @@ def _about(metadata: dict[str, str]) -> dict[str, str]:
     except (ValueError, RecursionError):
         about = None
     if not isinstance(about, dict) or not all(isinstance(v, str) for v in about.values()):
+        if len(entry) > 16:  # more than the name of a version
+            raise ValueError("its facts are not JSON")
         return {"format": entry}
     return about
 

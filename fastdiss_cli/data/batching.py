@@ -113,8 +113,9 @@ class TokenBatcher:
         self.left_out = len(fits) - len(self.sentences)
         if len(self.sentences) < world_size:
             raise FastdissError(
-                f"{src.stem}: {len(self.sentences)} sentences of at most {max_positions} tokens "
-                f"are too few for {world_size} process(es)"
+                f"{src.stem}: {len(self.sentences)} of {len(fits)} sentences have at most "
+                f"{max_positions} tokens, too few for {world_size} process(es): raise "
+                "train.max_positions, or start fewer processes"
             )
 
     @property

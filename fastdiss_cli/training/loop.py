@@ -286,7 +286,7 @@ class Training:
                 for name, value in losses.items():
                     sums[name] = sums.get(name, 0) + value
         grad_norm = sum_and_clip(self.model, config, self.processes, attempt)
-        # here the host waits for the device; the signals travel with the figures
+        # here the host waits for the device at the latest; the signals travel with the figures
         losses = torch.stack([*sums.values()]).tolist()
         summed = self.processes.sum([*losses, *self.stop.votes])
         means, votes = summed[: len(losses)], summed[len(losses) :]

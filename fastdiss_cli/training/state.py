@@ -28,7 +28,7 @@ from fastdiss_cli.config import TrainConfig, option_changes
 from fastdiss_cli.data.dataset import Dataset
 from fastdiss_cli.data.tokenizer import check_same
 from fastdiss_cli.distributed import Processes
-from fastdiss_cli.errors import FastdissError
+from fastdiss_cli.errors import FastdissError, OptionError
 from fastdiss_cli.models.registry import Architecture, Seq2SeqModel
 from fastdiss_cli.randomness import seed_everything
 from fastdiss_cli.training import sharding
@@ -120,7 +120,8 @@ class TrainState:
         first, progress = self.processes.rank == 0, self.progress
         best_saved = not (first and progress.is_best)
         checkpoint = self._checkpoint()
-        with self.processes.attempt("saving") as attempt:
+        remedy = "keep more memory free, or choose a smaller model"
+        with self.processes.attempt("saving", remedy) as attempt:
             if first:
                 checkpoint.save(folder / LAST)
                 self.saved = progress.update
@@ -160,14 +161,15 @@ class TrainState:
         self._check_tokenizers(
             checkpoint, str(self.dataset.folder), "train into another --save-dir"
         )
-        differing = changes(
-            checkpoint,
-            self.arch,
-            self.model_config,
-            self.config,
-            self.dataset.hash,
-            self.processes.world_size,
-        )
+        with _naming(path):
+            differing = changes(
+                checkpoint,
+                self.arch,
+                self.model_config,
+                self.config,
+                self.dataset.hash,
+                self.processes.world_size,
+            )
         if differing and not accept_changes:
             saved = {name: weight.shape for name, weight in checkpoint.group("model").items()}
             own = {name: p.shape for name, p in self.model.named_parameters()}
@@ -181,8 +183,19 @@ class TrainState:
                 self.ema.weights[name].copy_(value)
         unpack_optimizer(self.model, self.optimizer, checkpoint.group("optimizer"))
         self.progress, self.saved = checkpoint.progress, checkpoint.progress.update
-        forget_changed(self.progress, differing)
         update, best = self.progress.update, update_of(folder / BEST) or 0
+        scored = self.progress.best is not None
+        forget_changed(self.progress, differing)
+        if scored and self.progress.best is None and best:
+            logs.warn(
+                f"{folder / BEST} is the best before these changes: `generate` takes it until the "
+                "next validation replaces it; without one, name the checkpoint"
+            )
+        if self.progress.best_update < update and self.progress.best is not None and not best:
+            logs.warn(
+                f"{folder / BEST} is missing or damaged: the next validation will be the best"
+            )
+            self.progress.best = None
         if self.progress.is_best and best < update and self.processes.rank == 0:
             copy_checkpoint(path, folder / BEST)  # killed in between
         logs.info(f"resuming {path} after update {update:,}")
@@ -215,7 +228,8 @@ class TrainState:
         self._check_tokenizers(checkpoint, "the dataset", remedy)
         differing = {}
         if checkpoint.arch == self.arch.name:
-            differing = option_changes(checkpoint.model_config, self.model_config, "model")
+            with _naming(path):
+                differing = option_changes(checkpoint.model_config, self.model_config, "model")
         try:
             load_weights(self.model, checkpoint.averaged(), path)
         except FastdissError as error:
@@ -253,3 +267,12 @@ class TrainState:
             tensors=sharding.gather(tensors, self.processes),
             dataset=self.dataset.summary,
         )
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Name the checkpoint that an invalid option is from."""
+    try:
+        yield
+    except OptionError as error:
+        raise FastdissError(f"{path}: {error}") from None
