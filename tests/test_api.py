@@ -140,7 +140,7 @@ def test_candidates_are_all_with_the_chosen_one_first(
         ({"select": "best"}, "select best: choose from score, mbr, rerank"),
         ({"mbr_metric": "ter"}, "mbr_metric ter: choose from bleu, chrf"),
         ({"mbr_weights": "score"}, "mbr_weights score: choose from length, equal"),
-        ({"select": "rerank"}, "select rerank needs a reranker"),
+        ({"select": "rerank"}, "select rerank needs a transformer"),
         ({"select": "score", "mbr_metric": "chrf"}, "mbr_metric applies to mbr, not to score"),
     ],
 )

@@ -107,9 +107,17 @@ def test_lengths_are_bounded_as_configured() -> None:
         options = model.Decoding(beam=3, min_len=low, max_len_b=high)
         found = model.decode(memory, torch.arange(6), options)
         assert all(low <= len(h.tokens) <= high for row in found for h in row)
-    options = model.Decoding(beam=3, min_len=100, max_len_a=0.5, max_len_b=2)  # eos when forced
-    for source, row in zip(sources, model.decode(memory, torch.arange(6), options), strict=True):
-        assert {len(h.tokens) for h in row} == {len(source) // 2 + 2}
+    found = []
+    for low in (0, 5, 100):  # the minimum counts, even above what the source allows
+        options = model.Decoding(beam=3, min_len=low, max_len_a=0.5, max_len_b=2)
+        for source, row in zip(
+            sources, model.decode(memory, torch.arange(6), options), strict=True
+        ):
+            found += [len(h.tokens) for h in row]
+            limit = max(low, len(source) // 2 + 2)
+            assert low <= min(found[-3:]) and max(found[-3:]) <= limit
+    assert {len(source) // 2 + 2 for source in sources} & {*found[:36]}  # eos is forced there
+    assert {*found[36:]} == {100}
 
 
 def test_log_likelihood_is_the_score_of_beam_search() -> None:

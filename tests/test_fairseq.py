@@ -503,6 +503,19 @@ def test_generate_checks_the_split(separate: Path, checkpoint: Path, tmp_path: P
     assert "'test2'; it has" in one_line_error(run_cli(*generate, "--gen-subset=test2"))
 
 
+def test_unknown_words_of_references_are_told(
+    separate: Path, checkpoint: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(separate, tmp_path / "bin")
+    write_tokens(folder / "test.de-en.en", [[3, 4, 2]] * 20)
+    generate = ["generate", folder, "--path", checkpoint, "--results-path", tmp_path]
+    done = run_cli(*generate)
+    assert "20 of 60 tokens of the references are unknown to the dictionary" in done.stderr
+    text = tmp_path / "text"
+    text.write_text("a\n" * 20)
+    assert "unknown to the dictionary" not in run_cli(*generate, "--ref", text).stderr
+
+
 # flags
 
 
@@ -572,6 +585,8 @@ def test_one_rank_speaks(
         ("generate D --decoding-early-stopping 5", ["less 5"]),
         ("generate D --iter-decode-max-iter x", ["use --steps"]),
         ("generate D --remove-bpe=_EOW", ["'_EOW' cannot be undone"]),
+        ("generate --post-process wordpiece D", ["'wordpiece' cannot be undone"]),
+        ("generate D --prefix-size 2", ["--prefix-size (answers are generated as a whole; '2'"]),
         ("preprocess --srcdict d --tgtdict e", ["--tokenizer SRC,TGT"]),
         ("score --sentence-bleu", ["scores are corpus-level"]),
         ("score ref.txt -i out.txt", ["sacreBLEU's REF -i HYP is --sys HYP --ref REF"]),

@@ -291,6 +291,7 @@ def test_verify_alone_checks_what_is_there(
         ((), "--trainpref"),
         (("--testpref", "x"), "--tokenizer"),
         (("--trainpref", "x", "--format", "json"), "jsonl"),
+        (("--trainpref", "x", "--format", "jsonl", "-s", "a", "-t", "a"), "name the same field"),
         (("--trainpref", "x", "--model-type", "unigrm"), "unigram"),
         (("--trainpref", "x", "--workers", "-1"), "--workers"),
         (("--trainpref", "x", "--workers", "two"), "--workers"),

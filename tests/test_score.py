@@ -19,7 +19,7 @@ from conftest import one_line_error, run_cli
 from fastdiss_cli import metrics
 from fastdiss_cli.commands import score
 from fastdiss_cli.decoding.report import Summary
-from fastdiss_cli.decoding.systems import parse_summary
+from fastdiss_cli.decoding.systems import by_steps, parse_summary
 
 REFERENCES = [f"the {n} small cats sat on {n} mats" for n in range(30)]
 POOR = [line.replace("small", "big") if n % 2 else line for n, line in enumerate(REFERENCES)]
@@ -562,6 +562,19 @@ def test_files_of_a_run_come_in_the_order_of_their_steps(tmp_path: Path) -> None
     assert [re.search(r"([ab])/out.steps(\d+)", row).groups() for row in rows] == [
         (n, k) for n in "ba" for k in ("1", "5", "20")
     ]
+    trial = [generated(tmp_path / f"t.steps7/out.steps{k}.txt", POOR) for k in (20, 1)]
+    assert by_steps(trial) == trial[::-1]
+
+
+@pytest.mark.parametrize("seed", ["x", "1.5", ""])
+def test_a_seed_of_the_paired_test_is_a_number(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: str
+) -> None:
+    monkeypatch.setenv("SACREBLEU_SEED", seed)
+    reference = write(tmp_path / "ref", REFERENCES)
+    paths = [generated(tmp_path / f"{n}.txt", POOR) for n in "ab"]
+    done = run_cli("score", *paths, "--ref", reference, "--paired", paths[0], "--metrics=bleu")
+    one_line_error(done, f"SACREBLEU_SEED is {seed!r}, not a number")
 
 
 @needs_matplotlib
@@ -584,6 +597,8 @@ def test_no_training_curves_without_a_log(tmp_path: Path) -> None:
     )  # complete, but not a record
     one_line_error(run_cli("plot", tmp_path), "line 6 is not a record")
     path.write_text("{\n" + path.read_text())
+    one_line_error(run_cli("plot", tmp_path), "line 1 is not a record")
+    path.write_text(json.dumps({"update": 1, "split": "train", "loss": 10**400}) + "\n")
     one_line_error(run_cli("plot", tmp_path), "line 1 is not a record")
     path.write_text('{"update": 1, "split": "train"}\n')
     one_line_error(run_cli("plot", tmp_path), "metrics.jsonl has no figures to plot yet")

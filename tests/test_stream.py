@@ -137,6 +137,14 @@ def test_an_invalid_line_ends_what_comes_after_it(piped: subprocess.Popen[bytes]
     assert b"stdin: line 3 is not valid UTF-8" in message.splitlines()[-1]
 
 
+def test_a_line_that_would_take_hours_ends_what_comes_after_it(
+    piped: subprocess.Popen[bytes],
+) -> None:
+    output, message = piped.communicate(b"eins\n" + b"eins " * 10_001 + b"\ndrei\n")
+    assert piped.returncode == 1 and output.count(b"\n") == 1
+    assert b"stdin: line 2 has 50,007 tokens, and at most 10,000 are" in message.splitlines()[-1]
+
+
 @pytest.fixture
 def piped(checkpoint: Path) -> Iterator[subprocess.Popen[bytes]]:
     args = ["generate", "--path", str(checkpoint), "--steps=1", "--input=-", "--plain"]

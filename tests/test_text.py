@@ -11,7 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from fastdiss_cli.data.text import ParallelText, read_lines
-from fastdiss_cli.decoding.systems import read_references
+from fastdiss_cli.decoding.systems import read_all_references, read_references
 from fastdiss_cli.errors import FastdissError
 
 PAIRS = [("ein Hund", "a dog"), ("", "nothing"), ("zwei\u2028Hunde", "two\rdogs"), ("ö\x85", "𝔬")]
@@ -301,3 +301,18 @@ def test_references(tmp_path: Path, gz: str, capsys: pytest.CaptureFixture[str])
     assert f"ref.tsv{gz}: ignoring empty alternatives in 1 line" in capsys.readouterr().err
     single = read_references(write(tmp_path / f"ref.txt{gz}", text))
     assert single == [["one\tuno"], [""], ["three\t\tdrei"]]
+    told = f"ref.txt{gz}: 2 lines with tabs, each taken as one reference: for alternatives, the"
+    assert told in capsys.readouterr().err
+    loud = (tmp_path / f"ref.tsv{gz}").rename(tmp_path / f"LOUD.TSV{gz.upper()}")
+    assert read_references(loud) == several
+
+
+def test_an_empty_line_among_several_references_counts_and_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As in sacreBLEU; a lone empty reference, or a missing alternative, is nothing to tell."""
+    paths = [write(tmp_path / "a", "one\n\n"), write(tmp_path / "b.tsv", "uno\tun\n\n")]
+    assert read_all_references(paths[:1], 2) == [["one"], [""]]
+    assert "empty" not in capsys.readouterr().err
+    assert read_all_references([paths[1], write(tmp_path / "c", "\n\n")], 2)[0] == ["uno", "un", ""]
+    assert "--ref: 2 sentences with an empty reference beside others" in capsys.readouterr().err

@@ -46,10 +46,6 @@ def check_usage(given: dict[str, Any]) -> None:
         (raw and languages, "--source-lang and --target-lang apply to a dataset, not to --input"),
         (raw and "gen_subset" in given, "--gen-subset applies to a dataset, not to --input"),
         (raw and uses_references, "--self-cond gold needs a dataset: it uses the references"),
-        (
-            given.get("select") == "rerank" and not reranked,
-            "--select rerank needs a transformer: --rerank-path CHECKPOINT",
-        ),
         (raw and diagnosed, "--diagnose needs a dataset: it measures losses on the references"),
         (
             diagnosed and "early_exit" in given,

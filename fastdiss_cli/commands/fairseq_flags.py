@@ -13,13 +13,9 @@ from dataclasses import dataclass
 
 from fastdiss_cli import logs
 
-SEGMENTATIONS = (
-    "@@ ",
-    "@@",
-    "subword_nmt",
-    "fastbpe",
-    "sentencepiece",
-)  # the values of --remove-bpe
+# values of --remove-bpe that H- and D- lines answer, and those that they do not
+SEGMENTATIONS = ("@@ ", "@@", "subword_nmt", "fastbpe", "sentencepiece")
+OTHER_SEGMENTATIONS = ("wordpiece", "letter", "_EOW", "silence", "none")
 
 
 class NoEquivalent(Exception):
@@ -31,7 +27,7 @@ class OldFlag:
     """How to translate a flag.
 
     Attributes:
-        takes: whether it has a value: "none", "one", or "maybe" (one of `SEGMENTATIONS`).
+        takes: whether it has a value: "none", "one", or "maybe" (a segmentation).
         translate: from its value ("" if it has none) to the arguments that replace it; raises
             `NoEquivalent`.
         remark: logged along with these arguments.
@@ -43,7 +39,9 @@ class OldFlag:
 
     def is_value(self, word: str) -> bool:
         """Return whether the word after the flag is its value."""
-        return self.takes == "one" or (self.takes == "maybe" and word in SEGMENTATIONS)
+        return self.takes == "one" or (
+            self.takes == "maybe" and word in SEGMENTATIONS + OTHER_SEGMENTATIONS
+        )
 
 
 def renamed(name: str, remark: str = "") -> OldFlag:
@@ -226,6 +224,7 @@ _TRAIN = {
     ),
 }
 _GENERATE = {
+    "--skip-invalid-size-inputs-valid-test": not_needed("every sentence is decoded"),
     "--decoding-steps": renamed("--steps"),
     "--iter-decode-max-iter": OldFlag("one", _one_more, "it did not count the first pass"),
     "--iter-decode-force-max-iter": not_needed("--steps N always means N evaluations"),
@@ -256,9 +255,9 @@ _GENERATE = {
     "--batch-size": not_needed("batches are counted in tokens: --max-tokens", "one"),
     "--max-sentences": not_needed("batches are counted in tokens: --max-tokens", "one"),
     "--score-reference": unsupported("--diagnose measures the losses on the references", "none"),
-    "--prefix-size": unsupported("answers are generated as a whole, without a prefix"),
-    "--no-repeat-ngram-size": unsupported("answers may repeat n-grams"),
-    "--unkpen": unsupported("<unk> is scored like any other piece"),
+    "--prefix-size": only("0", remark="answers are generated as a whole"),
+    "--no-repeat-ngram-size": only("0", remark="answers may repeat n-grams"),
+    "--unkpen": only("0", remark="<unk> is scored like any other piece"),
     "--replace-unk": unsupported("<unk> stays as it is", "maybe"),
     "--no-early-stop": unsupported("search always ends when the beam is full", "none"),
     "--lm-path": unsupported("there is no language model"),

@@ -331,6 +331,7 @@ def _open_input(given: dict[str, Any], loaded: Loaded) -> tuple[Input, str, str]
         check_direction,
         dataset_input,
         text_input,
+        warn_of_unknown_references,
     )
 
     if "data" not in given:
@@ -344,7 +345,10 @@ def _open_input(given: dict[str, Any], loaded: Loaded) -> tuple[Input, str, str]
     # a diagnosis covers all sentences at once
     window = 0 if "diagnose" in given else given["buffer_size"] or WINDOW
     split = given.get("gen_subset", "test")
-    return dataset_input(dataset, split, loaded.src, loaded.tgt, window), split, split
+    corpus = dataset_input(dataset, split, loaded.src, loaded.tgt, window)
+    if "ref" not in given:
+        warn_of_unknown_references(dataset[split], loaded.tgt)
+    return corpus, split, split
 
 
 def _conclude(

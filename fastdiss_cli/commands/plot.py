@@ -69,7 +69,10 @@ def read_curves(path: Path) -> Curves:
         try:
             row = json.loads(line)
             known = isinstance(row["update"], int) and row["split"] in ("train", "valid")
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            for value in row.values():
+                if isinstance(value, int):
+                    float(value)  # a larger one cannot be plotted
+        except (ValueError, KeyError, TypeError, RecursionError, OverflowError) as error:
             if isinstance(error, json.JSONDecodeError) and rows and number == len(lines):
                 logs.warn(f"{path}: ignoring the last line, which is incomplete")
                 break

@@ -105,8 +105,9 @@ def preprocess(
         if names is not None and not all(names.split(",")):
             raise typer.BadParameter(f"{flag} {names!r}: a name is empty")
     prefixes = _splits(trainpref, validpref, testpref)
-    if format == "text" and source_lang == target_lang:
-        raise typer.BadParameter(f"-s and -t are both {source_lang}: they name the same file")
+    if format != "tsv" and source_lang == target_lang:
+        what = "file" if format == "text" else "field"
+        raise typer.BadParameter(f"-s and -t are both {source_lang}: they name the same {what}")
     if not prefixes and not verify:
         raise typer.BadParameter("give --trainpref, --validpref or --testpref (or --verify)")
     if prefixes:

@@ -211,7 +211,8 @@ def _existing(prefix: str, *names: str) -> Path:
 def _open(path: Path) -> Iterator[IO[bytes]]:
     """Open a file for reading; report any failure meanwhile with its name."""
     try:
-        with open(path, "rb") if path.suffix != ".gz" else BufferedReader(gzip.open(path)) as file:
+        zipped = path.suffix.lower() == ".gz"
+        with BufferedReader(gzip.open(path)) if zipped else open(path, "rb") as file:
             yield file
     except gzip.BadGzipFile as error:
         if str(error).startswith("Not a gzipped file"):

@@ -51,7 +51,8 @@ def check_selection(
     if weights not in (None, *MBR_WEIGHTS):
         raise OptionError("mbr_weights", f"{weights}: choose from {', '.join(MBR_WEIGHTS)}")
     if method is not None and (method == "rerank") != reranked:
-        wanted = "needs a reranker" if method == "rerank" else "takes no reranker"
+        needs = "needs a transformer: --rerank-path CHECKPOINT (in Python, reranker=)"
+        wanted = needs if method == "rerank" else "takes no reranker"
         raise OptionError("select", f"{method} {wanted}")
     for name, value in (("mbr_metric", metric), ("mbr_weights", weights)):
         if value is not None and method not in (None, "mbr"):
@@ -132,7 +133,9 @@ def by_mbr(tokenizer: Tokenizer, metric: str, weights: str) -> Select:
 
 
 def by_reranking(reranker: Seq2SeqModel, dtype: torch.dtype = torch.float32) -> Select:
-    """Choose the candidate that an autoregressive model finds most likely.
+    """Choose the candidate with the highest mean log-probability of a token, eos included.
+
+    It is that of an autoregressive model.
 
     Args:
         reranker: a model that has ``log_likelihood``, with the same tokenizers.

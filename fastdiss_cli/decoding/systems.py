@@ -100,8 +100,8 @@ def generate_files(path: Path) -> list[Path]:
 
 def by_steps(paths: list[Path]) -> list[Path]:
     """Sort the files of one run by their number of steps; all others keep their place."""
-    runs = [re.sub(r"\.steps\d+", "", str(path)) for path in paths]
-    steps = [int(n[1]) if (n := re.search(r"\.steps(\d+)", str(path))) else 0 for path in paths]
+    runs = [path.with_name(re.sub(r"\.steps\d+", "", path.name)) for path in paths]
+    steps = [int(n[1]) if (n := re.search(r"\.steps(\d+)", path.name)) else 0 for path in paths]
     order = sorted(range(len(paths)), key=lambda i: (runs.index(runs[i]), steps[i]))
     return [paths[i] for i in order]
 
@@ -191,8 +191,14 @@ def read_references(path: Path) -> list[list[str]]:
     other file exactly one. Empty ones beside others, as spreadsheets pad lines with, are left out
     with a warning: they would make an empty answer correct.
     """
-    if not path.name.removesuffix(".gz").endswith(".tsv"):
-        return [[line] for line in read_lines(path)]
+    if not path.name.lower().removesuffix(".gz").endswith(".tsv"):
+        rows = [[line] for line in read_lines(path)]
+        if tabs := sum("\t" in line for (line,) in rows):
+            logs.warn(
+                f"{path}: {logs.counted(tabs, 'line')} with tabs, each taken as one reference: "
+                "for alternatives, the name must end in .tsv"
+            )
+        return rows
     rows = [line.split("\t") for line in read_lines(path)]
     kept = [[text for text in row if text.strip()] or [""] for row in rows]
     if padded := sum(len(row) != len(own) for row, own in zip(rows, kept, strict=True)):
@@ -228,6 +234,11 @@ def read_all_references(paths: Sequence[Path], count: int | None) -> list[list[s
                 "references need one line per sentence"
             )
         joined = [a + b for a, b in zip(joined or [[]] * count, rows, strict=True)]
+    if empty := sum(len(row) > 1 and not all(map(str.strip, row)) for row in joined):
+        logs.warn(
+            f"--ref: {logs.counted(empty, 'sentence')} with an empty reference beside others, "
+            "which counts like them, as in sacreBLEU: a .tsv may have fewer alternatives on a line"
+        )
     return joined
 
 

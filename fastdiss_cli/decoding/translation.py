@@ -11,6 +11,8 @@ from itertools import chain, islice, zip_longest
 from pathlib import Path
 from typing import TextIO
 
+import numpy as np
+
 from fastdiss_cli import logs
 from fastdiss_cli.data.dataset import Dataset, TokenFile
 from fastdiss_cli.data.text import IncomingLines, count_lines, decode_lines, read_lines
@@ -24,6 +26,7 @@ from fastdiss_cli.models.registry import Hypothesis
 from fastdiss_cli.signals import Stop, Stopped
 
 WINDOW = 4096  # sentences that are held in memory and sorted by length together
+LONGEST = 10_000  # tokens of a line of text: one operation of the network takes seconds with it
 WARM_UP = 16  # the first sentences, which are decoded once more beforehand if there are many
 
 Pair = tuple[list[int], "list[int] | None"]  # ids of a source, and of its reference if it has one
@@ -75,19 +78,29 @@ def text_input(input: str, src: Tokenizer, window: int) -> Input:
         total = count_lines(path) if path.is_file() else None  # a pipe can be read only once
         if total == 0:
             logs.warn(f"{path} is empty")
-        return Input(_windows(_ids(read_lines(path), src), window or WINDOW), total)
+        return Input(_windows(_ids(read_lines(path), src, input), window or WINDOW), total)
     if window:
         lines = decode_lines(sys.stdin.buffer, "stdin")
-        return Input(_windows(_ids(lines, src), window))
+        return Input(_windows(_ids(lines, src, "stdin"), window))
     incoming = IncomingLines(sys.stdin.buffer)
-    return Input(_as_they_arrive(incoming, _ids(decode_lines(incoming, "stdin"), src)))
+    pairs = _ids(decode_lines(incoming, "stdin"), src, "stdin")
+    return Input(_as_they_arrive(incoming, pairs))
 
 
-def _ids(lines: Iterable[str], src: Tokenizer) -> Iterator[Pair]:
-    """Yield the ids of each line; at the end, warn of tokens that are unknown to the model."""
+def _ids(lines: Iterable[str], src: Tokenizer, name: str) -> Iterator[Pair]:
+    """Yield the ids of each line; at the end, warn of tokens that are unknown to the model.
+
+    Raises:
+        FastdissError: a line is longer than `LONGEST`.
+    """
     tokens = unknown = 0
-    for line in lines:
+    for number, line in enumerate(lines, start=1):
         ids = src.encode_source(line)
+        if len(ids) > LONGEST:
+            raise FastdissError(
+                f"{name}: line {number} has {len(ids):,} tokens, and at most {LONGEST:,} are "
+                "translated at once: split it"
+            )
         tokens += len(ids) - 1
         unknown += ids.count(src.unk)
         yield ids, None
@@ -118,6 +131,16 @@ def _as_they_arrive(incoming: IncomingLines, pairs: Iterator[Pair]) -> Iterator[
             raise
         yield window
         most = min(2 * len(window), WINDOW)
+
+
+def warn_of_unknown_references(split: dict[str, TokenFile], tgt: Tokenizer) -> None:
+    """Warn if references of a dataset are not known in full: an ``<unk>`` matches any other."""
+    tokens = split["tgt"].tokens
+    if unknown := int(np.count_nonzero(tokens == tgt.unk)):
+        logs.warn(
+            f"{unknown:,} of {len(tokens):,} tokens of the references are unknown to the "
+            "dictionary, and BLEU counts <unk> as a word: give the text with --ref"
+        )
 
 
 def check_direction(languages: tuple[str, str], dataset: Dataset) -> None:

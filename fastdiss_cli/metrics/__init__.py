@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -103,10 +104,10 @@ def paired_test(
         metrics: by name, as in `METRICS`.
         test: ``bs`` (paired bootstrap, Koehn 2004) or ``ar`` (approximate randomisation).
     """
-    try:
-        from sacrebleu.significance import PairedTest  # numpy is slow to import
-    except ValueError:
-        raise FastdissError("SACREBLEU_SEED must be a number: correct it, or unset it") from None
+    seed = os.environ.get("SACREBLEU_SEED", "none")
+    if seed.lower() != "none" and not seed.isdecimal():
+        raise FastdissError(f"SACREBLEU_SEED is {seed!r}, not a number: correct it, or unset it")
+    from sacrebleu.significance import PairedTest  # numpy is slow to import
 
     named = [(str(number), hypotheses) for number, hypotheses in enumerate(systems)]
     signatures, scores = PairedTest(named, metrics, streams, test_type=test)()

@@ -24,9 +24,9 @@ class BeamDecoding:
 
     beam: int = 5
     lenpen: float = 1.0  # hypotheses are compared by log-probability / length ** lenpen
-    max_len_a: float = 0.0  # a hypothesis has at most max_len_a * S + max_len_b tokens
+    max_len_a: float = 0.0  # a hypothesis has at most max_len_a * S + max_len_b tokens,
     max_len_b: int = 200
-    min_len: int = 1
+    min_len: int = 1  # and at least so many, even if that is more
 
     def __post_init__(self) -> None:
         require(self, "beam", 1 <= self.beam <= 1000, "from 1 to 1000")
@@ -65,7 +65,10 @@ def beam_search(
     device = memory.hidden.device
     B, K = len(memory.hidden), options.beam
     lengths = memory.layout.lengths.tolist()
-    limits = [int(options.max_len_a * length + options.max_len_b) for length in lengths]
+    limits = [
+        max(options.min_len, int(options.max_len_a * length + options.max_len_b))
+        for length in lengths
+    ]
     answers: list[list[Hypothesis]] = [[] for _ in range(B)]
     sentences = list(range(B))  # the active ones
     tokens = torch.full((B, K, 1), eos, device=device)
@@ -86,7 +89,7 @@ def beam_search(
         totals, flat = totals.flatten(1).topk(min(2 * K, K * width))
         parents, best = flat // width, ids.view(B, -1).gather(1, flat)
         ends = best == eos
-        # the only synchronisation with a GPU at positions where nothing ends
+        # the only synchronisation with a GPU at a position where nothing ends, below the limits
         b, rank = (ends[:, :K] & totals[:, :K].isfinite()).nonzero().unbind(1)
         if len(b):
             parent, total = parents[b, rank], totals[b, rank]
