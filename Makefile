@@ -10,7 +10,7 @@ VENV ?= .venv
 .PHONY: quickstart test bench install lint clean
 
 quickstart: $(VENV)/.torch-$(TORCH)
-	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" bash recipes/quickstart/run.sh
+	PATH="$(abspath $(VENV))/bin:$$PATH" bash recipes/quickstart/run.sh
 
 test: $(VENV)/.dev-$(TORCH) lint
 	$(VENV)/bin/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
@@ -29,6 +29,7 @@ $(VENV)/.torch-$(TORCH): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet "torch==$(TORCH)"
 	$(VENV)/bin/python -m pip install --quiet --editable ".[plot]"
+	rm -f $(VENV)/.torch-* $(VENV)/.dev-*  # those of another version
 	touch $@
 
 $(VENV)/.dev-$(TORCH): $(VENV)/.torch-$(TORCH)

@@ -33,7 +33,7 @@ preprocess() {  # FOLDER TRAINING_TEXT OPTION...
 
 train() {  # DATA SAVE_DIR ARCH
     "${launch[@]}" train "$1" --save-dir "$2" --arch "$3" --config "$recipe/config.yaml" \
-        ${MAX_UPDATE:+--max-update "$MAX_UPDATE"}
+        -s "$src" -t "$tgt" ${MAX_UPDATE:+--max-update "$MAX_UPDATE"}
 }
 
 data=$work/data-bin save=$work/$arch
@@ -55,7 +55,7 @@ if [ "$distill" = 1 ]; then
     distilled=$work/$name
     if [ ! -e "$distilled/train.$tgt" ]; then
         train "$data" "$work/$teacher" "$teacher"
-        "${launch[@]}" generate "$data" --path "$work/$teacher/checkpoint_best.safetensors" \
+        "${launch[@]}" generate "$data" -s "$src" -t "$tgt" --path "$work/$teacher/checkpoint_best.safetensors" \
             --gen-subset train --beam 5 --results-path "$distilled"
         cp "$text/train.$src" "$distilled/train.$src"
         awk '/^D-/ { sub(/^[^\t]*\t[^\t]*\t/, ""); print }' "$distilled/generate-train.txt" \
@@ -77,7 +77,7 @@ scoring=(--metrics "$metrics")
 if [ -e "$text/test.refs.tsv" ]; then
     decoding+=(--ref "$text/test.refs.tsv") scoring+=(--ref "$text/test.refs.tsv")
 fi
-"${launch[@]}" generate "$data" --path "$checkpoint" --results-path "$save/generate" \
+"${launch[@]}" generate "$data" -s "$src" -t "$tgt" --path "$checkpoint" --results-path "$save/generate" \
     "${decoding[@]}"
 files=()
 for name in $answers; do

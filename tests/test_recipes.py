@@ -180,6 +180,9 @@ def test_distillation_trains_on_the_answers_of_a_teacher(bench: Bench) -> None:
     assert [command[0] for command in bench.commands] == ["train", "generate", "score"]
     assert "done after update 1" in done.stderr
 
+    other = bench.run("iwslt14_de_en/run.sh", "text", "de", "en", **settings)
+    assert other.returncode == 1 and "goes from en to de" in other.stderr
+
 
 @pytest.mark.slow
 def test_the_transformer_is_trained_by_the_same_recipe(bench: Bench) -> None:

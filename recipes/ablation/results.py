@@ -18,16 +18,11 @@ from fastdiss_cli.decoding.systems import (
     read_system,
     reference_streams,
 )
-from fastdiss_cli.metrics import METRICS
+from fastdiss_cli.metrics import LOWER_IS_BETTER, METRICS
 
-# corpus -> the metric of its tables, and whether a higher value is better
-METRIC = {
-    "embedded": ("bleu", True),
-    "multi30k": ("bleu", True),
-    "multi30k_small": ("bleu", True),
-    "cmudict_g2p": ("ser", False),
-}
-NAMES = {"bleu": "BLEU", "ser": "WER (words with a wrong pronunciation, %)", "wer": "PER"}
+# corpus -> the metric of its tables
+METRIC = {"embedded": "bleu", "multi30k": "bleu", "multi30k_small": "bleu", "cmudict_g2p": "ser"}
+NAMES = {"bleu": "BLEU", "ser": "WER (words with a wrong pronunciation, %)"}
 FEW = [int(steps) for steps in FEW_STEPS.split(",")]
 
 
@@ -37,7 +32,8 @@ class Results:
     def __init__(self, corpus: str, work: Path) -> None:
         self.corpus, self.work = corpus, work
         self.plan: dict[str, Any] = yaml.safe_load((HERE / "plan.yaml").read_text())[corpus]
-        self.metric, self.higher_is_better = METRIC[corpus]
+        self.metric = METRIC[corpus]
+        self.higher_is_better = self.metric not in LOWER_IS_BETTER
         self.seeds = range(1, self.plan["seeds"] + 1)
         self.variants = self.plan.get("variants", list(VARIANTS))
         self.steps = [int(steps) for steps in self.plan.get("steps", ALL_STEPS).split(",")]

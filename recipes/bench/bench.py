@@ -210,7 +210,7 @@ def flops_per_token(model: Seq2SeqModel) -> float:
 def growth(
     rounds: int, batch: int, device: torch.device, count: int = 64, tokens: int = 2048
 ) -> dict[str, Measured]:
-    """Measure how time grows with steps, with length and with the corpus; seconds."""
+    """Measure how time grows with steps and with length; seconds."""
     model = make("fastdiss", device)
     freeze(model, torch.float32)
 
