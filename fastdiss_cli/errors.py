@@ -52,7 +52,8 @@ def describe_bug(error: BaseException) -> str:
         traceback.print_exception(error)
     frames = traceback.extract_tb(error.__traceback__)
     users = [name.removeprefix(USER_MODULE) for name in sys.modules if name.startswith(USER_MODULE)]
-    own = [f for f in frames if f"{os.sep}torch{os.sep}" not in f.filename and f.filename[0] != "<"]
+    torchs = f"{os.sep}torch{os.sep}"
+    own = [f for f in frames if torchs not in f.filename and not f.filename.startswith("<")]
     of_user = [frame for frame in own if frame.filename in users]
     at = [f"{Path(frame.filename).name}:{frame.lineno}" for frame in (of_user or own)[-1:]]
     if users and not of_user:

@@ -11,6 +11,7 @@ from torch import Tensor
 from fastdiss_cli.diffusion.objective import (
     MANS,
     SCP,
+    SCP_OFFSETS,
     draw_times,
     perturbed_self_conditioning,
     standard_self_conditioning,
@@ -122,6 +123,15 @@ def test_step_matched_times_are_on_the_grid_of_sampling(grid: str) -> None:
     stale = scp(offset="step-matched", step_counts=(5,), grid=grid).stale_time(times, SCHEDULE)
     assert stale[0] > 1  # before the first step there is no estimate
     torch.testing.assert_close(stale[2:5], times[1:4], rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("grid", TIME_GRIDS)
+@pytest.mark.parametrize("offset", SCP_OFFSETS)
+def test_drawing_a_stale_time_reads_no_value(grid: str, offset: str) -> None:
+    """On a GPU the host would wait for it; the device meta has no values to read."""
+    perturbation = scp(offset=offset, grid=grid)
+    t = torch.zeros(3, 1, device="meta")
+    assert perturbation.stale_time(t, SCHEDULE).device.type == "meta"
 
 
 def test_uniform_times_lie_between_t_and_one() -> None:

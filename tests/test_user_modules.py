@@ -82,6 +82,8 @@ def test_a_model(trained: Path, data_bin: Path) -> None:
         ("\nraise RuntimeError('no')", "loud.py: RuntimeError: no (loud.py:2)"),
         ("raise RuntimeError('no' * 900)", "nono... (all of it with FASTDISS_TRACEBACK=1) "
          "(loud.py:1)"),
+        ("exec(compile('1/0', '', 'exec'))", "loud.py: ZeroDivisionError: division by zero "
+         "(loud.py:1)"),
         ("no python", "loud.py: SyntaxError: invalid syntax (loud.py, line 1)"),
         ("raise SystemExit(0)", "loud.py: SystemExit: 0 (loud.py:1)"),  # it ends nothing else
         (MODEL.replace("loud_tiny", "fastdiss_tiny"), "'fastdiss_tiny' is registered twice"),

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from functools import cache, lru_cache, wraps
 from typing import Any, TypeVar, cast
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -159,7 +158,7 @@ def grid_time(u: Tensor, kind: str, schedule: NoiseSchedule) -> Tensor:
     if kind == "quadratic":
         return u**2
     if kind == "log-snr":
-        times, positions = _log_snr_table(schedule)
+        times, positions = _log_snr_table(schedule, u.device)
         return _interpolate(u, positions, times)
     return u
 
@@ -169,17 +168,22 @@ def grid_position(t: Tensor, kind: str, schedule: NoiseSchedule) -> Tensor:
     if kind == "quadratic":
         return torch.sqrt(t)
     if kind == "log-snr":
-        return _interpolate(t, *_log_snr_table(schedule))
+        return _interpolate(t, *_log_snr_table(schedule, t.device))
     return t
 
 
 @cache
-def _log_snr_table(schedule: NoiseSchedule) -> tuple[np.ndarray, np.ndarray]:
+def _log_snr_table(schedule: NoiseSchedule, device: torch.device) -> tuple[Tensor, Tensor]:
     """Return times between the cuts and their positions on the log-SNR grid, both rising."""
     t = torch.linspace(_END, 1 - _END, 10_000, dtype=torch.float64)
     log_snr = torch.log(schedule.alpha(t) / schedule.sigma(t))
-    return t.numpy(), ((log_snr - log_snr[0]) / (log_snr[-1] - log_snr[0])).numpy()
+    positions = (log_snr - log_snr[0]) / (log_snr[-1] - log_snr[0])
+    return t.to(device), positions.to(device)
 
 
-def _interpolate(x: Tensor, xs: np.ndarray, ys: np.ndarray) -> Tensor:
-    return torch.as_tensor(np.interp(x.double().cpu().numpy(), xs, ys)).to(x)
+def _interpolate(x: Tensor, xs: Tensor, ys: Tensor) -> Tensor:
+    """Interpolate linearly between the points of a table; beyond its ends, return those."""
+    right = torch.searchsorted(xs, x.double()).clamp(1, len(xs) - 1)
+    left = right - 1
+    share = ((x - xs[left]) / (xs[right] - xs[left])).clamp(0, 1)
+    return torch.lerp(ys[left], ys[right], share).to(x.dtype)

@@ -46,7 +46,7 @@ def freeze(model: nn.Module, dtype: torch.dtype) -> None:
     """Prepare a model for decoding; it cannot be trained any more.
 
     A module may define ``freeze(dtype)`` for its own preparation. Linear layers are packed on a
-    CPU that supports it; elsewhere their weights are cast to ``dtype`` once, which autocast would
+    CPU that supports it; on a GPU their weights are cast to ``dtype`` once, which autocast would
     do for every batch.
 
     Args:

@@ -17,7 +17,7 @@ class GraphCache:
     """Capture a function as a CUDA graph for every input shape that is seen more than once.
 
     On a small batch a GPU finishes an operation before the next one is launched. A shape is not
-    captured the first time, because capturing takes as long as running the function twice.
+    captured the first time, because capturing takes at least as long as running the function twice.
     """
 
     def __init__(self) -> None:

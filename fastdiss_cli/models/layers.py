@@ -319,7 +319,7 @@ def sinusoid(x: Tensor, dim: int) -> Tensor:
 
 
 def initialise(module: nn.Module) -> None:
-    """Initialise weights as fairseq does: Xavier matrices, zero biases, N(0, 1/dim) embeddings."""
+    """Initialise weights: Xavier matrices, zero biases, N(0, 1/dim) embeddings."""
     for child in module.modules():
         if isinstance(child, nn.Linear):
             nn.init.xavier_uniform_(child.weight)
