@@ -132,7 +132,7 @@ class MANS:
         start_update: the first update that uses it.
         shared_pass: take the confidence from SCP's pass instead of a pass of its own. It saves a
             pass, but then the noise gives away which of the estimates in ``self_cond`` are right;
-            in sampling nothing does.
+            in sampling nothing does. z_t' is then noised further from z_t at t, not at t_i.
         time: whether the network is given the time t of the ``sentence`` or t_i of each ``token``.
             The times t_i reveal which tokens it gets right. In sampling all of them are equal,
             which a network trained with t_i takes to mean that every token is wrong. With
