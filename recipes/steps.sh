@@ -55,8 +55,8 @@ if [ "$distill" = 1 ]; then
     distilled=$work/$name
     if [ ! -e "$distilled/train.$tgt" ]; then
         train "$data" "$work/$teacher" "$teacher"
-        "${launch[@]}" generate "$data" -s "$src" -t "$tgt" --path "$work/$teacher/checkpoint_best.safetensors" \
-            --gen-subset train --beam 5 --results-path "$distilled"
+        "${launch[@]}" generate "$data" --path "$work/$teacher/checkpoint_best.safetensors" \
+            -s "$src" -t "$tgt" --gen-subset train --beam 5 --results-path "$distilled"
         cp "$text/train.$src" "$distilled/train.$src"
         awk '/^D-/ { sub(/^[^\t]*\t[^\t]*\t/, ""); print }' "$distilled/generate-train.txt" \
             > "$distilled/answers"
@@ -77,8 +77,8 @@ scoring=(--metrics "$metrics")
 if [ -e "$text/test.refs.tsv" ]; then
     decoding+=(--ref "$text/test.refs.tsv") scoring+=(--ref "$text/test.refs.tsv")
 fi
-"${launch[@]}" generate "$data" -s "$src" -t "$tgt" --path "$checkpoint" --results-path "$save/generate" \
-    "${decoding[@]}"
+"${launch[@]}" generate "$data" --path "$checkpoint" --results-path "$save/generate" \
+    -s "$src" -t "$tgt" "${decoding[@]}"
 files=()
 for name in $answers; do
     files+=("$save/generate/$name")
