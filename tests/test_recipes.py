@@ -173,6 +173,8 @@ def test_distillation_trains_on_the_answers_of_a_teacher(bench: Bench) -> None:
         ["work/data-bin", "work/transformer_tiny"],
         [f"work/data-bin.{name}", f"work/difformer_tiny.{name}"],
     ]
+    told = [c[c.index("-s") : c.index("-s") + 4] for c in bench.commands if c[0] != "score"]
+    assert told == [["-s", "en", "-t", "de"]] * 6  # a dataset of the other direction is refused
 
     bench.commands.clear()
     done = bench.run(*run, **settings)
