@@ -118,16 +118,32 @@ def test_damage_to_the_last_checkpoint_spares_the_others(data_bin: Path, tmp_pat
     assert last.stat().st_nlink == 1 and best.samefile(numbered)
 
 
-def test_options_of_another_architecture_are_not_compared(data_bin: Path, tmp_path: Path) -> None:
-    start(data_bin, tmp_path, "difformer_tiny", max_update=1).run()
+def test_of_another_architecture_the_options_of_both_are_compared(
+    data_bin: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    changed = {"noise_factor": 3.0, "max_length_offset": 9}
+    start(data_bin, tmp_path, "difformer_tiny", max_update=1, model=changed).run()
+    with pytest.raises(
+        FastdissError,
+        match=r"arch was difformer_tiny and is now fastdiss_tiny; "
+        r"model\.noise_factor was 3\.0 and is now 4\.0; model\.self_cond_rate was 0\.5",
+    ):
+        start(data_bin, tmp_path, "fastdiss_tiny")
+    more = {"begin_with": tmp_path, "max_update": 1}
+    more["model"] = {"scp_gap": 0.1, "max_length_offset": 9}
+    start(data_bin, tmp_path / "second", "fastdiss_tiny", **more)
+    told = capsys.readouterr().err
+    assert "(difformer_tiny); model.noise_factor was 3.0 and is now 4.0; model.self_cond" in told
+    assert "gap" not in told
+    start(data_bin, tmp_path / "third", "difformer_tiny", max_update=1).run()
     with pytest.raises(FastdissError) as refused:
-        start(data_bin, tmp_path, "transformer_tiny", seed=3)
+        start(data_bin, tmp_path / "third", "transformer_tiny", seed=3)
     message = str(refused.value)
     changed = "arch was difformer_tiny and is now transformer_tiny; train.seed was 1 and is now 3"
     assert f"settings: {changed}. Train" in message
     with pytest.raises(FastdissError, match=r"and \d+ more \(a forgotten --config\?\)"):
         more = {"seed": 3, "lr": 1, "max_tokens": 9, "update_freq": 2, "warmup_updates": 7}
-        start(data_bin, tmp_path, "difformer_tiny", **more)
+        start(data_bin, tmp_path / "third", "difformer_tiny", **more)
 
 
 def test_a_new_run_begins_with_the_weights_of_another(

@@ -115,6 +115,7 @@ def _list(key: str) -> Callable[[str], list[str]]:
     return lambda value: ["--set", f"{key}=[{value.strip('()[] ')}]"]
 
 
+_HALF = "bfloat16 on GPUs that have it; there is no float16"
 _LINES = "D- and T- lines are text, H- lines show the pieces"
 _BOTH = {
     "--user-dir": unsupported(
@@ -123,8 +124,8 @@ _BOTH = {
     "--task": not_needed("the data and --arch determine the task", "one"),
     "--batch-size": unsupported("batches are counted in tokens: --max-tokens"),
     "--max-sentences": unsupported("batches are counted in tokens: --max-tokens"),
-    "--fp16": means("--dtype", "bfloat16", remark="there is no float16"),
-    "--memory-efficient-fp16": means("--dtype", "bfloat16", remark="there is no float16"),
+    "--fp16": means("--dtype", "auto", remark=_HALF),
+    "--memory-efficient-fp16": means("--dtype", "auto", remark=_HALF),
     "--bf16": means("--dtype", "bfloat16"),
     "--cpu": means("--device", "cpu"),
     "--num-workers": not_needed("batches are read from memory-mapped files", "one"),

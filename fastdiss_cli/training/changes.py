@@ -36,11 +36,26 @@ def changes(
         "processes": (before.world_size, world_size),
     }
     differing = {name: (then, now) for name, (then, now) in pairs.items() if then != now}
-    if before.arch == arch.name:
-        options = option_changes(before.model_config, model_config, "model")
-        differing |= {f"model.{name}": pair for name, pair in options.items()}
+    differing |= model_changes(before, arch, model_config)
     options = option_changes(before.train_config, config, "train")
     return differing | {f"train.{k}": pair for k, pair in options.items() if k not in may_differ}
+
+
+def model_changes(
+    before: Checkpoint, arch: Architecture, config: Any
+) -> dict[str, tuple[Any, Any]]:
+    """Return (old, new) by name for the options of the model that differ.
+
+    Of another architecture's, only those that both have and that are no part of its size.
+    """
+    saved = before.model_config
+    if before.arch == arch.name:
+        options = option_changes(saved, config, "model")
+    else:
+        common = saved.keys() & vars(config).keys() - arch.sizes.keys()
+        options = option_changes({name: saved[name] for name in common}, config, "model")
+        options = {name: pair for name, pair in options.items() if name in common}
+    return {f"model.{name}": pair for name, pair in options.items()}
 
 
 def forget_changed(progress: Progress, differing: dict[str, tuple[Any, Any]]) -> None:

@@ -24,7 +24,7 @@ from fastdiss_cli.checkpoints.folder import (
     prune_numbered,
 )
 from fastdiss_cli.checkpoints.loading import load_weights, vocabulary
-from fastdiss_cli.config import TrainConfig, option_changes
+from fastdiss_cli.config import TrainConfig
 from fastdiss_cli.data.dataset import Dataset
 from fastdiss_cli.data.tokenizer import check_same
 from fastdiss_cli.distributed import Processes
@@ -36,6 +36,7 @@ from fastdiss_cli.training.changes import (
     changes,
     describe_changes,
     forget_changed,
+    model_changes,
     refuse_changes,
 )
 from fastdiss_cli.training.optimizer import EMA, make_optimizer, pack_optimizer, unpack_optimizer
@@ -226,10 +227,8 @@ class TrainState:
         checkpoint = Checkpoint.load(path)
         remedy = f"preprocess with the tokenizers that {path} was trained on"
         self._check_tokenizers(checkpoint, "the dataset", remedy)
-        differing = {}
-        if checkpoint.arch == self.arch.name:
-            with _naming(path):
-                differing = option_changes(checkpoint.model_config, self.model_config, "model")
+        with _naming(path):
+            differing = model_changes(checkpoint, self.arch, self.model_config)
         try:
             load_weights(self.model, checkpoint.averaged(), path)
         except FastdissError as error:
@@ -240,7 +239,7 @@ class TrainState:
                 f"give --arch {checkpoint.arch}"
             ) from error
         told = "".join(
-            f"; model.{k} was {was} and is now {new}" for k, (was, new) in differing.items()
+            f"; {name} was {was} and is now {new}" for name, (was, new) in differing.items()
         )
         logs.info(f"starting from the weights of {path} ({checkpoint.arch}){told}")
 
