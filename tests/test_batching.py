@@ -174,3 +174,5 @@ def test_too_few_sentences_for_the_processes() -> None:
         batchers([(5, 5), (5, 11)], ranks=2, max_positions=10)
     with pytest.raises(FastdissError, match=r"0 of 1 sentences .* raise train.max_positions"):
         batchers([(5, 5)], max_positions=4)
+    with pytest.raises(FastdissError, match=r"1 sentences, too few for 2 .*: start fewer"):
+        batchers([(5, 5)], ranks=2)

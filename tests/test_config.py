@@ -150,7 +150,7 @@ def test_options_that_an_other_one_switches_off_are_idle() -> None:
     assert {"scp_gap", "scp_unroll"}.isdisjoint(idle(config)) and "scp_grid" in idle(config)
     config = architecture("fastdiss_tiny").config({"self_cond_rate": 0.0})
     # what is switched off switches off in turn; the reason is the first of them
-    off = {"scp_offset", "scp_coupling", "scp_unroll", "scp_grid"}
+    off = {"scp_offset", "scp_coupling", "scp_unroll", "scp_grid", "self_cond_form"}
     assert {name: idle(config)[name] for name in off} == dict.fromkeys(off, "self_cond_rate")
 
 

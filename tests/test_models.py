@@ -269,11 +269,16 @@ def test_an_unknown_option_suggests_the_closest() -> None:
 
 def test_options_are_checked() -> None:
     family = architecture("fastdiss_tiny").family
+    by_probability = {"mans_confidence": "probability"}
+    build(family.Config, {"mans_anchors": [0.2, 1]}, "model")
+    build(family.Config, by_probability | {"mans_anchors": [0.8, 0.2]}, "model")
     for wrong in (
         {"noise_factor": 0},
         {"heads": 5},
         {"scp_coupling": "no"},
         {"mans_anchors": [1, 1]},
+        {"mans_anchors": [1, 0.2]},  # hard tokens would get more noise
+        by_probability | {"mans_anchors": [0.2, 0.8]},
         {"dropout": "much"},
     ):
         with pytest.raises(FastdissError):

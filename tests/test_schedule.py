@@ -31,15 +31,18 @@ def test_starts_from_the_data_and_ends_in_pure_noise_exactly(name: str) -> None:
 def test_a_schedule_that_does_not_fall_from_1_to_0_is_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    for wrong in (
-        lambda t: 1 - 0.9 * t,
-        lambda t: t,
-        lambda t: t + math.nan,
-        lambda t: 1 - t.round(),
+    for wrong, here in (
+        (lambda t: 1 - 0.9 * t, "here it goes from 1 to 0.1"),
+        (lambda t: t, "here it does not fall after t = 0"),
+        (lambda t: t + math.nan, "here it does not fall after t = 0"),
+        (lambda t: (1 - t) + 0 / (t - 0.5), "here it does not fall after t = 0.49"),
+        (lambda t: ((1 - t) / 0.95).clamp(max=1), "here it does not fall after t = 0"),
     ):
         monkeypatch.setitem(ABAR, "mine", wrong)
-        with pytest.raises(FastdissError, match="'mine': abar must fall from 1 at t = 0 to 0"):
+        with pytest.raises(FastdissError) as refused:
             NoiseSchedule("mine", 1.0)
+        assert "'mine': abar must fall from 1 at t = 0 to 0 at t = 1" in str(refused.value)
+        assert str(refused.value).endswith(here)
     monkeypatch.setitem(ABAR, "mine", lambda t: torch.cos(0.5 * torch.pi * t) ** 2)  # rounded
     NoiseSchedule("mine", 1.0)
 

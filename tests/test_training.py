@@ -170,6 +170,21 @@ def test_a_new_run_begins_with_the_weights_of_another(
     assert torch.equal(resumed.model.latent_out.weight, before["model.latent_out.weight"])
 
 
+def test_weights_that_do_not_fit_are_refused_with_the_options(
+    data_bin: Path, tmp_path: Path
+) -> None:
+    start(data_bin, tmp_path, "difformer_tiny", max_update=1).run()
+    more = {"begin_with": tmp_path, "model": {"ffn_dim": 24}}
+    changed = f"; model.ffn_dim was {NETWORK['ffn_dim']} and is now 24"
+    with pytest.raises(FastdissError, match=r"the weights do not fit the model: .*" + changed):
+        start(data_bin, tmp_path / "same", "difformer_tiny", **more)
+    with pytest.raises(FastdissError) as refused:
+        start(data_bin, tmp_path / "other", "fastdiss_tiny", **more)
+    assert "is a difformer_tiny, whose weights do not fit this fastdiss_tiny" in str(refused.value)
+    assert changed in str(refused.value)
+    assert str(refused.value).endswith(": give --arch difformer_tiny and the same options")
+
+
 def test_a_new_run_refuses_weights_for_other_tokens(
     data_bin: Path, corpus: Path, tmp_path: Path
 ) -> None:

@@ -112,10 +112,12 @@ class TokenBatcher:
         self.sentences = np.flatnonzero(fits)
         self.left_out = len(fits) - len(self.sentences)
         if len(self.sentences) < world_size:
+            there, remedy = f"{len(fits)} sentences", "start fewer processes"
+            if self.left_out:
+                there = f"{len(self.sentences)} of {there} have at most {max_positions} tokens"
+                remedy = f"raise train.max_positions, or {remedy}"
             raise FastdissError(
-                f"{src.stem}: {len(self.sentences)} of {len(fits)} sentences have at most "
-                f"{max_positions} tokens, too few for {world_size} process(es): raise "
-                "train.max_positions, or start fewer processes"
+                f"{src.stem}: {there}, too few for {world_size} process(es): {remedy}"
             )
 
     @property

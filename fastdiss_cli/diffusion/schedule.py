@@ -64,10 +64,12 @@ class NoiseSchedule:
     def __post_init__(self) -> None:
         abar = ABAR[self.name](torch.linspace(0, 1, 101, dtype=torch.float64))
         start, end = float(abar[0]), float(abar[-1])
-        if not (abs(start - 1) < 1e-6 and abs(end) < 1e-6 and (abar.diff() < 0).all()):
+        flat = torch.nonzero(~(abar.diff() < 0)).flatten().tolist()
+        if not (abs(start - 1) < 1e-6 and abs(end) < 1e-6) or flat:
+            found = f"does not fall after t = {flat[0] / 100:g}" if flat else ""
             raise FastdissError(
                 f"noise schedule {self.name!r}: abar must fall from 1 at t = 0 to 0 at t = 1; here "
-                f"it goes from {start:g} to {end:g}"
+                f"it {found or f'goes from {start:g} to {end:g}'}"
             )
 
     # in float64: near t = 0, 1 - abar is too small for float32

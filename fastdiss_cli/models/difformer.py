@@ -50,7 +50,9 @@ class DiffusionConfig(NetworkConfig):
     noise_schedule: str = option("sqrt", f"noise schedule: {', '.join(ABAR)}")
     noise_factor: float = option(4.0, "standard deviation of the noise at t = 1")
     self_cond_rate: float = option(0.5, "share of batches that are given an estimate")
-    self_cond_form: str = option("expected", f"form of that estimate: {', '.join(FORMS)}")
+    self_cond_form: str = option(
+        "expected", f"form of that estimate: {', '.join(FORMS)}", needs=("self_cond_rate", True)
+    )
     logit_scale: str = option("matched", f"scale of z0_hat . embedding: {', '.join(LOGIT_SCALES)}")
     source_copy: float = option(1.0, "width of the soft copy of the source; 0: none", before=0.0)
     length_loss: float = option(0.1, "weight of the length loss")

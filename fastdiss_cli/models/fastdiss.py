@@ -98,9 +98,15 @@ class FastDiSSConfig(DiffusionConfig):
             not shared or self.scp_offset != "none",
             "false with scp_offset none (no pass at a higher noise)",
         )
-        anchors = self.mans_anchors
-        valid = not anchors or (len(anchors) == 2 and anchors[0] != anchors[1])
-        require(self, "mans_anchors", valid, "two different values (easy, hard), or empty")
+        by_distance = self.mans_confidence == "distance"
+        rising = self.mans_anchors if by_distance else self.mans_anchors[::-1]
+        require(
+            self,
+            "mans_anchors",
+            not rising or (len(rising) == 2 and rising[0] < rising[1]),
+            f"empty or [easy, hard], where by {self.mans_confidence} easy is the "
+            f"{'smaller' if by_distance else 'larger'} one",
+        )
 
 
 class FastDiSS(Difformer):

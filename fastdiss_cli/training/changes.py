@@ -46,13 +46,13 @@ def model_changes(
 ) -> dict[str, tuple[Any, Any]]:
     """Return (old, new) by name for the options of the model that differ.
 
-    Of another architecture's, only those that both have and that are no part of its size.
+    Of another architecture's, only those that both have.
     """
     saved = before.model_config
     if before.arch == arch.name:
         options = option_changes(saved, config, "model")
     else:
-        common = saved.keys() & vars(config).keys() - arch.sizes.keys()
+        common = saved.keys() & vars(config).keys()
         options = option_changes({name: saved[name] for name in common}, config, "model")
         options = {name: pair for name, pair in options.items() if name in common}
     return {f"model.{name}": pair for name, pair in options.items()}
@@ -82,7 +82,8 @@ def describe_changes(differing: dict[str, tuple[Any, Any]]) -> str:
     parts = [f"{name} was {was} and is now {now}" for name, (was, now) in differing.items()]
     description = "; ".join(parts[:4])
     if len(parts) > 4:
-        description += f"; and {len(parts) - 4} more (a forgotten --config?)"
+        forgotten = "" if "arch" in differing else " (a forgotten --config?)"
+        description += f"; and {len(parts) - 4} more{forgotten}"
     return description
 
 

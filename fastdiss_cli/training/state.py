@@ -229,18 +229,18 @@ class TrainState:
         self._check_tokenizers(checkpoint, "the dataset", remedy)
         with _naming(path):
             differing = model_changes(checkpoint, self.arch, self.model_config)
+        told, advice = "", f"give --arch {checkpoint.arch}"
+        if differing:
+            told, advice = f"; {describe_changes(differing)}", f"{advice} and the same options"
         try:
             load_weights(self.model, checkpoint.averaged(), path)
         except FastdissError as error:
             if checkpoint.arch == self.arch.name:
-                raise
+                raise FastdissError(f"{error}{told}") from None
             raise FastdissError(
-                f"{path} is a {checkpoint.arch}, whose weights do not fit a {self.arch.name}: "
-                f"give --arch {checkpoint.arch}"
-            ) from error
-        told = "".join(
-            f"; {name} was {was} and is now {new}" for name, (was, new) in differing.items()
-        )
+                f"{path} is a {checkpoint.arch}, whose weights do not fit this {self.arch.name}"
+                f"{told}: {advice}"
+            ) from None
         logs.info(f"starting from the weights of {path} ({checkpoint.arch}){told}")
 
     def _check_tokenizers(self, checkpoint: Checkpoint, where: str, remedy: str) -> None:
