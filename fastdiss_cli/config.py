@@ -107,7 +107,8 @@ class TrainConfig:
             "max_epoch", "patience", "warmup_updates", "weight_decay", "clip_norm",
             "validate_interval_updates", "valid_sentences", "keep_last",
         ):  # fmt: skip
-            require(self, key, getattr(self, key) >= 0, "at least 0")
+            unlimited = " (0: no limit)" if key in ("max_epoch", "patience") else ""  # fairseq: -1
+            require(self, key, getattr(self, key) >= 0, f"at least 0{unlimited}")
         require(self, "valid_steps", self.valid_steps <= 10_000, "at most 10000")
         require(self, "lr", self.lr > 0, "above 0")
         require(self, "ema_decay", 0 <= self.ema_decay < 1, "in [0, 1)")

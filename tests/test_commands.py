@@ -359,6 +359,7 @@ def test_models_lists_the_registry() -> None:
     done = run_cli("models")
     names = [line.split()[0] for line in done.stdout.splitlines()[1:]]
     assert {"transformer_base", "difformer_iwslt_de_en", "fastdiss_tiny"} <= set(names)
+    assert max(map(len, done.stdout.splitlines())) <= 80
 
 
 @pytest.mark.parametrize("name", ["transformer_small", "difformer_base", "fastdiss_tiny"])
@@ -405,7 +406,9 @@ def test_diagnosis_is_written_beside_the_hypotheses(
         "generate", data_bin, "--path", fastdiss, "--steps", "2,4", "--diagnose",
         "--time-grid", "uniform", "--results-path", tmp_path,
     )  # fmt: skip
-    assert done.returncode == 0 and "given nothing" in done.stdout and "gap: from" in done.stdout
+    assert done.returncode == 0
+    assert "given no estimate" in done.stdout and "gap: from" in done.stdout
+    assert max(map(len, done.stdout.splitlines())) <= 80
     speeds = [line.split()[-1] for line in done.stdout.splitlines() if " 2.0 " in line[:16]]
     assert speeds == ["-"]  # not that of sampling
     for steps in (2, 4):
@@ -418,7 +421,7 @@ def test_diagnosis_is_written_beside_the_hypotheses(
         assert ["anchor_stale" in row for row in tables["by_time"]] == [
             row["t"] + 1 / steps <= 1 for row in tables["by_time"]
         ]
-    assert len(measured) == len(set(measured)) == 10 + 10 + 5 + 8  # nothing, fresh, stale
+    assert len(measured) == len(set(measured)) == 10 + 10 + 5 + 8  # none, fresh, stale
     done = run_cli("generate", "--path", fastdiss, "--input", corpus_line(tmp_path), "--diagnose")
     one_line_error(done, "needs a dataset", code=2)
 
@@ -551,9 +554,12 @@ def test_closed_streams_are_no_empty_ones(fastdiss: Path, tmp_path: Path) -> Non
     """As after >&-: no answer is lost, and no input taken for none, without a word."""
     program = f"{sys.executable} -m fastdiss_cli generate --path {fastdiss} --steps 1 --input"
     text = corpus_line(tmp_path)
-    for closed in (f"{program} {text} >&-", f"{program} - <&-"):
+    score = f"{sys.executable} -m fastdiss_cli score - --ref {text} <&-"
+    for closed, name in (
+        (f"{program} {text} >&-", "stdout"), (f"{program} - <&-", "stdin"), (score, "stdin"),
+    ):  # fmt: skip
         done = subprocess.run(["bash", "-c", closed], capture_output=True, text=True)
-        one_line_error(done, "Bad file descriptor")
+        one_line_error(done, f"{name}: ", "Bad file descriptor")
     silent = subprocess.run(["bash", "-c", f"{program} {text} --plain 2>&-"])
     assert silent.returncode == 0
 

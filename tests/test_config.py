@@ -61,7 +61,8 @@ def test_an_older_checkpoint_keeps_what_it_was_trained_with() -> None:
         ("train.warmup_updates=0", "warmup_updates must be at least 1 with inverse_sqrt"),
         ("train.lr_scheduler=cosin", "did you mean 'cosine'"),
         ("train.save_interval_updates=0", "at least 1"),
-        ("train.keep_last=-1", "at least 0"),
+        ("train.keep_last=-1", "at least 0, not -1"),
+        ("train.patience=-1", r"at least 0 \(0: no limit\), not -1"),
         ("train.dtype=fp16", "auto, float32, bfloat16"),
     ],
 )

@@ -343,7 +343,10 @@ def test_text_is_binarized_with_the_same_dictionaries(
         "--destdir", tmp_path / "bin", "--tokenizer", dictionaries, "--verify",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "unknown 1 and 1" in done.stderr and "decoding changes 1 pair: " in done.stderr
+    assert (
+        "unknown 1 and 1" in done.stderr
+        and "decoding changes 1 source and 1 target: " in done.stderr
+    )
     ours, theirs = open_dataset(tmp_path / "bin"), open_dataset(separate)
     for side in ("src", "tgt"):
         rows = [ids.tolist() for ids in theirs["test"][side]]

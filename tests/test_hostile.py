@@ -107,7 +107,7 @@ def data_bin(request: pytest.FixtureRequest, text: Path) -> Path:
     empty = [not (a.strip() and b.strip()) for a, b in zip(HOSTILE, TARGETS, strict=True)]
     assert f"test: {len(HOSTILE)} pairs" in done.stderr
     assert f"test: {sum(empty)} pairs with an empty side" in done.stderr
-    assert "test: decoding changes 2 pairs: U+2581" in done.stderr
+    assert "test: decoding changes 1 source and 1 target: U+2581" in done.stderr
     return folder
 
 
@@ -238,12 +238,18 @@ def test_a_sentence_of_unknown_characters_with_a_foreign_tokenizer(tmp_path: Pat
     for split in ("train", "valid", "test"):
         write_sides(tmp_path / split, ["漢字", "eins", "😀"], ["one", "漢", ""])
     done = preprocess(tmp_path, tmp_path / "d", "--tokenizer", tmp_path / "spm.model")
-    assert "test: decoding changes 3 pairs" in done.stderr
+    assert "test: decoding changes 2 sources and 2 targets: " in done.stderr
     manifest = BinarizedDataset(tmp_path / "d", verify=True).manifest
     assert manifest.splits["test"]["src"].unknown >= 2
+    assert [manifest.splits["test"][side].altered for side in ("src", "tgt")] == [2, 2]
     ran("train", tmp_path / "d", "--save-dir", tmp_path / "c", *TINY)
     path = tmp_path / "c" / "checkpoint_last.safetensors"
-    assert len(lines_of(ran("generate", tmp_path / "d", "--path", path).stdout, "D")) == 3
+    done = ran("generate", tmp_path / "d", "--path", path)
+    assert len(lines_of(done.stdout, "D")) == 3
+    told = "the tokenizer has changed 2 of 3 references (as T- lines show), and BLEU is of these"
+    assert told in done.stderr
+    given = ran("generate", tmp_path / "d", "--path", path, "--ref", tmp_path / "test.en")
+    assert "the tokenizer has changed" not in given.stderr
 
 
 @pytest.mark.parametrize(

@@ -187,7 +187,7 @@ def test_a_foreign_tokenizer_that_changes_text_is_reported(
         tmp_path / "d",
     )
     assert outcome.code == 0
-    assert "test: decoding changes 2 pairs" in outcome.err
+    assert "test: decoding changes 2 sources and 0 targets: the tokenizer" in outcome.err
 
 
 def test_workers_do_not_change_a_byte(tmp_path: Path, preprocess: Command) -> None:
@@ -278,6 +278,10 @@ def test_verify_alone_checks_what_is_there(
     outcome = preprocess("--destdir", tmp_path / "d", "--verify")
     assert outcome.code == 0 and "200 sentence pairs intact" in outcome.err
     assert contents(tmp_path / "d") == before
+    more = ("--tokenizer", "nowhere", "--separate", "--format", "tsv")
+    told = preprocess("--destdir", tmp_path / "d", "--verify", *more).err
+    for flag in ("--tokenizer", "--joined/--separate", "--format"):
+        assert f"{flag} has no effect: without text, --verify only checks a dataset" in told
     remedy = "for another direction make a dataset with `fastdiss preprocess -s fr -t en`"
     assert_fails(preprocess("--destdir", tmp_path / "d", "--verify", "-s", "fr"), remedy)
     path = tmp_path / "d" / "train.src.bin"

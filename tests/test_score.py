@@ -151,6 +151,9 @@ def test_a_system_comes_from_stdin(tmp_path: Path) -> None:
         done = run_cli("score", *named, "--ref", ref, "--metrics=ser", stdin=text)
         assert done.stdout == expected and " = 50.00" in expected
     one_line_error(run_cli("score", "-", "-", "--ref", ref), "stdin can be read only once", code=2)
+    truncated = run_cli("score", "-", "--metrics=ser", stdin="T-0\ta\nD-0\t-1\ta\n")
+    assert "warning: stdin has no last line" in truncated.stderr
+    one_line_error(run_cli("score", "-", stdin="D-1\t-1\ta\n"), "stdin: no D-0 line")
 
 
 def test_a_folder_stands_for_its_generate_files(tmp_path: Path) -> None:

@@ -331,7 +331,7 @@ def _open_input(given: dict[str, Any], loaded: Loaded) -> tuple[Input, str, str]
         check_direction,
         dataset_input,
         text_input,
-        warn_of_unknown_references,
+        warn_of_changed_references,
     )
 
     if "data" not in given:
@@ -347,7 +347,7 @@ def _open_input(given: dict[str, Any], loaded: Loaded) -> tuple[Input, str, str]
     split = given.get("gen_subset", "test")
     corpus = dataset_input(dataset, split, loaded.src, loaded.tgt, window)
     if "ref" not in given:
-        warn_of_unknown_references(dataset[split], loaded.tgt)
+        warn_of_changed_references(dataset, split)
     return corpus, split, split
 
 

@@ -96,6 +96,11 @@ def preprocess(
     def given(name: str) -> bool:
         return "DEFAULT" not in context.get_parameter_source(name).name
 
+    def warn_of_idle(*names: str, because: str) -> None:
+        for name in filter(given, names):
+            flag = {"joined": "joined/--separate"}.get(name, name.replace("_", "-"))
+            logs.warn(f"--{flag} has no effect: {because}")
+
     for flag, names in (
         ("--trainpref", trainpref),
         ("--validpref", validpref),
@@ -110,15 +115,17 @@ def preprocess(
         raise typer.BadParameter(f"-s and -t are both {source_lang}: they name the same {what}")
     if not prefixes and not verify:
         raise typer.BadParameter("give --trainpref, --validpref or --testpref (or --verify)")
-    if prefixes:
+    if not prefixes:
+        making = "tokenizer", "vocab_size", "model_type", "joined", "format", "workers"
+        warn_of_idle(*making, because="without text, --verify only checks a dataset")
+    else:
         if trainpref is None and tokenizer is None:
             raise typer.BadParameter("without --trainpref a --tokenizer is needed")
         if tokenizer is not None and tokenizer.count(",") > 1:
             raise typer.BadParameter("--tokenizer takes one model, or two separated by a comma")
-        for name in ("vocab_size", "model_type", "joined") if tokenizer else ():
-            if given(name):
-                flag = {"joined": "joined/--separate"}.get(name, name.replace("_", "-"))
-                logs.warn(f"--{flag} has no effect: --tokenizer is already trained")
+        if tokenizer:
+            because = "--tokenizer is already trained"
+            warn_of_idle("vocab_size", "model_type", "joined", because=because)
         try:
             texts = {
                 split: ParallelText(prefix, source_lang, target_lang, format)
@@ -288,7 +295,7 @@ def _binarize(
     from fastdiss_cli.data.encoding import CHUNK, available_cores, encode_blocks
 
     src, tgt = tokenizers
-    sentences = empty = first_empty = altered = broken = 0
+    sentences = empty = first_empty = broken = 0
     with ExitStack() as stack:
         stems = [folder / f"{split}.{side}" for side in ("src", "tgt")]
         writers = [stack.enter_context(TokenWriter(stem, dtype)) for stem in stems]
@@ -296,17 +303,17 @@ def _binarize(
         workers = workers or available_cores()
         for block in encode_blocks(text.blocks(CHUNK), (src.model, tgt.model), dtype, workers):
             for side, writer in enumerate(writers):
-                writer.add(block.sizes[side], block.tokens[side], block.unknown[side])
+                counts = block.unknown[side], block.altered[side]
+                writer.add(block.sizes[side], block.tokens[side], *counts)
             sentences += len(block.sizes[0])
             empty += len(block.empty)
             first_empty = first_empty or min(block.empty, default=0)
-            altered += block.altered
             broken += block.broken
             bar.advance(len(block.sizes[0]))
         infos = [writer.finish() for writer in writers]
     if sentences != pairs:
         raise FastdissError(f"{text.paths[0]} changed during the run: run preprocess again")
-    _report(split, pairs, infos, altered, src.lossless and tgt.lossless)
+    _report(split, pairs, infos, src.lossless and tgt.lossless)
     if broken:
         broken_pairs = logs.counted(broken, "pair")
         logs.warn(f"{split}: {broken_pairs} with a line break in a field: replaced by a blank")
@@ -316,7 +323,7 @@ def _binarize(
     return dict(zip(("src", "tgt"), infos, strict=True))
 
 
-def _report(split: str, sentences: int, infos: Iterable, altered: int, lossless: bool) -> None:
+def _report(split: str, sentences: int, infos: Iterable[SideInfo], lossless: bool) -> None:
     src, tgt = infos
     logs.info(
         f"{split}: {logs.counted(sentences, 'pair')}, "
@@ -324,8 +331,10 @@ def _report(split: str, sentences: int, infos: Iterable, altered: int, lossless:
         f"(longest {src.longest:,} and {tgt.longest:,}; "
         f"unknown {src.unknown:,} and {tgt.unknown:,})"
     )
-    if altered:
+    if src.altered or tgt.altered:
         blank = "U+2581, SentencePiece's blank, is in them and becomes a real blank"
         changed = "the tokenizer does not know, or changes, part of them"
-        why = blank if lossless else changed
-        logs.warn(f"{split}: decoding changes {logs.counted(altered, 'pair')}: {why}")
+        logs.warn(
+            f"{split}: decoding changes {logs.counted(src.altered, 'source')} and "
+            f"{logs.counted(tgt.altered, 'target')}: {blank if lossless else changed}"
+        )

@@ -30,7 +30,6 @@ DIVERSITY = ("distinct1", "distinct2", "sentence-distinct", "self-bleu")
 GROUPS = {"rouge": ("rouge1", "rouge2", "rougeL"), "distinct": ("distinct1", "distinct2")}
 NAMES = (*SUMS, *DIVERSITY, *GROUPS)
 COUNTED = ("wer", "ser", "repetition")
-STDIN = Path("-")
 TESTS = {"bs": "paired bootstrap", "ar": "approximate randomisation"}
 
 
@@ -125,7 +124,7 @@ def score(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Score hypotheses with sacreBLEU and others; every score comes with its signature."""
-    from fastdiss_cli.decoding.systems import by_steps, generate_files, read_system
+    from fastdiss_cli.decoding.systems import STDIN, by_steps, generate_files, read_system, shown
 
     named = [*(sys or []), *(systems or [])]
     if not named and not logs.stdin_is_terminal():
@@ -179,6 +178,7 @@ def score(
         )
 
     read = [read_system(path) for path in paths]
+    paths = list(map(shown, paths))
     for path, system in zip(paths, read, strict=True):
         if len(system.candidates) != len(read[0].candidates):
             raise FastdissError(

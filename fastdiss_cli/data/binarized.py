@@ -95,7 +95,7 @@ class Manifest:
         words = [*hashes, self.dtype]
         counts = [self.vocab_sizes[side] for side in SIDES]
         counts += [self.sentences[split] for split in self.splits]
-        counts += [count for info in infos for count in (info.tokens, info.longest)]
+        counts += [n for info in infos for n in (info.tokens, info.longest, info.altered)]
         for kind, values in ((str, words), (int, counts)):
             for value in values:
                 if not isinstance(value, kind):
@@ -147,6 +147,9 @@ class BinarizedDataset(Dataset):
             },
         }
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+    def altered_references(self, split: str) -> int:
+        return self.manifest.splits[split]["tgt"].altered
 
     def verify(self, split: str) -> None:
         """Check the hashes of a split's files, and the range of all ids."""

@@ -83,6 +83,10 @@ class Dataset(ABC):
         counts = {split: len(sides["src"]) for split, sides in self.splits.items()}
         return {"source": source, "target": target, "sentences": counts}
 
+    def altered_references(self, split: str) -> int:
+        """Return how many targets of a split are not as in the text; 0 if that is unknown."""
+        return 0
+
     @abstractmethod
     def verify(self, split: str) -> None:
         """Read and check every byte of a split.
@@ -100,6 +104,7 @@ class SideInfo:
     longest: int
     unknown: int
     sha256: dict[str, str]
+    altered: int = 0  # sentences that decode to different text; missing in older manifests
 
 
 class TokenWriter:
@@ -114,7 +119,7 @@ class TokenWriter:
 
     def __init__(self, stem: Path, dtype: np.dtype) -> None:
         self.stem, self.dtype = stem, dtype
-        self.unknown = self.tokens = self.longest = self.sentences = 0
+        self.unknown = self.altered = self.tokens = self.longest = self.sentences = 0
         # closed in `__exit__`
         self._bin = open(f"{stem}.bin", "wb")  # noqa: SIM115
         self._idx = open(f"{stem}.idx", "w+b")  # noqa: SIM115
@@ -128,13 +133,21 @@ class TokenWriter:
         with self._bin, self._idx:  # close both, though closing one may fail
             pass
 
-    def add(self, sizes: np.ndarray, tokens: np.ndarray, unknown: int) -> None:
-        """Append sentences, given as one flat array and their lengths."""
+    def add(
+        self, sizes: np.ndarray, tokens: np.ndarray, unknown: int = 0, altered: int = 0
+    ) -> None:
+        """Append sentences, given as one flat array and their lengths.
+
+        Args:
+            sizes, tokens: the lengths, and all sentences one after the other.
+            unknown, altered: for the `SideInfo`.
+        """
         data = tokens.astype(self.dtype, copy=False).tobytes()
         self._bin.write(data)
         self._bin_hash.update(data)
         self._idx.write(sizes.astype("<i4", copy=False).tobytes())
         self.unknown += unknown
+        self.altered += altered
         self.sentences += len(sizes)
         self.tokens += int(sizes.sum(dtype=np.int64))
         self.longest = max(self.longest, int(sizes.max(initial=0)))
@@ -158,6 +171,7 @@ class TokenWriter:
             tokens=self.tokens,
             longest=self.longest,
             unknown=self.unknown,
+            altered=self.altered,
             sha256={
                 "bin": self._bin_hash.hexdigest(),
                 "idx": file_hash(Path(f"{self.stem}.idx")),

@@ -31,16 +31,16 @@ class Encoded:
         sizes: for each side, int32 [N], the lengths of the sentences.
         tokens: for each side, the concatenated tokens of all sentences.
         unknown: for each side, the number of unknown tokens.
+        altered: for each side, the number of sentences that decode to different text.
         empty: the line numbers of pairs with an empty side.
-        altered: the number of pairs that decode to different text.
         broken: the number of pairs with a line break, which is replaced by a blank.
     """
 
     sizes: list[np.ndarray]
     tokens: list[np.ndarray]
     unknown: list[int]
+    altered: list[int]
     empty: list[int]
-    altered: int
     broken: int
 
 
@@ -65,8 +65,7 @@ class BlockEncoder:
         # indices of pairs; most blocks have none, which cheap checks find out first
         broken: set[int] = set()
         empty: set[int] = set()
-        altered: set[int] = set()
-        encoded = Encoded([], [], [], [], 0, 0)
+        encoded = Encoded([], [], [], [], [], 0)
         for tokenizer, texts in zip(self.tokenizers, block.sides(), strict=True):
             if "\n" in "".join(texts):
                 broken |= {i for i, text in enumerate(texts) if "\n" in text}
@@ -82,9 +81,9 @@ class BlockEncoder:
             encoded.sizes.append(sizes)
             encoded.tokens.append(tokens)
             encoded.unknown.append(int(np.count_nonzero(tokens == tokenizer.unk)))
-            altered |= tokenizer.altered(texts, rows)
+            encoded.altered.append(len(tokenizer.altered(texts, rows)))
         encoded.empty = [block.first + i for i in sorted(empty)]
-        encoded.altered, encoded.broken = len(altered), len(broken)
+        encoded.broken = len(broken)
         return encoded
 
 

@@ -52,8 +52,13 @@ def count_lines(path: Path) -> int:
 
 def decode_lines(lines: Iterable[bytes], name: str) -> Iterator[str]:
     """Yield the text of raw lines, such as an open binary file; see `read_lines`."""
-    for number, line in enumerate(lines, start=1):
-        yield from _decode(line, name, number)
+    try:
+        for number, line in enumerate(lines, start=1):
+            yield from _decode(line, name, number)
+    except OSError as error:
+        if error.errno:
+            error.filename = name
+        raise
 
 
 class IncomingLines(Iterator[bytes]):
@@ -286,7 +291,12 @@ def _json_pair(source: str, target: str, line: str, name: str, number: int) -> t
     try:
         row = json.loads(line, object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
-        raise FastdissError(f"{name}: line {number} is not valid JSON ({error})") from None
+        if not line.strip():
+            raise FastdissError(f"{name}: line {number} is empty: remove it") from None
+        what = error
+        if isinstance(error, json.JSONDecodeError):
+            what = f"{error.msg}, column {error.colno}"  # it knows of no line but this one
+        raise FastdissError(f"{name}: line {number} is not valid JSON ({what})") from None
     if not isinstance(row, dict):
         raise FastdissError(f"{name}: line {number} is not a JSON object: write one per line")
     for key in (source, target):

@@ -92,7 +92,7 @@ def by_time(
         for bucket in range(BUCKETS):
             t = (bucket + 0.5) / BUCKETS
             row: Row = {"t": round(t, 4)}
-            conditions: dict[str, float | None] = {"nothing": None}
+            conditions: dict[str, float | None] = {"none": None}
             if model.self_conditioned:
                 conditions["fresh"] = t
                 position = grid_position(torch.tensor(t), options.time_grid, model.schedule)
@@ -134,10 +134,10 @@ def describe_diagnosis(steps: int, tables: dict[str, list[Row]]) -> str:
     """Return the tables of a run as text."""
     return (
         f"\n{logs.counted(steps, 'step')}, by sampling step\n{_table(tables['by_step'])}\n\n"
-        "losses by time, given nothing, a fresh estimate, or a stale one (of the step before)\n"
+        "losses by time, given no estimate, a fresh one, or the stale one of the step before\n"
         f"{_table(tables['by_time'])}\n\n"
-        "gap: from the estimate of a fresh one; norm: 1 for embeddings; changed: share of tokens; "
-        "-: no step before"
+        "gap: from the estimate of a fresh one; norm: 1 for embeddings;\n"
+        "changed: share of tokens; -: no step before"
     )
 
 

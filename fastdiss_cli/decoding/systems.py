@@ -24,6 +24,14 @@ _SUMMARY = re.compile(
 _FAIRSEQS_SUMMARY = re.compile(r"Generate \S+ with beam=\d+: ")
 
 
+STDIN = Path("-")
+
+
+def shown(path: Path) -> Path:
+    """Return the path under which a system appears in messages and tables."""
+    return Path("stdin") if path == STDIN else path
+
+
 @dataclass
 class Figures:
     """The figures in a summary line.
@@ -112,10 +120,10 @@ def read_system(path: Path) -> Generated:
     Raises:
         FastdissError: the file is empty, or a generate file has repeated or missing sentences.
     """
-    from_stdin = str(path) == "-"
+    from_stdin, path = path == STDIN, shown(path)
     lines = list(decode_lines(sys.stdin.buffer, "stdin") if from_stdin else read_lines(path))
     if not lines:
-        raise FastdissError("stdin is empty: give --sys FILE" if from_stdin else f"{path} is empty")
+        raise FastdissError(f"{path} is empty" + ": give --sys FILE" * from_stdin)
     plain = Generated([[line] for line in lines])
     ends = (
         line for line in reversed(lines) if parse_summary(line) or _FAIRSEQS_SUMMARY.match(line)

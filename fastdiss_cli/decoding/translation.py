@@ -133,13 +133,18 @@ def _as_they_arrive(incoming: IncomingLines, pairs: Iterator[Pair]) -> Iterator[
         most = min(2 * len(window), WINDOW)
 
 
-def warn_of_unknown_references(split: dict[str, TokenFile], tgt: Tokenizer) -> None:
-    """Warn if references of a dataset are not known in full: an ``<unk>`` matches any other."""
-    tokens = split["tgt"].tokens
-    if unknown := int(np.count_nonzero(tokens == tgt.unk)):
+def warn_of_changed_references(dataset: Dataset, split: str) -> None:
+    """Warn if the references of a dataset are not those of its text, which BLEU should be of."""
+    targets, remedy = dataset[split]["tgt"], "give the text with --ref"
+    if altered := dataset.altered_references(split):
         logs.warn(
-            f"{unknown:,} of {len(tokens):,} tokens of the references are unknown to the "
-            "dictionary, and BLEU counts <unk> as a word: give the text with --ref"
+            f"the tokenizer has changed {altered:,} of {len(targets):,} references (as T- lines "
+            f"show), and BLEU is of these: {remedy}"
+        )
+    elif unknown := int(np.count_nonzero(targets.tokens == dataset.tgt_tokenizer.unk)):
+        logs.warn(
+            f"{unknown:,} of {len(targets.tokens):,} tokens of the references are unknown to the "
+            f"dictionary, and BLEU counts <unk> as a word: {remedy}"
         )
 
 
@@ -227,7 +232,7 @@ def open_outputs(runs: list[Run], folder: Path | None, name: str) -> Iterator[li
     if folder is None:
         yield [Output(sys.stdout)]
         return
-    if folder.is_file():
+    if folder.exists() and not folder.is_dir():
         raise FastdissError(f"--results-path {folder} is a file")
     folder.mkdir(parents=True, exist_ok=True)
     if not os.access(folder, os.W_OK):

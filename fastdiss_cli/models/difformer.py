@@ -230,4 +230,4 @@ def register_sizes(name: str, family: type[Difformer], description: str) -> None
         register(f"{name}_{size}", family, description, latent_dim=latent_dim, **sizes)
 
 
-register_sizes("difformer", Difformer, "continuous diffusion, standard self-conditioning")
+register_sizes("difformer", Difformer, "diffusion")

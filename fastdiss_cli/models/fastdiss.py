@@ -159,4 +159,4 @@ class FastDiSS(Difformer):
         )
 
 
-register_sizes("fastdiss", FastDiSS, "continuous diffusion, SCP (and MANS) for few steps")
+register_sizes("fastdiss", FastDiSS, "diffusion, SCP/MANS")

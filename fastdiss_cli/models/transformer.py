@@ -120,4 +120,4 @@ class Transformer(Seq2SeqModel):
 
 
 for size, sizes in SIZES.items():
-    register(f"transformer_{size}", Transformer, "autoregressive, beam search", **sizes)
+    register(f"transformer_{size}", Transformer, "autoregressive", **sizes)

@@ -247,7 +247,7 @@ def diagnosis(results: Results) -> tuple[str, str]:
             cells = (f"{row[key]:.4f}" if key in row else "-" for key in keys)
             by_step.append([name if row["step"] == 1 else "", row["step"], row["t"], *cells])
         for k, row in enumerate(tables["by_time"][::2]):
-            keys = ("anchor_nothing", "anchor_fresh", "anchor_stale")
+            keys = ("anchor_none", "anchor_fresh", "anchor_stale")
             cells = (f"{row[key]:.3f}" if key in row else "-" for key in keys)
             by_time.append([name if k == 0 else "", row["t"], *cells])
     return (
