@@ -142,7 +142,8 @@ class Translator:
 
         Args:
             sentences: raw text, one sentence each; a line break at its end does not count.
-            **options: see `GenerateOptions`; for example ``steps=5, noise_beam=3``.
+            **options: flags of ``fastdiss generate``, such as ``steps=5, noise_beam=3``:
+                ``help(fastdiss_cli.api.GenerateOptions)`` lists them.
 
         Returns:
             One translation per sentence, in order.

@@ -561,6 +561,12 @@ def test_difformers_noise_of_decoding_is_the_temperature_here(
     assert "--temperature 0.25" in output and "'2' is not supported" in output
 
 
+def test_average_checkpoints_is_average() -> None:
+    line = "average --inputs ck --num-update-checkpoints=5 --output mean.safetensors"
+    wanted = "average ck --last 5 --output mean.safetensors"
+    assert rewrite_flags(line.split()) == wanted.split()
+
+
 def test_the_word_after_remove_bpe_may_be_the_dataset() -> None:
     assert rewrite_flags(["generate", "--remove-bpe", "data-bin"]) == ["generate", "data-bin"]
 
@@ -668,6 +674,6 @@ def test_every_command_of_the_document_runs(
 
 def test_every_flag_of_the_document_is_translated_as_it_says() -> None:
     rows = re.findall(r"^\| (\w+) \| `(-.*?)` \| `(.*?)` \|$", DOCUMENT.read_text(), re.MULTILINE)
-    assert len(rows) == 28
+    assert len(rows) == 29
     for command, old, new in rows:
         assert rewrite_flags([command, *shlex.split(old)]) == [command, *shlex.split(new)]

@@ -368,8 +368,9 @@ def test_a_failure_leaves_the_older_dataset(
         (("--vocab-size", "10"), "--vocab-size 10 is too small"),
         (("--tokenizer", "nowhere.model"), "nowhere.model: cannot read the tokenizer"),
         (("--tokenizer", __file__), "not a SentencePiece model"),
+        (("--tokenizer", "/usr"), "/usr is a folder: give files, of a dataset /usr/tokenizer.src,"),
     ],
-    ids=["vocabulary", "missing", "no model"],
+    ids=["vocabulary", "missing", "no model", "folder"],
 )
 def test_tokenizer_failures(
     preprocess: Command, tmp_path: Path, small: tuple, flags: tuple, message: str

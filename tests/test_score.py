@@ -235,9 +235,10 @@ def test_paired_tests_mark_what_differs_from_the_baseline(
     head, *rows, _, _, _, _, legend = done.stdout.splitlines()
     assert head.split() == ["system", "BLEU", "p", "SER", "p", "distinct-1", "chrF2", "p"]
     assert [row.split()[0] for row in rows] == [str(poor), str(good), str(same)]
-    assert "(baseline)" in rows[0] and rows[1].count("*") == 3 and "*" not in rows[0] + rows[2]
+    assert rows[0].split().count("-") == 3 and rows[1].count("*") == 3
+    assert "*" not in rows[0] + rows[2]
     assert rows[2].count("1.0000") == 3  # no significant difference
-    assert legend.startswith("* differs from the baseline with p < 0.05")
+    assert legend.startswith(f"* differs from the baseline, {poor}, with p < 0.05")
     found = json.loads(run_cli(*command, "--json").stdout)
     assert [row["p_value"] is None for row in found[:4]] == [True] * 4
     bleu, ser, distinct, chrf = found[4:8]

@@ -293,11 +293,18 @@ _SCORE = {
     "-i": unsupported("sacreBLEU's REF -i HYP is --sys HYP --ref REF"),
     "-m": renamed("--metrics"),
 }
+_AVERAGE = {  # of scripts/average_checkpoints.py
+    "--inputs": OldFlag("one", lambda value: [value]),
+    "--num-epoch-checkpoints": renamed("--last"),
+    "--num-update-checkpoints": renamed("--last"),
+    "--checkpoint-upper-bound": unsupported("name the files to average"),
+}
 OLD_FLAGS: dict[str, dict[str, OldFlag]] = {
     "preprocess": _PREPROCESS,
     "train": {**_BOTH, **_SIZES, **_TRAIN},
     "generate": {**_BOTH, **_GENERATE},
     "score": _SCORE,
+    "average": _AVERAGE,
 }
 
 

@@ -346,8 +346,6 @@ def _print(paths: list[Path], rows: list[list[Result]], test: str | None, as_jso
 
 def _table(paths: list[Path], rows: list[list[Result]], test: str | None) -> str:
     names = [str(path) for path in paths]
-    if test is not None:
-        names[0] += " (baseline)"
     width = max(map(len, ["system", *names]))
     header = [f"{'system':<{width}}"]
     for result in rows[-1]:
@@ -363,11 +361,11 @@ def _table(paths: list[Path], rows: list[list[Result]], test: str | None) -> str
                 marked = result.p_value < 0.05
                 cells.append(f"{result.p_value:.4f}{'*' if marked else ' '}")
             elif last.p_value is not None:
-                cells.append(" " * 7)
+                cells.append(f"{'-':<7}")
         lines.append("  ".join(cells).rstrip())
     lines += [f"{result.name}|{result.signature}" for result in rows[0]]
     if test is not None:
-        lines.append(f"* differs from the baseline with p < 0.05 ({TESTS[test]})")
+        lines.append(f"* differs from the baseline, {names[0]}, with p < 0.05 ({TESTS[test]})")
     return "\n".join(lines)
 
 

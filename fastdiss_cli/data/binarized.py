@@ -69,7 +69,9 @@ class Manifest:
                 return manifest
         except (FileNotFoundError, NotADirectoryError):
             hint = "make it with `fastdiss preprocess`" if folder.is_dir() else "no such folder"
-            hint = "it is a file" if folder.is_file() else hint
+            if folder.is_file():
+                hint = "it is a file; text becomes one with `fastdiss preprocess`, and `generate "
+                hint += "--input` translates text"
             raise FastdissError(f"{folder} is not a fastdiss dataset: {hint}") from None
         except (
             OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError,

@@ -27,5 +27,10 @@ def load_tokenizer(path: Path) -> Tokenizer:
     """Read a tokenizer from a file; see `make_tokenizer`."""
     try:
         return make_tokenizer(path.read_bytes(), origin=str(path))
+    except IsADirectoryError:
+        raise FastdissError(
+            f"{path} is a folder: give files, of a dataset {path}/tokenizer.src,"
+            f"{path}/tokenizer.tgt"
+        ) from None
     except OSError as error:
         raise FastdissError(f"{path}: cannot read the tokenizer: {error.strerror}") from None
