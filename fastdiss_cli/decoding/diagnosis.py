@@ -134,7 +134,7 @@ def describe_diagnosis(steps: int, tables: dict[str, list[Row]]) -> str:
     """Return the tables of a run as text."""
     return (
         f"\n{logs.counted(steps, 'step')}, by sampling step\n{_table(tables['by_step'])}\n\n"
-        "losses by time, given no estimate, a fresh one, or the stale one of the step before\n"
+        "losses by time, given no estimate, a fresh one, or a stale one (one step old)\n"
         f"{_table(tables['by_time'])}\n\n"
         "gap: from the estimate of a fresh one; norm: 1 for embeddings;\n"
         "changed: share of tokens; -: no step before"
