@@ -70,8 +70,7 @@ class Manifest:
         except (FileNotFoundError, NotADirectoryError):
             hint = "make it with `fastdiss preprocess`" if folder.is_dir() else "no such folder"
             if folder.is_file():
-                hint = "it is a file; text becomes one with `fastdiss preprocess`, and `generate "
-                hint += "--input` translates text"
+                hint = "it is a file; text is for `fastdiss preprocess`, or for `generate --input`"
             raise FastdissError(f"{folder} is not a fastdiss dataset: {hint}") from None
         except (
             OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError,
