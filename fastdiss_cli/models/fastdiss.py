@@ -54,7 +54,7 @@ class FastDiSSConfig(DiffusionConfig):
     scp_unroll: float = option(
         0.5, "share of sentences with an estimate that are unrolled", needs=PERTURBED
     )
-    # MANS is off: no gain was shown, see docs/method.md
+    # MANS is off: its gain was shown on one corpus only, see docs/method.md
     mans_strength: float = option(0.0, "lambda: how much more noise easy tokens get; 0: no MANS")
     mans_confidence: str = option(
         "distance", f"what makes a token easy: {', '.join(MANS_CONFIDENCES)}", needs=MANS_ON
